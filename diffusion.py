@@ -1,0 +1,106 @@
+"""Masked diffusion as pure functions: the noise, the bound, one reverse step, the sampler.
+
+x: clean tokens (B, L), ids 0..V-1. z_t: the same with some tokens replaced by mask_id = V.
+t in [0, 1] is the time, 1 = all masked: each token survives with probability alpha_t = 1 - t (the
+log-linear schedule of MDLM, arXiv 2406.07524). Time runs backward when sampling, from t to s < t.
+
+A "model" is any callable f(z, at) -> logits (N, V) for the N positions where the bool at (B, L) is
+true. Randomness comes from torch's global generator.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def sample_t(B, device=None):
+    """B times in (0, 1], (B,): one uniform draw plus an even grid, so that every batch covers the
+    whole range. Each t is uniform on its own (MDLM, section 3.3: low-discrepancy sampler)."""
+    u = torch.rand(1, device=device) + torch.arange(B, device=device) / B
+    return 1 - u % 1
+
+
+def q_sample(x, t, mask_id):
+    """The forward process q(z_t | x): each token of x (B, L) is masked with probability t (B,)."""
+    masked = torch.rand(x.shape, device=x.device) < t[:, None]
+    return torch.where(masked, mask_id, x)
+
+
+def nelbo(model, x, mask_id):
+    """Negative evidence lower bound of x (B, L), a scalar in nats per token (MDLM, eq. 10).
+
+    Cross-entropy on the masked tokens with weight -alpha'_t / (1 - alpha_t) = 1/t, divided by all
+    B * L tokens (not by the number of masked ones: that would not be a bound).
+    """
+    t = sample_t(x.shape[0], x.device)
+    z = q_sample(x, t, mask_id)
+    at = z == mask_id                                                # (B, L), N of them
+    log_p = F.log_softmax(model(z, at), dim=-1)                      # (N, V)
+    nll = -log_p.gather(1, x[at][:, None])[:, 0]                     # (N,)
+    weight = (1 / t)[:, None].expand_as(x)[at]                       # (N,)
+    return (weight * nll).sum() / x.numel()
+
+
+def categorical(logits):
+    """One exact draw per row: logits (..., V) -> ids (...).
+
+    By inverting the cumulative sum in float64. float32 would make tokens under about 1e-7
+    unreachable, which over many steps acts as a lower temperature (arXiv 2409.02908).
+    """
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    u = torch.rand(cdf.shape[:-1] + (1,), dtype=torch.float64, device=cdf.device) * cdf[..., -1:]
+    ids = torch.searchsorted(cdf, u, right=True)[..., 0]             # first entry above u
+    return ids.clamp(max=cdf.shape[-1] - 1)                          # u may round up to the total
+
+
+def sharpen(logits, temperature=1.0, top_p=1.0):
+    """Logits (..., V) of another, sharper law: divided by the temperature, then without the tokens
+    outside the smallest set that has probability top_p. 1 and 1 change nothing."""
+    logits = logits / temperature
+    if top_p >= 1:
+        return logits
+    p, order = logits.double().softmax(-1).sort(dim=-1, descending=True)
+    outside = p.cumsum(-1) - p >= top_p                              # the most likely always stays
+    return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
+
+
+def unmask_step(model, z, t, s, mask_id):
+    """One ancestral step from z_t to z_s, with t and s (B,) per sequence (MDLM, eq. 7).
+
+    The reverse posterior opens each mask with probability (t - s) / t, whatever the network says:
+    so that comes first, and the network's head is needed at those positions only.
+    Returns z_s (B, L), the bool reveal (B, L), and the logits (N, V) at the revealed positions.
+    """
+    open_p = torch.where(t > 0, (t - s) / t, 0.0)                    # at t = 0 nothing is masked
+    reveal = (z == mask_id) & (torch.rand(z.shape, device=z.device) < open_p[:, None])
+    logits = model(z, reveal)
+    z_s = z.clone()
+    z_s[reveal] = categorical(logits)
+    return z_s, reveal, logits
+
+
+@torch.no_grad()
+def sample(model, z, steps, mask_id, draw=categorical):
+    """Ancestral sampling in `steps` equal steps: fill every mask of z (B, L).
+
+    Over the whole way each mask opens in a step drawn uniformly from the `steps`, independently of
+    the others and of the network. So the order is drawn before anything else, a step that opens
+    nothing calls no network, none is left masked at the end, and no extra pass follows. With more
+    steps than masks the sequences of a batch share how many open in each step (not which), so that
+    1,024 steps on 64 tokens cost at most 64 calls; each sequence keeps the exact law, but their
+    quality is then slightly correlated. With fewer steps they share nothing.
+
+    z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
+    draw: logits (N, V) -> ids (N,). Returns ids (B, L). Raises ValueError on uneven rows.
+    """
+    masked = z == mask_id
+    n = int(masked[0].sum())
+    if bool((masked.sum(1) != n).any()):
+        raise ValueError("every sequence of a batch must have the same number of masks")
+    key = torch.rand(z.shape, dtype=torch.float64, device=z.device)
+    order = key.masked_fill(~masked, 2).argsort(dim=1)[:, :n]        # (B, n) positions, shuffled
+    when = torch.randint(steps, (1 if steps > n else len(z), n), device=z.device)
+    step = torch.full_like(z, -1).scatter_(1, order, when.expand(len(z), n))     # (B, L)
+    for i in when.unique().tolist():
+        at = step == i
+        z = z.clone()
+        z[at] = draw(model(z, at))
+    return z

@@ -1,0 +1,299 @@
+"""Self-Distillation Through Time (SDTT, arXiv 2410.21035): the whole path in one command.
+
+    python distill.py --rounds 7
+
+makes the dataset and trains the AR judge and the teacher where they are missing, then distils: in
+every round the student learns to do in one step what its teacher, a frozen copy of itself, does in
+k = 2 steps of size dt; then dt doubles. It ends with a table, text, and a folder of results.
+Stopped at any moment, the same command goes on where it was.
+"""
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import evaluate
+from common import (UserError, command, flag, load_checkpoint, load_data, load_model, parse_flags,
+                    save_checkpoint, start, write)
+from diffusion import q_sample, sample_t, unmask_step
+from model import ModelConfig, Transformer
+from train import (LoopConfig, TrainConfig, as_command, check_same, fit, load_state,
+                   make_optimizers, prepare_model, state, train)
+
+
+@dataclass
+class DistillConfig(LoopConfig):
+    rounds: int = flag(7, "rounds; each divides the sampling steps by k", low=1)
+    teacher_steps: int | None = flag(None, "steps of the first teacher, dt = 1/teacher_steps "
+                                     "[1024; preset nano 256]", low=2)
+    k: int = flag(2, "teacher steps that the student learns to do at once", low=1)
+    divergence: str = flag("kld", "from the student's to the teacher's prediction: reverse KL, "
+                           "forward KL, Jensen-Shannon, total variation, squared log-probability",
+                           choices=["kld", "fkl", "jsd", "tvd", "mse"])
+    steps_per_round: int = flag(200, "optimizer steps in a round", low=1)
+    handover: str = flag("ema", "weights that a round hands to the next as its student and "
+                         "teacher: ema (averaged) or raw", choices=["ema", "raw"])
+    reset_optimizer: bool = flag(False, "begin each round with a fresh optimizer")
+    lr: float = flag(2e-3, "highest learning rate, reached anew in each round", low=0)
+    batch: int = flag(32, "sequences per step, over all processes", low=1)
+    warmup: int = flag(10, "steps of linear warm-up in each round", low=0)
+    samples: int = flag(256, "samples for each number of a table with up to 32 steps; half as "
+                        "many beyond", low=2)
+    teacher: str | None = flag(None, "checkpoint of the teacher [teacher.pt of --out, trained if "
+                               "it is missing]")
+    judge: str | None = flag(None, "checkpoint of the AR judge [ar.pt of --out, likewise]")
+
+    def __post_init__(self):
+        self.teacher_steps = self.teacher_steps or {"nano": 256}.get(self.preset, 1024)
+
+
+COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
+ANYTIME = {"device", "out", "compile", "log_every", "save_every", "rounds", "samples", "judge",
+           "teacher", "bf16"}                # flags that may change between two runs
+
+
+# ---- the method
+
+def schedule(teacher_steps, rounds, k=2):
+    """Sampling steps of the teacher and of each round's student: 1024, 512, ..., 8 (7 rounds).
+
+    Round r (from 0) has teacher steps of dt = 1 / schedule[r] = k^r / teacher_steps.
+    Raises UserError where the last student would need less than one step.
+    """
+    if k ** rounds > teacher_steps:
+        raise UserError(f"--rounds {rounds} with --k {k} needs --teacher_steps of at least "
+                        f"{k ** rounds}, not {teacher_steps}: the last student would have to do "
+                        "more than everything in one step")
+    return [teacher_steps / k ** r for r in range(rounds + 1)]
+
+
+@torch.no_grad()
+def sdtt_targets(teacher, z, t, dt, k, mask_id):
+    """What the student shall predict at each mask of z_t (SDTT, algorithm 1).
+
+    The teacher takes k reverse steps of size dt from t; a position revealed in a step keeps that
+    step's prediction, and those still masked at the end take the last step's. In the last step
+    both are the same prediction, so nothing is drawn in it, and the teacher's head is asked
+    exactly once about each mask.
+    z (B, L), t (B,). Returns log-probabilities (N, V), in the order of z[z == mask_id].
+    """
+    masked = z == mask_id                                            # (B, L), N of them
+    target = None
+    for i in range(k):
+        at = z == mask_id
+        if i < k - 1:                        # a step from t - i dt to t - (i + 1) dt, not below 0
+            t_i, s_i = (t - i * dt).clamp(min=0), (t - (i + 1) * dt).clamp(min=0)
+            z, at, logits = unmask_step(teacher, z, t_i, s_i, mask_id)
+        else:
+            logits = teacher(z, at)                                  # (still masked, V)
+        if target is None:
+            target = logits.new_empty(int(masked.sum()), logits.shape[-1])
+        target[at[masked]] = F.log_softmax(logits, dim=-1)
+    return target
+
+
+def divergence(student, target, kind):
+    """Divergence between log-probabilities student and target (N, V), per position (N,), in nats.
+
+    'kld' = KL(student || target), the paper's choice (section 3.2); 'fkl' = KL(target || student);
+    'jsd' Jensen-Shannon; 'tvd' = 1/2 sum |p - q|; 'mse' = mean squared log-ratio over V.
+    """
+    if kind == "kld":
+        return (student.exp() * (student - target)).sum(-1)
+    if kind == "fkl":
+        return (target.exp() * (target - student)).sum(-1)
+    if kind == "jsd":
+        middle = torch.logaddexp(student, target) - math.log(2)
+        return (divergence(student, middle, "kld") + divergence(target, middle, "kld")) / 2
+    if kind == "tvd":
+        return (student.exp() - target.exp()).abs().sum(-1) / 2
+    if kind == "mse":
+        return (student - target).square().mean(-1)
+    raise ValueError(f"no divergence {kind!r}")
+
+
+def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
+    """The loss of one round (SDTT, algorithm 2), a scalar: the divergence on the masks of z_t,
+    averaged over them. x (B, L) clean tokens; student and teacher are models f(z, at)."""
+    t = sample_t(x.shape[0], x.device)                               # (B,)
+    z = q_sample(x, t, mask_id)
+    target = sdtt_targets(teacher, z, t, dt, k, mask_id)             # (N, V)
+    log_p = F.log_softmax(student(z, z == mask_id), dim=-1)          # (N, V)
+    return divergence(log_p, target, kind).sum() / max(1, len(target))
+
+
+# ---- the rounds
+
+def fingerprint(model):
+    """A short hash of a model's weights: which model a file or a result belongs to."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def distill_round(c, p, data, r, student, ema, optimizers, origin):
+    """Round r (from 0), or what is left of it: student and ema are trained in place.
+
+    Returns the optimizers, for the next round, and the seconds it took.
+    """
+    path = c.folder / f"round{r + 1}.pt"
+    dt, done, spent = 1 / schedule(c.teacher_steps, c.rounds, c.k)[r], 0, 0.0
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    if optimizers is None or c.reset_optimizer:
+        optimizers = make_optimizers(student, c)
+    if path.exists():
+        saved = load_checkpoint(path, kinds=("sdtt",))
+        check_same(path, saved["config"], c, ANYTIME)
+        if saved["origin"] != origin:
+            raise UserError(f"{path} was distilled from another teacher; remove the round files "
+                            "or choose another --out")
+        done, spent = saved["step"], saved["seconds"]
+        load_state(saved, student, ema, optimizers)
+        if done < c.steps_per_round:
+            teacher.load_state_dict(saved["teacher"])
+    content = dict(kind="sdtt", round=r + 1, tokenizer=data.tokenizer.spec, origin=origin,
+                   sampling_steps=round(1 / (c.k * dt)), config=dataclasses.asdict(c))
+
+    def save(step, seconds):
+        last = step == c.steps_per_round             # the teacher is kept while it is needed
+        save_checkpoint(path, step=step, steps=c.steps_per_round, seconds=spent + seconds,
+                        teacher=None if last else teacher.state_dict(), **content,
+                        **state(student, ema, optimizers))
+    loss = functools.partial(sdtt_loss, teacher=teacher, dt=dt, k=c.k, kind=c.divergence,
+                             mask_id=student.mask_id)
+    seconds = fit(c, p, f"round {r + 1}", data, student, ema, optimizers, loss, path, save, done,
+                  c.steps_per_round, before=r * c.steps_per_round)
+    if c.handover == "ema":
+        student.load_state_dict(ema.state_dict())
+    return optimizers, spent + seconds
+
+
+# ---- the results
+
+def fill_rows(c, p, data, results, name, model, judge, digest):
+    """Measure what results["rows"] lacks of one model (None: the data), and save it, row by row.
+
+    Rows of an earlier run are kept only if they came from the same weights, judge and settings.
+    """
+    path, key = c.folder / "results.json", f"{digest} {c.samples} {c.seed}"
+    if results["models"].get(name) != key:
+        results["rows"] = [row for row in results["rows"] if row["model"] != name]
+        results["models"][name] = key
+    diffusion = model is not None and not model.config.causal
+    for steps in COLUMNS if diffusion else [None]:
+        if not any(row["model"] == name and row["steps"] == steps for row in results["rows"]):
+            n = c.samples if (steps or 0) <= 32 else max(2, c.samples // 2)
+            results["rows"].append(evaluate.evaluate(name, model, judge, data, steps, n, p.device,
+                                                     c.seed))
+            evaluate.write_results(path, results)
+    shown = [row for row in results["rows"] if row["model"] == name and row["steps"] in (None, 8)]
+    print(f"{name}{', 8 steps' * diffusion}: {evaluate.summary(shown[0])}", flush=True)
+
+
+def open_results(c):
+    """results.json of an earlier run, or a new one."""
+    try:
+        old = json.loads((c.folder / "results.json").read_text())
+        rows, models = old["rows"], old["models"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        rows, models = [], {}
+    return {"rows": rows, "models": models, "config": dataclasses.asdict(c), "seconds": {},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "machine": platform.machine(), "threads": torch.get_num_threads()}}
+
+
+def show_samples(c, p, data, models):
+    """Text of each model at 8 and at 32 steps, one under the other, also in samples.txt."""
+    text = ""
+    for steps in (8, 32):
+        for name, model in models.items():
+            rows = evaluate.draw_samples(model, 3, steps, p.device, c.seed).tolist()
+            stories = [data.tokenizer.decode(row).split("<end>")[0].strip() for row in rows]
+            text += f"\n{name}, {steps} steps:\n" + "".join(f"  {story}\n" for story in stories)
+    write(c.folder / "samples.txt", lambda f: f.write(text.encode()))
+    print(text)
+
+
+def missing_models(c, p):
+    """Train the AR judge and the MDLM teacher, or what is left of them. Returns their paths."""
+    paths = []
+    for objective, given in (("ar", c.judge), ("mdlm", c.teacher)):
+        t = TrainConfig(objective=objective, dataset=c.dataset, preset=c.preset, out=c.out,
+                        context=c.context, seed=c.seed, device=c.device, bf16=c.bf16,
+                        compile=c.compile)
+        if given is None and p.rank == 0 and not t.path.exists():
+            print(f"no {t.path} yet; the same as: {as_command('train.py', t)}", flush=True)
+        paths.append(Path(given) if given else train(t, p, as_saved=True))
+    return paths
+
+
+def check_fit(data, judge, teacher, judge_path, teacher_path):
+    """Raise UserError where vocabulary or context of data, judge and teacher do not agree."""
+    for path, model in ((judge_path, judge), (teacher_path, teacher)):
+        if model.config.vocab != data.tokenizer.vocab:
+            raise UserError(f"{path} knows {model.config.vocab} tokens, the dataset {data.folder} "
+                            f"has {data.tokenizer.vocab}; give the --dataset it was trained on")
+    if judge.config.context < teacher.config.context:
+        raise UserError(f"{judge_path} judges at most {judge.config.context} tokens, but "
+                        f"{teacher_path} writes {teacher.config.context}; train a longer judge")
+
+
+def main():
+    c = parse_flags(DistillConfig, __doc__)
+    plan = schedule(c.teacher_steps, c.rounds, c.k)
+    p = start(c.device)
+    data = load_data(c.dataset, p)
+    judge_path, teacher_path = missing_models(c, p)
+    judge, judge_file = load_model(judge_path, p.device, kinds=("ar",))
+    teacher, teacher_file = load_model(teacher_path, p.device, kinds=("mdlm", "sdtt"))
+    check_fit(data, judge, teacher, judge_path, teacher_path)
+    results, origin, judged_by = open_results(c), fingerprint(teacher), fingerprint(judge)
+    seconds = results["seconds"]
+    seconds |= {"ar": judge_file["seconds"], "teacher": teacher_file["seconds"]}
+
+    def report(name, model, digest):
+        if p.rank == 0:
+            fill_rows(c, p, data, results, name, model, judge, f"{digest} {judged_by}")
+        if p.world > 1:
+            dist.barrier()
+
+    report("data", None, "")
+    report("ar", judge, judged_by)
+    report("teacher", teacher, origin)
+    student = prepare_model(Transformer(dataclasses.replace(teacher.config, dropout=c.dropout)),
+                            c, p)
+    student.load_state_dict(teacher.state_dict())
+    ema, optimizers = copy.deepcopy(teacher), None
+    for r in range(c.rounds):
+        if p.rank == 0:
+            print(f"round {r + 1}: two steps of 1/{plan[r]:g} in one, for {plan[r + 1]:g} steps")
+        optimizers, seconds[f"round {r + 1}"] = distill_round(
+            c, p, data, r, student, ema, optimizers, origin)
+        report(f"round {r + 1}", ema, fingerprint(ema))
+    if p.rank == 0:
+        seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)
+        order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(c.rounds)]
+        results["rows"] = [row for name in order for row in results["rows"]
+                           if row["model"] == name]
+        evaluate.write_results(c.folder / "results.json", results)
+        print("\ngenerative perplexity and entropy" + (
+            "; below, share of valid stories and contradictions per story" * bool(data.oracle)))
+        print(evaluate.table(results["rows"]))
+        show_samples(c, p, data, {"teacher": teacher, f"round {c.rounds}": ema})
+        if not evaluate.draw_curve(results["rows"], c.folder / "curve.png"):
+            print("no curve.png: matplotlib is not installed (pip install matplotlib)")
+        print(f"{c.folder}: {sum(seconds.values()):.0f} s in all")
+
+
+if __name__ == "__main__":
+    command(main)

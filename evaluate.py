@@ -1,0 +1,158 @@
+"""Quality of samples: what distill.py prints after each round.
+
+Every number has a standard error beside it (NAME_se), and generative perplexity never stands
+without entropy: a model that repeats itself pleases the judge. Token draws are in float64.
+"""
+import json
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+from common import UserError, seed_all, write
+from diffusion import sample
+from model import generate, nll
+
+BATCH = 32                           # sequences sampled at a time
+
+
+def mean_se(values):
+    """Mean of values (n,) and its standard error."""
+    values = values.double()
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+@torch.no_grad()
+def gen_ppl(judge, x):
+    """Generative perplexity of x (n, L): exp of the AR judge's mean nats per token, and its SE."""
+    nats = torch.cat([nll(judge, part, judge.mask_id).mean(1) for part in x.split(BATCH)])
+    mean, se = mean_se(nats)
+    return math.exp(mean), math.exp(mean) * se
+
+
+def entropy(x, vocab):
+    """Entropy of each sequence's own token frequencies, x (n, L) -> (n,) nats, averaged with SE.
+    Below the data's it means repetition."""
+    counts = torch.zeros(len(x), vocab).scatter_add_(1, x, torch.ones(x.shape))
+    return mean_se(torch.special.entr(counts / x.shape[1]).sum(1))
+
+
+def contradictions(x, data):
+    """How many faults the dataset's oracle finds in each of x (n, L), (n,); None without one."""
+    if data.oracle != "stories":
+        return None
+    from data.stories import language
+    return torch.tensor([float(len(language.contradictions(data.tokenizer.decode(row).split())))
+                         for row in x.tolist()])
+
+
+def measure(x, judge, data):
+    """Everything about samples x (n, L): {"gen_ppl", "gen_ppl_se", "entropy", ..., "samples"}."""
+    row = {"samples": len(x)}
+    row["gen_ppl"], row["gen_ppl_se"] = gen_ppl(judge, x)
+    row["entropy"], row["entropy_se"] = entropy(x.cpu(), data.tokenizer.vocab)
+    faults = contradictions(x, data)
+    for name, values in (("valid", None if faults is None else (faults == 0).double()),
+                         ("contradictions", faults)):
+        row[name], row[name + "_se"] = (None, None) if values is None else mean_se(values)
+    return row
+
+
+def draw_samples(model, n, steps, device, seed, title=None):
+    """n sequences of the model's context (n, L): diffusion in `steps` steps, AR token by token.
+    The same seed gives models of one shape the same order of reveal."""
+    from diffusion import categorical
+    parts = range(0, n, BATCH)
+    out = []
+    for i in tqdm(parts, desc=title, disable=title is None, leave=False, ncols=90):
+        seed_all(seed, "samples", steps, i)
+        B = min(BATCH, n - i)
+        if model.config.causal:
+            prompt = torch.zeros((B, 0), dtype=torch.long, device=device)
+            out.append(generate(model, prompt, model.config.context, categorical))
+        else:
+            z = torch.full((B, model.config.context), model.mask_id, device=device)
+            out.append(sample(model, z, steps, model.mask_id))
+    return torch.cat(out)
+
+
+def evaluate(name, model, judge, data, steps, n, device, seed):
+    """One row of results: n samples of a model (None: n texts of the validation data) measured."""
+    if judge.config.vocab != data.tokenizer.vocab:
+        raise UserError(f"the judge has {judge.config.vocab} tokens, the data "
+                        f"{data.tokenizer.vocab}; judge with a model of the same dataset")
+    began = time.time()
+    if model is None:
+        seed_all(seed, "data")
+        x = data.batch("val", n, judge.config.context, device)
+    else:
+        x = draw_samples(model, n, steps, device, seed, f"{name}, {steps} steps")
+    return {"model": name, "steps": steps, **measure(x, judge, data),
+            "seconds": round(time.time() - began, 2)}
+
+
+def summary(row):
+    """A row in one line of text."""
+    text = f"{row['gen_ppl']:.2f} (±{row['gen_ppl_se']:.2f}) at entropy {row['entropy']:.2f}"
+    if row["valid"] is not None:
+        text += f", {row['valid']:.0%} valid, {row['contradictions']:.2f} contradictions"
+    return text
+
+
+def table(rows):
+    """Rows as text: a line per model with, for each number of steps, generative perplexity and
+    entropy, and below them the share of valid texts and the contradictions per text."""
+    columns = sorted({row["steps"] for row in rows if row["steps"]})
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [f"{'steps':10}" + "".join(f"{steps:>14}" for steps in columns)]
+    for name in names:
+        cells = {row["steps"]: row for row in rows if row["model"] == name}
+        if None in cells:                                # data and AR have no number of steps
+            cells = {columns[0]: cells[None]}
+        upper, lower = f"{name:10}", " " * 10
+        for steps in columns:
+            row = cells.get(steps)
+            upper += f"{row['gen_ppl']:>9.2f} {row['entropy']:.2f}" if row else " " * 14
+            if row and row["valid"] is not None:
+                lower += f"{row['valid']:>9.0%} {row['contradictions']:4.2f}"
+            else:
+                lower += " " * 14
+        lines += [upper] + [lower] * bool(lower.strip())
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def draw_curve(rows, path):
+    """Generative perplexity and entropy against steps, a line per model, as a PNG file, where
+    matplotlib is installed. Returns whether it was drawn."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    for axis, key, label in zip(axes, ("gen_ppl", "entropy"),
+                                ("generative perplexity", "unigram entropy (nats)")):
+        for i, name in enumerate(names):
+            points = [(row["steps"], row[key], row[key + "_se"]) for row in rows
+                      if row["model"] == name]
+            color = plt.cm.viridis(i / len(names))
+            if points[0][0] is None:
+                axis.axhline(points[0][1], color=color, linestyle="--", label=name)
+            else:
+                axis.errorbar(*zip(*[(s, y) for s, y, _ in points]), [e for _, _, e in points],
+                              color=color, marker="o", markersize=3, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("sampling steps")
+        axis.set_ylabel(label)
+    axes[0].set_yscale("log")
+    axes[1].legend(fontsize=8)
+    write(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    plt.close(fig)
+    return True
+
+
+def write_results(path, results):
+    write(path, lambda f: f.write(json.dumps(results, indent=1).encode()))
