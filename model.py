@@ -26,7 +26,7 @@ class ModelConfig:
 
 
 PRESETS = {                      # layers, heads, width, context; small to large are SDTT's sizes
-    "nano": dict(layers=4, heads=4, width=128, context=64),      # for a laptop CPU
+    "nano": dict(layers=3, heads=4, width=128, context=64),      # for a laptop CPU
     "small": dict(layers=12, heads=12, width=768, context=1024),
     "medium": dict(layers=24, heads=16, width=1024, context=1024),
     "large": dict(layers=24, heads=16, width=1536, context=1024),

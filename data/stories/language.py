@@ -40,11 +40,11 @@ BEATS = {                                # beat: (weight, plot or "" for any, se
     "feeling": [(4, "", "NAME was very sad ."),
                 (3, "", "SHE began to cry ."),
                 (2, "", "NAME called for help .")],
-    "help": [(5, "fell", "FRIEND got it out with a stick ."),
+    "help": [(5, "fell", "FRIEND got the THING with a stick ."),
              (3, "fell", "but FRIEND jumped in and got it ."),
-             (5, "gone", "FRIEND found it behind a big rock ."),
+             (5, "gone", "FRIEND found the THING behind a rock ."),
              (3, "gone", "but FRIEND looked up and saw it ."),
-             (5, "took", "FRIEND ran and made the ANIMAL stop ."),
+             (5, "took", "FRIEND ran and took the THING back ."),
              (3, "took", "but FRIEND gave the ANIMAL some bread .")],
     "ending": [(5, "", "NAME gave FHIM a big hug ."),
                (3, "", "they took the COLOUR THING home ."),
@@ -103,10 +103,8 @@ def generate(rng):
 
 
 def read(words):
-    """Parse a story (words, then any number of <end>): (log-probability, contradictions)."""
-    words, wrong, said = list(words), [], {}
-    while words and words[-1] == "<end>":
-        words.pop()
+    """Parse a story: (log-probability, contradictions)."""
+    wrong, said = [], {}
     for sentence in " ".join(words).replace(" .", " .\n").split("\n"):  # first find each beat
         sentence = sentence.split()
         beat, option = SENTENCES.get(skeleton(sentence), ("", None))
@@ -138,10 +136,10 @@ def read(words):
 
 
 def log_prob(words):
-    """Log-probability of a story (words; trailing <end> ignored) in nats; -inf if impossible."""
+    """Log-probability of a story (a list of words) in nats; -inf if impossible."""
     return read(words)[0]
 
 
 def contradictions(words):
-    """What is wrong with a story (words; trailing <end> ignored), one reason for each fault."""
+    """What is wrong with a story, one reason for each fault."""
     return read(words)[1]

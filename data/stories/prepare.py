@@ -2,8 +2,8 @@
 
     python data/stories/prepare.py
 
-Every story is a row of ROW words, filled up with <end>; language.py holds the generator and the
-oracle. About 1 in 100 fresh stories happens to be one of the training stories.
+Every story is a row of 50 words; language.py holds the generator and the oracle. About 1 in 100
+fresh stories happens to be one of the training stories.
 """
 import argparse
 import random
@@ -16,23 +16,20 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 from common import command, write_data                               # noqa: E402
 from data.stories.language import VOCABULARY, generate               # noqa: E402
 
-ROW = 51
-
 
 def main(argv=None):
     """Write train.bin, val.bin and meta.json beside this file."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     rng = random.Random(0)
-    words = VOCABULARY + ["<end>"]
+    words = VOCABULARY
     ids = {word: i for i, word in enumerate(words)}
 
     def rows(n):
         for _ in range(n):
-            story = generate(rng)
-            yield from (ids[word] for word in story + ["<end>"] * (ROW - len(story)))
-    write_data(FOLDER, list(rows(30_000)), list(rows(2_000)), stride=ROW,
+            yield from (ids[word] for word in generate(rng))
+    write_data(FOLDER, list(rows(30_000)), list(rows(2_000)), stride=len(generate(rng)),
                oracle="stories", tokenizer=dict(kind="words", items=words))
-    print(f"{FOLDER}: 30,000 + 2,000 stories of {ROW} words, {len(words)} different ones")
+    print(f"{FOLDER}: 30,000 + 2,000 stories of 50 words, {len(words)} different ones")
 
 
 if __name__ == "__main__":

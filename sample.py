@@ -1,0 +1,97 @@
+"""Text from any checkpoint: a masked diffusion model or an autoregressive one.
+
+    python sample.py out/stories-nano/round7.pt --steps 8 --num_samples 4
+    python sample.py out/stories-nano/round7.pt --prompt "one sunny day tom went to the park ."
+    python sample.py out/stories-nano/teacher.pt --infill "one sunny day _ went to the _ ."
+    python sample.py out/stories-nano/ar.pt --prompt "one windy day"
+
+The checkpoint is all that is needed. Token draws are exact, in float64; --temperature and --top_p
+change the law that the model has learned, and are off unless given.
+"""
+import re
+from dataclasses import dataclass
+
+import torch
+
+from common import UserError, command, flag, load_model, make_tokenizer, parse_flags, seed_all, start
+from diffusion import categorical, sample, sharpen
+from model import generate
+
+
+@dataclass
+class SampleConfig:
+    checkpoint: str                          # the argument without --
+    steps: int | None = flag(None, "diffusion steps [what the model was distilled for; a teacher "
+                             "32]; an AR model takes one per token", low=1)
+    num_samples: int = flag(4, "how many texts", low=1)
+    prompt: str = flag("", "how the text begins")
+    infill: str | None = flag(None, 'a text with gaps: "___" has three tokens, "_20_" twenty')
+    length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
+    temperature: float = flag(1.0, "below 1: likelier tokens more often; changes the law",
+                              low=0.01)
+    top_p: float = flag(1.0, "draw only among the likeliest tokens that have this probability "
+                        "together; changes the law", low=0.01, high=1)
+    seed: int = flag(0, "seed of the samples")
+    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+
+
+def parse_infill(text, tokenizer, mask_id):
+    """"a ___ b _20_" -> ids with mask_id in the gaps: 3 for the first, 20 for the second."""
+    ids = []
+    for part in re.split(r"(_+\d+_+|_+)", text):
+        if part.startswith("_"):
+            number = part.strip("_")
+            ids += [mask_id] * int(number or len(part))
+        elif tokenizer.spec["kind"] == "chars":
+            ids += tokenizer.encode(part)
+        else:                                # the space before a gap belongs to the gap's token
+            ids += tokenizer.encode(part.rstrip())
+    return ids
+
+
+def known_tokens(c, model, tokenizer):
+    """The text that is given: ids (n,), mask_id in its gaps. Raises UserError if it cannot be."""
+    if c.infill is not None and c.prompt:
+        raise UserError("--prompt and --infill together; put the prompt at the start of --infill")
+    if c.infill is not None and model.config.causal:
+        raise UserError(f"{c.checkpoint} is autoregressive and cannot fill gaps; give --prompt, "
+                        "or a diffusion checkpoint")
+    if c.length and c.length > model.config.context:
+        raise UserError(f"--length {c.length} is beyond the model's context of "
+                        f"{model.config.context} tokens")
+    ids = (tokenizer.encode(c.prompt) if c.infill is None else
+           parse_infill(c.infill, tokenizer, model.mask_id))
+    length = c.length or model.config.context
+    if len(ids) > length:
+        raise UserError(f"--{'prompt' if c.infill is None else 'infill'} has {len(ids)} tokens, "
+                        f"more than the text's {length}; shorten it")
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def main():
+    c = parse_flags(SampleConfig, __doc__, checkpoint="of train.py or distill.py")
+    p = start(c.device)
+    model, content = load_model(c.checkpoint, p.device)
+    tokenizer = make_tokenizer(content["tokenizer"])
+    known = known_tokens(c, model, tokenizer).to(p.device).expand(c.num_samples, -1)     # (B, n)
+    length = c.length or model.config.context
+    seed_all(c.seed)
+
+    def draw(logits):
+        return categorical(sharpen(logits, c.temperature, c.top_p))
+
+    if model.config.causal:
+        x = generate(model, known, length, draw)
+    else:
+        z = torch.full((c.num_samples, length), model.mask_id, device=p.device)
+        z[:, :known.shape[1]] = known
+        steps = c.steps or content.get("sampling_steps") or 32
+        x = sample(model, z, steps, model.mask_id, draw)
+    if c.infill is not None:                 # the model wrote on after the template
+        x = x[:, :known.shape[1]]
+    for row in x.tolist():
+        print(tokenizer.decode(row))
+
+
+if __name__ == "__main__":
+    command(main)
