@@ -39,7 +39,7 @@ class DistillConfig(LoopConfig):
     divergence: str = flag("kld", "from the student's to the teacher's prediction: reverse KL, "
                            "forward KL, Jensen-Shannon, total variation, squared log-probability",
                            choices=["kld", "fkl", "jsd", "tvd", "mse"])
-    steps_per_round: int = flag(200, "optimizer steps in a round", low=1)
+    steps_per_round: int = flag(150, "optimizer steps in a round", low=1)
     handover: str = flag("ema", "weights that a round hands to the next as its student and "
                          "teacher: ema (averaged) or raw", choices=["ema", "raw"])
     reset_optimizer: bool = flag(False, "begin each round with a fresh optimizer")

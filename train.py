@@ -65,10 +65,10 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     objective: str = flag("mdlm", "mdlm: masked diffusion; ar: next token",
                           choices=["mdlm", "ar"])
-    steps: int | None = flag(None, "optimizer steps [mdlm 2000, ar 400]", low=1)
+    steps: int | None = flag(None, "optimizer steps [mdlm 1500, ar 300]", low=1)
 
     def __post_init__(self):
-        self.steps = self.steps or {"mdlm": 2000, "ar": 400}[self.objective]
+        self.steps = self.steps or {"mdlm": 1500, "ar": 300}[self.objective]
 
     @property
     def path(self):
