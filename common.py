@@ -1,4 +1,4 @@
-"""What several scripts share: errors, flags, devices and processes, data, tokenizers, checkpoints.
+"""What several scripts share: errors, flags, devices and processes, optimizers, checkpoints.
 
 Randomness: every random draw here and in diffusion.py comes from torch's global generator, and
 `seed_all(seed, step, i)` sets it before each micro-batch i of each step. So a run that was stopped
@@ -8,15 +8,12 @@ import argparse
 import dataclasses
 import datetime
 import hashlib
-import importlib
-import json
+import math
 import os
-import pickle
 import sys
 import typing
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -57,7 +54,8 @@ def parse_flags(Config, description, argv=None, **positional):
 
     Exits with usage and status 2 on an unknown, ill-typed or out-of-range flag.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, text in positional.items():
         parser.add_argument(name, help=text)
     hints = typing.get_type_hints(Config)
@@ -113,123 +111,32 @@ def seed_all(*key):
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-# ---- tokenizers: plain JSON in, functions out
+# ---- learning rate, optimizers, averaged weights
 
-@dataclasses.dataclass
-class Tokenizer:
-    spec: dict                       # plain JSON, kept in meta.json and in every checkpoint
-    vocab: int                       # V
-    encode: typing.Callable          # str -> list of ids; UserError on what it cannot express
-    decode: typing.Callable          # list of ids -> str
-
-
-def make_tokenizer(spec):
-    """{"kind": "words" | "chars" | "bpe" | "gpt2", ...} -> Tokenizer."""
-    if spec["kind"] in ("words", "chars"):
-        items, space = spec["items"], " " if spec["kind"] == "words" else ""
-        ids = {item: i for i, item in enumerate(items)}
-
-        def encode(text):
-            parts = text.split() if space else list(text)
-            for part in parts:
-                if part not in ids:
-                    raise UserError(f"{part!r} is not in the vocabulary of {len(items)} "
-                                    f"{spec['kind']}, such as {' '.join(items[:12])!r}")
-            return [ids[part] for part in parts]
-        return Tokenizer(spec, len(items), encode, lambda x: space.join(items[i] for i in x))
-    import tiktoken
-    if spec["kind"] == "gpt2":
-        try:
-            bpe = tiktoken.get_encoding("gpt2")
-        except Exception as e:       # tiktoken downloads the file, with any of requests' errors
-            raise UserError("GPT-2's tokenizer could not be loaded; it needs the network once, or "
-                            f"a folder that has it in TIKTOKEN_CACHE_DIR ({type(e).__name__})")
-    else:                            # ranks[i]: the bytes of token i, as one character each
-        ranks = {token.encode("latin-1"): i for i, token in enumerate(spec["items"])}
-        bpe = tiktoken.Encoding("ours", pat_str=spec["pattern"], mergeable_ranks=ranks,
-                                special_tokens={"<end>": len(ranks)})
-    return Tokenizer(spec, bpe.n_vocab, bpe.encode_ordinary, bpe.decode)
+def lr_factor(step, steps, warmup, final):
+    """Linear warm-up to 1, then a cosine to `final` at the last step; final = 1 stays constant."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-# ---- data: a folder with train.bin, val.bin and meta.json, or as nanoGPT leaves it
-
-@dataclasses.dataclass
-class Data:
-    folder: Path
-    train: np.ndarray                # all tokens in a row, on disk (memmap)
-    val: np.ndarray
-    tokenizer: Tokenizer
-    stride: int | None               # a text begins at each multiple of it; None: anywhere
-    oracle: str | None               # "stories": its texts can be checked without error
-
-    def context(self, context):
-        """The context to train with: the one wanted, or the length of a row. Raises UserError if
-        a split is smaller than that."""
-        context = self.stride or context
-        for split in ("train", "val"):
-            if len(getattr(self, split)) < context:
-                raise UserError(f"{self.folder}/{split}.bin has {len(getattr(self, split))} tokens,"
-                                f" fewer than one context of {context}; use more text or a smaller"
-                                " --context")
-        return context
-
-    def batch(self, split, B, context, device):
-        """B random pieces of the split ("train" or "val"), ids (B, context), int64."""
-        tokens, step = getattr(self, split), self.stride or 1
-        first = torch.randint((len(tokens) - context) // step + 1, (B,)).numpy() * step
-        x = tokens[first[:, None] + np.arange(context)].astype(np.int64)
-        return torch.from_numpy(x).to(device)
+def make_optimizers(model, c):
+    """[Muon on the blocks' matrices, AdamW on the rest], or [AdamW]. Muon's steps are scaled to
+    AdamW's size, so that one learning rate serves both (arXiv 2502.16982)."""
+    matrices = [w for w in model.blocks.parameters() if w.ndim == 2 and c.optimizer == "muon"]
+    ids = {id(w) for w in matrices}
+    rest = [w for w in model.parameters() if id(w) not in ids]
+    adamw = torch.optim.AdamW(rest, c.lr, weight_decay=c.weight_decay, foreach=True)
+    return [adamw] if not matrices else [adamw, torch.optim.Muon(
+        matrices, c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
-class _NoClasses(pickle.Unpickler):
-    def find_class(self, module, name):
-        raise UserError(f"meta.pkl asks for {module}.{name}; only plain dicts and lists are read")
-
-
-def load_data(name, p):
-    """A dataset by name (data/NAME, made now if it is built in) or by folder -> Data.
-
-    With several processes p, the first one makes it. Raises UserError if it is unknown or broken.
-    """
-    if p.rank > 0:
-        dist.barrier()
-    data = _load_data(name)
-    if p.rank == 0 and p.world > 1:
-        dist.barrier()
-    return data
-
-
-def _load_data(name):
-    folder = ROOT / "data" / name if (ROOT / "data" / name).is_dir() else Path(name)
-    if not folder.is_dir():
-        known = sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py"))
-        raise UserError(f"--dataset {name}: no such folder, and none of {', '.join(known)}")
-    if not (folder / "val.bin").exists():
-        if name not in ("stories", "pydoc"):                         # the built-in ones
-            raise UserError(f"{folder} has no val.bin; python data/{name}/prepare.py makes it")
-        importlib.import_module(f"data.{name}.prepare").main([])
-    meta = {}
-    if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text())
-    elif (folder / "meta.pkl").exists():                             # nanoGPT's characters
-        with open(folder / "meta.pkl", "rb") as f:
-            itos = _NoClasses(f).load()["itos"]
-        meta["tokenizer"] = dict(kind="chars", items=[itos[i] for i in range(len(itos))])
-    tokenizer = make_tokenizer(meta.get("tokenizer", {"kind": "gpt2"}))
-    dtype = np.uint16 if tokenizer.vocab <= 65536 else np.uint32
-    try:
-        train, val = (np.memmap(folder / f"{s}.bin", dtype, "r") for s in ("train", "val"))
-    except (ValueError, OSError) as e:
-        raise UserError(f"{folder}: train.bin and val.bin cannot be read ({e}); prepare it again")
-    return Data(folder, train, val, tokenizer, meta.get("stride"), meta.get("oracle"))
-
-
-def write_data(folder, train, val, **meta):
-    """Write ids train and val (lists) and meta (with a tokenizer's spec) as a dataset folder."""
-    dtype = np.uint16 if make_tokenizer(meta["tokenizer"]).vocab <= 65536 else np.uint32
-    write(folder / "meta.json", lambda f: f.write(json.dumps(meta).encode()))
-    for name, ids in (("train", train), ("val", val)):               # val.bin last: it is done
-        write(folder / f"{name}.bin", lambda f: f.write(np.array(ids, dtype).tobytes()))
+@torch.no_grad()
+def ema_update(ema, model, decay, step):
+    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)), a warm-up."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
 # ---- checkpoints: one file, plain values and tensors only
@@ -249,6 +156,10 @@ def write(path, to_file):
         raise UserError(f"{path} cannot be written ({e}); make room or choose another folder")
 
 
+KEYS = {"kind", "model_config", "model", "ema", "optimizer", "step", "steps", "seconds", "config",
+        "tokenizer"}
+
+
 def save_checkpoint(path, **content):
     """Save {'format', 'kind', 'model_config', 'model', 'ema', 'tokenizer', 'step', ...}."""
     write(path, lambda f: torch.save({"format": 1, **content}, f))
@@ -258,14 +169,15 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
     """Read a checkpoint onto the CPU. Raises UserError on a missing, foreign or wrong one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        kind = content["kind"] if content["format"] == 1 else None
+        if content["format"] != 1 or not KEYS <= content.keys():
+            raise ValueError("another format")
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train.py and distill.py make them")
     except Exception as e:           # torch.load fails in many ways on what is not a checkpoint
         raise UserError(f"{path} is not a whole checkpoint of this project "
                         f"({type(e).__name__}); delete it to have it made again")
-    if kind not in kinds:
-        raise UserError(f"{path} holds a model of kind {kind!r}, but {' or '.join(kinds)} is "
+    if content["kind"] not in kinds:
+        raise UserError(f"{path} holds a model of kind {content['kind']!r}, but {' or '.join(kinds)} is "
                         "needed here")
     return content
 
@@ -276,3 +188,50 @@ def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
     model = Transformer(ModelConfig(**content["model_config"]))
     model.load_state_dict(content["ema"])
     return model.to(device).eval(), content
+
+
+@dataclasses.dataclass
+class Run:
+    """A model in training, and what its checkpoint says of it."""
+    path: Path                   # of the checkpoint; the log is kept beside it
+    steps: int                   # optimizer steps from beginning to end
+    model: Transformer
+    ema: Transformer             # the averaged weights, which are what is evaluated
+    optimizers: list
+    content: dict                # what else the checkpoint holds: kind, config, tokenizer, ...
+    averaged: int = 0            # steps that went into ema before this run
+    step: int = 0                # steps done
+    seconds: float = 0.0         # time they took
+
+
+def save(run):
+    """Write run's checkpoint. The frozen teacher of a round is kept as long as it is needed."""
+    content = run.content | ({"teacher": None} if run.step == run.steps else {})
+    save_checkpoint(run.path, **content, step=run.step, steps=run.steps, seconds=run.seconds,
+                    model_config=dataclasses.asdict(run.model.config),
+                    model=run.model.state_dict(), ema=run.ema.state_dict(),
+                    optimizer=[o.state_dict() for o in run.optimizers])
+
+
+def resume(run, c, free):
+    """Put run where its checkpoint stands, if there is one; returns the checkpoint, or None.
+
+    Raises UserError where it was made with other flags than c, but for those named in `free`.
+    """
+    if not run.path.exists():
+        return None
+    saved = load_checkpoint(run.path, kinds=(run.content["kind"],))
+    for key, value in dataclasses.asdict(c).items():
+        if key not in free and saved["config"].get(key) != value:
+            raise UserError(f"{run.path} was made with --{key} {saved['config'].get(key)}, not "
+                            f"{value}; give the same flag, remove the file, or choose another "
+                            "--out")
+    if saved.get("origin") != run.content.get("origin"):
+        raise UserError(f"{run.path} was distilled from another teacher; remove the round files "
+                        "or choose another --out")
+    run.model.load_state_dict(saved["model"])
+    run.ema.load_state_dict(saved["ema"])
+    for optimizer, state in zip(run.optimizers, saved["optimizer"], strict=True):
+        optimizer.load_state_dict(state)
+    run.step, run.seconds = saved["step"], saved["seconds"]
+    return saved

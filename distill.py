@@ -22,12 +22,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import evaluate
-from common import (UserError, command, flag, load_checkpoint, load_data, load_model, parse_flags,
-                    save_checkpoint, start, write)
+from common import (Run, UserError, command, flag, load_model, make_optimizers, parse_flags,
+                    resume, start, write)
+from data.dataset import load_data
 from diffusion import q_sample, sample_t, unmask_step
-from model import ModelConfig, Transformer
-from train import (LoopConfig, TrainConfig, as_command, check_same, fit, load_state,
-                   make_optimizers, prepare_model, state, train)
+from model import Transformer
+from train import LoopConfig, TrainConfig, as_command, fit, prepare_model, train
 
 
 @dataclass
@@ -144,38 +144,25 @@ def fingerprint(model):
 def distill_round(c, p, data, r, student, ema, optimizers, origin):
     """Round r (from 0), or what is left of it: student and ema are trained in place.
 
-    Returns the optimizers, for the next round, and the seconds it took.
+    origin: fingerprint of the first teacher. Returns the optimizers, for the next round, and the
+    seconds it took.
     """
-    path = c.folder / f"round{r + 1}.pt"
-    dt, done, spent = 1 / schedule(c.teacher_steps, c.rounds, c.k)[r], 0, 0.0
+    dt = 1 / schedule(c.teacher_steps, c.rounds, c.k)[r]
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     if optimizers is None or c.reset_optimizer:
         optimizers = make_optimizers(student, c)
-    if path.exists():
-        saved = load_checkpoint(path, kinds=("sdtt",))
-        check_same(path, saved["config"], c, ANYTIME)
-        if saved["origin"] != origin:
-            raise UserError(f"{path} was distilled from another teacher; remove the round files "
-                            "or choose another --out")
-        done, spent = saved["step"], saved["seconds"]
-        load_state(saved, student, ema, optimizers)
-        if done < c.steps_per_round:
-            teacher.load_state_dict(saved["teacher"])
-    content = dict(kind="sdtt", round=r + 1, tokenizer=data.tokenizer.spec, origin=origin,
-                   sampling_steps=round(1 / (c.k * dt)), config=dataclasses.asdict(c))
-
-    def save(step, seconds):
-        last = step == c.steps_per_round             # the teacher is kept while it is needed
-        save_checkpoint(path, step=step, steps=c.steps_per_round, seconds=spent + seconds,
-                        teacher=None if last else teacher.state_dict(), **content,
-                        **state(student, ema, optimizers))
-    loss = functools.partial(sdtt_loss, teacher=teacher, dt=dt, k=c.k, kind=c.divergence,
-                             mask_id=student.mask_id)
-    seconds = fit(c, p, f"round {r + 1}", data, student, ema, optimizers, loss, path, save, done,
-                  c.steps_per_round, before=r * c.steps_per_round)
+    run = Run(c.folder / f"round{r + 1}.pt", c.steps_per_round, student, ema, optimizers, dict(
+        kind="sdtt", round=r + 1, sampling_steps=round(1 / (c.k * dt)), origin=origin,
+        tokenizer=data.tokenizer.spec, config=dataclasses.asdict(c),
+        teacher=teacher.state_dict()), averaged=r * c.steps_per_round)
+    saved = resume(run, c, ANYTIME)
+    if saved and saved["teacher"]:
+        teacher.load_state_dict(saved["teacher"])
+    fit(c, p, data, run, functools.partial(sdtt_loss, teacher=prepare_model(teacher, c, p), dt=dt,
+                                           k=c.k, kind=c.divergence, mask_id=student.mask_id))
     if c.handover == "ema":
         student.load_state_dict(ema.state_dict())
-    return optimizers, spent + seconds
+    return optimizers, run.seconds
 
 
 # ---- the results
@@ -286,8 +273,9 @@ def main():
         results["rows"] = [row for name in order for row in results["rows"]
                            if row["model"] == name]
         evaluate.write_results(c.folder / "results.json", results)
-        print("\ngenerative perplexity and entropy" + (
-            "; below, share of valid stories and contradictions per story" * bool(data.oracle)))
+        print("\ngenerative perplexity and entropy"
+              + "\nshare of valid texts, contradictions per text" * bool(data.oracle)
+              + "\nentropy of all texts together" + ", copies of training texts" * bool(data.stride))
         print(evaluate.table(results["rows"]))
         show_samples(c, p, data, {"teacher": teacher, f"round {c.rounds}": ema})
         if not evaluate.draw_curve(results["rows"], c.folder / "curve.png"):

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, seed_all, write
-from diffusion import sample
+from diffusion import categorical, sample
 from model import generate, nll
 
 BATCH = 32                           # sequences sampled at a time
@@ -32,10 +32,17 @@ def gen_ppl(judge, x):
 
 
 def entropy(x, vocab):
-    """Entropy of each sequence's own token frequencies, x (n, L) -> (n,) nats, averaged with SE.
-    Below the data's it means repetition."""
+    """Entropy of each sequence's own token frequencies, x (n, L) -> mean in nats, and its SE.
+    Below the data's it means repetition within a text."""
     counts = torch.zeros(len(x), vocab).scatter_add_(1, x, torch.ones(x.shape))
     return mean_se(torch.special.entr(counts / x.shape[1]).sum(1))
+
+
+def pooled_entropy(x, vocab):
+    """Entropy of the token frequencies of all of x (n, L) together, in nats, and its SE.
+    Below the data's it means that the texts resemble each other, be each as rich as it may."""
+    p = torch.bincount(x.flatten(), minlength=vocab) / x.numel()     # (V,)
+    return mean_se(-p.log()[x].mean(1))      # the entropy is the mean of -log p over all tokens
 
 
 def contradictions(x, data):
@@ -47,14 +54,27 @@ def contradictions(x, data):
                          for row in x.tolist()])
 
 
+def copies(x, data):
+    """Which of x (n, L) are training texts word for word, (n,) bool; None where a text may begin
+    anywhere."""
+    if data.stride != x.shape[1]:
+        return None
+    samples = [row.astype(data.train.dtype).tobytes() for row in x.numpy()]
+    rows = data.train[:len(data.train) // data.stride * data.stride].reshape(-1, data.stride)
+    known = set(samples) & {row.tobytes() for row in rows}
+    return torch.tensor([sample in known for sample in samples])
+
+
 def measure(x, judge, data):
     """Everything about samples x (n, L): {"gen_ppl", "gen_ppl_se", "entropy", ..., "samples"}."""
-    row = {"samples": len(x)}
+    row, vocab = {"samples": len(x)}, data.tokenizer.vocab
     row["gen_ppl"], row["gen_ppl_se"] = gen_ppl(judge, x)
-    row["entropy"], row["entropy_se"] = entropy(x.cpu(), data.tokenizer.vocab)
+    x = x.cpu()
+    row["entropy"], row["entropy_se"] = entropy(x, vocab)
+    row["pooled_entropy"], row["pooled_entropy_se"] = pooled_entropy(x, vocab)
     faults = contradictions(x, data)
-    for name, values in (("valid", None if faults is None else (faults == 0).double()),
-                         ("contradictions", faults)):
+    for name, values in (("valid", None if faults is None else faults == 0),
+                         ("contradictions", faults), ("copies", copies(x, data))):
         row[name], row[name + "_se"] = (None, None) if values is None else mean_se(values)
     return row
 
@@ -62,7 +82,6 @@ def measure(x, judge, data):
 def draw_samples(model, n, steps, device, seed, title=None):
     """n sequences of the model's context (n, L): diffusion in `steps` steps, AR token by token.
     The same seed gives models of one shape the same order of reveal."""
-    from diffusion import categorical
     parts = range(0, n, BATCH)
     out = []
     for i in tqdm(parts, desc=title, disable=title is None, leave=False, ncols=90):
@@ -100,9 +119,13 @@ def summary(row):
     return text
 
 
+LINES = (("gen_ppl", "entropy", "9.2f", "5.2f"), ("valid", "contradictions", "9.0%", "5.2f"),
+         ("pooled_entropy", "copies", "9.2f", "5.0%"))   # of a model in the table
+
+
 def table(rows):
-    """Rows as text: a line per model with, for each number of steps, generative perplexity and
-    entropy, and below them the share of valid texts and the contradictions per text."""
+    """Rows as text: for each model and number of steps generative perplexity and entropy; below,
+    where there is an oracle, valid share and contradictions; below, pooled entropy and copies."""
     columns = sorted({row["steps"] for row in rows if row["steps"]})
     names = list(dict.fromkeys(row["model"] for row in rows))
     lines = [f"{'steps':10}" + "".join(f"{steps:>14}" for steps in columns)]
@@ -110,16 +133,14 @@ def table(rows):
         cells = {row["steps"]: row for row in rows if row["model"] == name}
         if None in cells:                                # data and AR have no number of steps
             cells = {columns[0]: cells[None]}
-        upper, lower = f"{name:10}", " " * 10
-        for steps in columns:
-            row = cells.get(steps)
-            upper += f"{row['gen_ppl']:>9.2f} {row['entropy']:.2f}" if row else " " * 14
-            if row and row["valid"] is not None:
-                lower += f"{row['valid']:>9.0%} {row['contradictions']:4.2f}"
-            else:
-                lower += " " * 14
-        lines += [upper] + [lower] * bool(lower.strip())
-    return "\n".join(line.rstrip() for line in lines)
+        for i, (left, right, *formats) in enumerate(LINES):
+            line = name if i == 0 else ""
+            for j, steps in enumerate(columns):
+                values = [cells[steps][key] for key in (left, right)] if steps in cells else []
+                cell = "".join(format(v, f) for v, f in zip(values, formats) if v is not None)
+                line = f"{line:<{10 + 14 * j}}{cell}"
+            lines += [line.rstrip()] if line.strip() else []
+    return "\n".join(lines)
 
 
 def draw_curve(rows, path):

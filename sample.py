@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UserError, command, flag, load_model, make_tokenizer, parse_flags, seed_all, start
+from common import UserError, command, flag, load_model, parse_flags, seed_all, start
+from data.dataset import make_tokenizer
 from diffusion import categorical, sample, sharpen
 from model import generate
 

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (ROOT, UserError, command, flag, load_checkpoint, load_data, parse_flags,
-                    save_checkpoint, seed_all, start, write)
+from common import (Run, command, ema_update, flag, load_checkpoint, lr_factor, make_optimizers,
+                    parse_flags, resume, save, seed_all, start, write)
+from data.dataset import load_data
 from diffusion import nelbo
 from model import PRESETS, ModelConfig, Transformer, nll
 
@@ -78,54 +78,59 @@ class TrainConfig(LoopConfig):
 FREE = {"out", "device", "bf16", "compile", "log_every", "save_every"}  # may change in a resume
 
 
-def lr_factor(step, steps, warmup, final):
-    """Linear warm-up to 1, then a cosine to `final` at the last step; final = 1 stays constant."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+# ---- the loop
+
+def fit(c, p, data, run, loss):
+    """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
+
+    c: LoopConfig; p: Processes; loss: f(model, x (B, L)) -> scalar, in nats per token.
+    """
+    if run.step == run.steps:
+        return
+    if p.rank == 0:
+        rewind_log(run)
+    net = DistributedDataParallel(run.model) if p.world > 1 else run.model
+    run.model.train()
+    first, spent, began = run.step, run.seconds, time.time()
+    with tqdm(total=run.steps, initial=first, desc=run.path.stem, disable=p.rank > 0,
+              mininterval=1, ncols=90) as bar:
+        for step in range(first, run.steps):
+            total = backward(c, p, data, run, net, loss)
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.clip)
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = c.lr * lr_factor(step, run.steps, c.warmup, c.final_lr)
+                optimizer.step()
+                optimizer.zero_grad()
+            ema_update(run.ema, run.model, c.ema, run.averaged + step)
+            run.step, run.seconds = step + 1, spent + time.time() - began
+            speed = ((run.step - first) * c.batch * run.model.config.context
+                     / (time.time() - began))        # tokens per second
+            if run.step % 20 == 0:                   # not always: reading it waits for a GPU
+                bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", False)
+            bar.update()
+            last = run.step == run.steps
+            if last or run.step % c.log_every == 0:
+                if p.world > 1:
+                    dist.all_reduce(total)
+                write_log(p, run, loss=total.item() / p.world, tokens_per_s=speed,
+                          val_loss=validate(run.ema, loss, data, c, p.device))
+            if p.rank == 0 and (last or run.step % c.save_every == 0):
+                save(run)
 
 
-def make_optimizers(model, c):
-    """[Muon on the blocks' matrices, AdamW on the rest], or [AdamW]. Muon's steps are scaled to
-    AdamW's size, so that one learning rate serves both (arXiv 2502.16982)."""
-    matrices = [w for w in model.blocks.parameters() if w.ndim == 2 and c.optimizer == "muon"]
-    ids = {id(w) for w in matrices}
-    rest = [w for w in model.parameters() if id(w) not in ids]
-    adamw = torch.optim.AdamW(rest, c.lr, weight_decay=c.weight_decay, foreach=True)
-    return [adamw] if not matrices else [adamw, torch.optim.Muon(
-        matrices, c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")]
+def backward(c, p, data, run, net, loss):
+    """The gradient of one step, left in the parameters; returns this process's loss.
 
-
-@torch.no_grad()
-def ema_update(ema, model, decay, step):
-    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)), a warm-up."""
-    d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
-
-
-@torch.no_grad()
-def validate(model, loss, data, c, device, batches=4):
-    """Mean loss on validation text, always with the same text and noise; leaves the RNG alone."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        total = 0.0
-        for i in range(batches):
-            seed_all("validation", i)
-            x = data.batch("val", 128 if c.preset == "nano" else 16, model.config.context, device)
-            total += loss(model, x).item() / batches
-    return total
-
-
-def backward(c, p, net, model, data, loss, name, step):
-    """One step's gradient of the mean loss over the global batch, left in the parameters; returns
-    this process's share of the loss. The batch is a list of micro-batches, each with a seed of
-    its own, dealt out to the processes in turn; gradients are averaged after the last."""
+    The global batch is a list of micro-batches, each with a seed of its own, dealt out to the
+    processes in turn. Gradients are averaged between processes after the last.
+    """
     micro = c.micro_batch or c.batch // p.world                      # sequences
     count = c.batch // micro // p.world                              # micro-batches per process
     total = torch.zeros((), device=p.device)
     for i in range(count):
-        seed_all(c.seed, name, step, i * p.world + p.rank)
-        x = data.batch("train", micro, model.config.context, p.device)       # (micro, L)
+        seed_all(c.seed, run.path.stem, run.step, i * p.world + p.rank)
+        x = data.batch("train", micro, run.model.config.context, p.device)       # (micro, L)
         alone = p.world == 1 or i == count - 1
         with contextlib.nullcontext() if alone else net.no_sync():
             value = loss(net, x) / count
@@ -134,92 +139,44 @@ def backward(c, p, net, model, data, loss, name, step):
     return total
 
 
-def rewind_log(path, done):
-    """Drop the lines after step `done`: a stop may have come between a line and a checkpoint."""
-    lines = path.read_text().splitlines(True) if path.exists() and done else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
+@torch.no_grad()
+def validate(model, loss, data, c, device, batches=4):
+    """Mean loss on validation text, always with the same text and noise; leaves the RNG alone."""
+    total = 0.0
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for i in range(batches):
+            seed_all("validation", i)
+            x = data.batch("val", 128 if c.preset == "nano" else 16, model.config.context, device)
+            total += loss(model, x).item() / batches
+    return total
+
+
+def write_log(p, run, **entry):
+    """One line for the reader, one line of JSON beside the checkpoint."""
+    if p.rank == 0:
+        tqdm.write(f"{run.path.stem}: step {run.step}, loss {entry['loss']:.4f}, validation "
+                   f"{entry['val_loss']:.4f}, {entry['tokens_per_s']:,.0f} tokens/s")
+        with open(run.path.with_suffix(".jsonl"), "a") as f:
+            f.write(json.dumps({"step": run.step, **entry}) + "\n")
+
+
+def rewind_log(run):
+    """Drop the lines after run.step: a stop may have come between a line and a checkpoint."""
+    path = run.path.with_suffix(".jsonl")
+    lines = path.read_text().splitlines(True) if path.exists() and run.step else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= run.step]
     write(path, lambda f: f.write("".join(kept).encode()))
 
 
-def fit(c, p, name, data, model, ema, optimizers, loss, path, save, done, steps, before=0):
-    """The training loop: model and ema are trained in place from step `done` to `steps`.
-
-    c: LoopConfig; p: Processes; name: of the run, part of every seed; loss: f(model, x (B, L)) ->
-    scalar; path: of the checkpoint, beside which the log is kept; save(step, seconds): writes the
-    checkpoint; before: steps that ema has seen in earlier runs. Returns the seconds it took.
-    """
-    if done >= steps:
-        return 0.0
-    if p.rank == 0:
-        rewind_log(path.with_suffix(".jsonl"), done)
-    net = DistributedDataParallel(model) if p.world > 1 else model
-    model.train()
-    began = time.time()
-    bar = tqdm(total=steps, initial=done, desc=name, disable=p.rank > 0, mininterval=1, ncols=90)
-    for step in range(done, steps):
-        total = backward(c, p, net, model, data, loss, name, step)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = c.lr * lr_factor(step, steps, c.warmup, c.final_lr)
-            optimizer.step()
-            optimizer.zero_grad()
-        ema_update(ema, model, c.ema, before + step)
-        now, seconds = step + 1, time.time() - began
-        speed = (now - done) * c.batch * model.config.context / seconds
-        if now % 20 == 0:                            # reading the loss waits for the GPU
-            bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
-        bar.update()
-        if now % c.log_every == 0 or now == steps:
-            if p.world > 1:
-                dist.all_reduce(total)
-            write_log(p, name, path, step=now, loss=total.item() / p.world, tokens_per_s=speed,
-                      val_loss=validate(ema, loss, data, c, p.device))
-        if p.rank == 0 and (now % c.save_every == 0 or now == steps):
-            save(now, seconds)
-    bar.close()
-    return time.time() - began
-
-
-def write_log(p, name, path, **entry):
-    """One line for the reader, one line of JSON beside the checkpoint."""
-    if p.rank == 0:
-        tqdm.write(f"{name}: step {entry['step']}, loss {entry['loss']:.4f}, validation "
-                   f"{entry['val_loss']:.4f}, {entry['tokens_per_s']:,.0f} tokens/s")
-        with open(path.with_suffix(".jsonl"), "a") as f:
-            f.write(json.dumps(entry) + "\n")
-
-
-# ---- checkpoints of a run, and running one
-
-def state(model, ema, optimizers):
-    """What a checkpoint holds of a run (common.save_checkpoint)."""
-    return dict(model_config=dataclasses.asdict(model.config), model=model.state_dict(),
-                ema=ema.state_dict(), optimizer=[o.state_dict() for o in optimizers])
-
-
-def load_state(saved, model, ema, optimizers):
-    """Put a checkpoint's state back."""
-    model.load_state_dict(saved["model"])
-    ema.load_state_dict(saved["ema"])
-    for optimizer, content in zip(optimizers, saved["optimizer"], strict=True):
-        optimizer.load_state_dict(content)
-
-
-def check_same(path, saved, c, free):
-    """Raise UserError where a checkpoint was made with other flags than c, but for the `free`."""
-    for key, value in dataclasses.asdict(c).items():
-        if key not in free and saved[key] != value:
-            raise UserError(f"{path} was made with --{key} {saved[key]}, not {value}; give the "
-                            "same flag, remove the file, or choose another --out")
-
+# ---- pretraining
 
 def prepare_model(model, c, p):
-    """Onto the device, with bfloat16 blocks and compiled where asked for."""
+    """Onto the device, with bfloat16 inside the blocks and compiled blocks where asked for."""
     model = model.to(p.device)
     model.bf16 = c.bf16 if c.bf16 is not None else p.device.type == "cuda"
     if c.compile:
-        model.hidden = torch.compile(model.hidden)
+        for block in model.blocks:               # block by block: one is compiled, all share it
+            block.compile()
     return model
 
 
@@ -240,33 +197,23 @@ def train(c, p, as_saved=False):
 
     as_saved: a checkpoint made with other flags goes on with its own instead of being refused.
     """
-    saved = load_checkpoint(c.path, kinds=(c.objective,)) if c.path.exists() else None
-    if saved and as_saved:
-        c = dataclasses.replace(c, **{k: v for k, v in saved["config"].items() if k not in FREE})
-    if saved:
-        check_same(c.path, saved["config"], c, FREE)
-    done, spent = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
-    if done >= c.steps:
-        if p.rank == 0:
-            print(f"{c.path} is there: {done} steps, {spent:.0f} s")
-        return c.path
+    if as_saved and c.path.exists():
+        old = load_checkpoint(c.path, kinds=(c.objective,))["config"]
+        c = dataclasses.replace(c, **{k: v for k, v in old.items() if k not in FREE})
     data = load_data(c.dataset, p)
     sizes = PRESETS[c.preset] | {"context": data.context(c.context or PRESETS[c.preset]["context"])}
     seed_all(c.seed, c.objective)
     config = ModelConfig(data.tokenizer.vocab, causal=c.objective == "ar", dropout=c.dropout,
                          positions=c.positions or ("both" if data.stride else "rope"), **sizes)
-    model = Transformer(config).to(p.device)
-    ema, optimizers = copy.deepcopy(model).eval(), make_optimizers(model, c)
-    if saved:
-        load_state(saved, model, ema, optimizers)
-    loss = functools.partial({"ar": ar_loss, "mdlm": nelbo}[c.objective], mask_id=model.mask_id)
-
-    def save(step, seconds):
-        save_checkpoint(c.path, kind=c.objective, step=step, steps=c.steps,
-                        seconds=spent + seconds, config=dataclasses.asdict(c),
-                        tokenizer=data.tokenizer.spec, **state(model, ema, optimizers))
-    fit(c, p, c.path.stem, data, prepare_model(model, c, p), prepare_model(ema, c, p), optimizers,
-        loss, c.path, save, done, c.steps)
+    model = prepare_model(Transformer(config), c, p)
+    ema = prepare_model(copy.deepcopy(model).eval(), c, p)
+    run = Run(c.path, c.steps, model, ema, make_optimizers(model, c), dict(
+        kind=c.objective, config=dataclasses.asdict(c), tokenizer=data.tokenizer.spec))
+    resume(run, c, FREE)
+    if run.step == run.steps and p.rank == 0:
+        print(f"{c.path} is there: {run.steps} steps, {run.seconds:.0f} s")
+    loss = {"ar": ar_loss, "mdlm": nelbo}[c.objective]
+    fit(c, p, data, run, functools.partial(loss, mask_id=model.mask_id))
     return c.path
 
 

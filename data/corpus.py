@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 import regex                             # comes with tiktoken
 from tqdm import tqdm
 
-from common import UserError, make_tokenizer, write_data
+from common import UserError
+from data.dataset import make_tokenizer, write_data
 
 # GPT-2's rule for what a merge may not cross: contractions, words, numbers, signs, white space
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -9,7 +9,6 @@ skewed, as in natural language: the i-th word of a list has weight 1/i.
     contradictions(words)    what is wrong with it, one reason each; [] exactly when log_prob > -inf
 """
 import math
-import random
 
 NAMES = "lily tom anna ben mia sam zoe max".split()      # girls and boys in turn
 WORDS = {

@@ -1,0 +1,1 @@
+"""Datasets: dataset.py reads them, corpus.py makes them from text, NAME/prepare.py makes one."""

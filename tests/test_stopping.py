@@ -1,0 +1,414 @@
+"""A run that is stopped at any moment goes on as if nothing had been; files are never half there.
+
+One process imports torch once and forks a child per attempt, so that each kill is a real SIGKILL
+and costs no start-up. The children have one thread, and all comparisons are bit for bit.
+"""
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import distill
+import train
+from data import dataset
+
+ROOT = Path(common.__file__).resolve().parent
+SMALL = ["--batch", "8", "--device", "cpu", "--log_every", "1", "--save_every", "2"]
+TRAIN = SMALL + ["--steps", "12", "--warmup", "3"]
+ROUNDS = SMALL + ["--rounds", "2", "--teacher_steps", "8", "--steps_per_round", "5",
+                  "--samples", "4", "--warmup", "2"]
+OTHER = ["--handover", "raw", "--reset_optimizer", "--dropout", "0.2", "--micro_batch", "4"]
+
+# argv[1]: jobs as JSON, {"script", "argv", "seed"}; with a seed, each attempt is killed at a random
+# moment until one comes through. Prints a list of {"code", "places" of the kills, "out"}.
+DRIVER = """
+import io, json, os, random, signal, sys, tempfile
+import torch
+import common, distill, train
+
+torch.set_num_threads(1)
+distill.COLUMNS[:] = [4, 8]
+few_steps = train.TrainConfig.__post_init__
+train.TrainConfig.__post_init__ = lambda c: (setattr(c, "steps", c.steps or 5), few_steps(c))[1]
+
+
+def arm(place, n):
+    calls = [0]
+
+    def die_at(where):
+        calls[0] += where == place
+        if calls[0] == n and where == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_save(content, f, save=torch.save):
+        whole = io.BytesIO()
+        save(content, whole)
+        f.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+        f.flush()
+        die_at("half written")
+        f.write(whole.getvalue()[len(whole.getvalue()) // 2:])
+
+    def fsync(fd, fsync=os.fsync):
+        die_at("before fsync")
+        fsync(fd)
+
+    def replace(a, b, replace=os.replace):
+        die_at("before replace")
+        replace(a, b)
+        die_at("after replace")
+
+    def ema_update(*args, update=train.ema_update):
+        die_at("in a step")
+        update(*args)
+
+    def write_log(*args, log=train.write_log, **kw):
+        log(*args, **kw)
+        die_at("after a log line")
+    torch.save, os.fsync, os.replace = half_save, fsync, replace
+    train.ema_update, train.write_log = ema_update, write_log
+
+
+def attempt(job, kill, out):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
+    code = 1
+    try:
+        if kill:
+            arm(*kill)
+        sys.argv = [job["script"]] + job["argv"]
+        common.command({"train.py": train.main, "distill.py": distill.main}[job["script"]])
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    finally:
+        if code == 1:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+PLACES = ["half written", "before replace", "in a step", "after a log line", "before fsync",
+          "after replace"]
+results = []
+for job in json.loads(sys.argv[1]):
+    rng, places = random.Random(job["seed"]), []
+    with tempfile.TemporaryFile("w+") as out:
+        while True:
+            place = PLACES[len(places) % len(PLACES)]
+            kill = (place, rng.randint(1, 4)) if job["seed"] is not None else None
+            status = attempt(job, kill, out)
+            if not os.WIFSIGNALED(status) or len(places) > 60:
+                break
+            places.append(place)
+        out.seek(0)
+        results.append({"code": os.waitstatus_to_exitcode(status), "places": places,
+                        "out": out.read()[-3000:]})
+print(json.dumps(results))
+"""
+
+
+def make_dataset(folder):
+    """A dataset of random words, 10 of them, in rows of 12."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, (240 * 12,), generator=generator).tolist()
+    words = [f"w{i}" for i in range(10)]
+    dataset.write_data(folder, ids[:200 * 12], ids[200 * 12:], stride=12,
+                      tokenizer=dict(kind="words", items=words))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every run of this file, whole and killed: {name: folder}, "dataset" and "reports"."""
+    top = tmp_path_factory.mktemp("runs")
+    data = ["--dataset", str(make_dataset(top / "data"))]
+    kinds = {"mdlm": ("train.py", TRAIN), "ar": ("train.py", TRAIN + ["--objective", "ar"]),
+             "distill": ("distill.py", ROUNDS), "distill2": ("distill.py", ROUNDS + OTHER)}
+    jobs = {}
+    for name, (script, argv) in kinds.items():
+        for how, seed in (("whole", None), ("killed", 1)):
+            out = str(top / f"{name}-{how}")
+            jobs[f"{name}-{how}"] = dict(script=script, argv=argv + data + ["--out", out],
+                                         seed=seed)
+    done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(list(jobs.values()))],
+                          cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = dict(zip(jobs, json.loads(done.stdout)))
+    return {"dataset": top / "data", "reports": found, **{name: top / name for name in jobs}}
+
+
+def call(module, *argv):
+    """Run a script's main in this process as its command line would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__] + [str(a) for a in argv])
+        patch.setattr(distill, "COLUMNS", [4, 8])
+        common.command(module.main)
+
+
+def refused(capsys, module, *argv):
+    """The one sentence on stderr with which a command is refused (status 2)."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(module, *argv)
+    error = capsys.readouterr().err
+    sentence = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(sentence) == 1 and error.endswith(sentence[0] + "\n")
+    return sentence[0]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def names(run):
+    """The checkpoints that a run leaves."""
+    if run.startswith("distill"):
+        return ["ar", "teacher", "round1", "round2"]
+    return [{"mdlm": "teacher", "ar": "ar"}[run]]
+
+
+@pytest.mark.parametrize("run", ["mdlm", "ar", "distill", "distill2"])
+def test_killed_runs_were_killed_often_and_while_writing(runs, run):
+    """The kills land at the places meant, so that the next tests prove something. The moments come
+    from a fixed seed: no false alarm."""
+    whole, killed = runs["reports"][run + "-whole"], runs["reports"][run + "-killed"]
+    assert whole["code"] == 0 and not whole["places"], whole["out"]
+    assert killed["code"] == 0, killed["out"]
+    assert len(killed["places"]) >= 4
+    assert {"half written", "before replace", "in a step"} <= set(killed["places"])
+
+
+@pytest.mark.parametrize("run", ["mdlm", "ar", "distill", "distill2"])
+def test_killed_and_resumed_weights_equal_uninterrupted_ones(runs, run):
+    """Model, EMA and optimizers of every checkpoint, bit for bit (one thread): no false alarm."""
+    for name in names(run):
+        whole, killed = (load(runs[f"{run}-{how}"] / f"{name}.pt") for how in ("whole", "killed"))
+        for key in ("model", "ema", "optimizer", "step", "config"):
+            if key == "config":
+                whole[key].pop("out"), killed[key].pop("out")
+            assert same(whole[key], killed[key]), f"{name}: {key}"
+
+
+@pytest.mark.parametrize("run", ["mdlm", "ar", "distill", "distill2"])
+def test_log_of_a_killed_run_has_each_step_once_and_the_same_losses(runs, run):
+    """Also for lines written after the checkpoint from which the run went on. No false alarm."""
+    def entries(how, name):
+        lines = (runs[f"{run}-{how}"] / f"{name}.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(s).items() if k != "tokens_per_s"} for s in lines]
+    for name in names(run):
+        steps = load(runs[run + "-whole"] / f"{name}.pt")["steps"]
+        expected = entries("whole", name)
+        assert expected and expected[-1]["step"] == steps
+        if run in ("mdlm", "ar") or name.startswith("round"):        # log_every is 1 there
+            assert [entry["step"] for entry in expected] == list(range(1, steps + 1))
+        assert entries("killed", name) == expected
+
+
+@pytest.mark.parametrize("run", ["distill", "distill2"])
+def test_killed_distillation_gives_the_same_table(runs, run):
+    """Each row of results.json once and with the same numbers, but for times. No false alarm: the
+    samples are drawn by one thread from the same weights and seeds."""
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(
+        (runs[f"{run}-{how}"] / "results.json").read_text())["rows"]] for how in ("whole", "killed")]
+    assert rows[0] == rows[1] and len(rows[0]) == 2 + 3 * 2
+
+
+def test_no_temporary_file_is_left(runs):
+    """Not even by kills: the next write of the same file takes its place. No false alarm."""
+    for run in ("mdlm", "ar", "distill", "distill2"):
+        assert not list(runs[run + "-killed"].glob("*.tmp"))
+
+
+def start_from(runs, tmp_path):
+    """A folder with a finished judge and teacher, and the flags of a distillation there."""
+    for name in ("ar.pt", "teacher.pt"):
+        shutil.copy(runs["distill-whole"] / name, tmp_path / name)
+    return ROUNDS + ["--dataset", runs["dataset"], "--out", tmp_path]
+
+
+class Killed(BaseException):
+    """Stands for a kill in this process."""
+
+
+def killed_in_step(n, module, argv):
+    """Run a command up to the middle of its n-th optimizer step."""
+    calls = []
+
+    def ema_update(*args, update=train.ema_update):
+        calls.append(1)
+        if len(calls) == n:
+            raise Killed
+        update(*args)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "ema_update", ema_update)
+        call(module, *argv)
+
+
+def test_round_file_holds_the_teacher_until_the_round_is_done(runs, tmp_path):
+    """Unfinished: the frozen teacher, in round 1 the given one's EMA; finished: None, to save room.
+    Exact, no false alarm."""
+    argv = start_from(runs, tmp_path)
+    killed_in_step(4, distill, argv)
+    unfinished = load(tmp_path / "round1.pt")
+    assert 0 < unfinished["step"] < unfinished["steps"]
+    assert same(dict(unfinished["teacher"]), dict(load(tmp_path / "teacher.pt")["ema"]))
+    killed_in_step(3 + 4, distill, argv)         # the three steps left, and into round 2
+    first, second = load(tmp_path / "round1.pt"), load(tmp_path / "round2.pt")
+    assert first["step"] == first["steps"] and first["teacher"] is None
+    assert second["step"] < second["steps"]
+    assert same(dict(second["teacher"]), dict(first["ema"]))
+
+
+def spoilt(kind, good):
+    """Bytes that are no checkpoint of this project; good: the bytes of one."""
+    import io
+    if kind == "truncated":
+        return good[:len(good) * 2 // 3]
+    if kind in ("garbage", "empty"):
+        return b"no checkpoint at all\n" * 50 if kind == "garbage" else b""
+    f = io.BytesIO()
+    torch.save({"other dict": {"weights": torch.zeros(3)}, "other list": [torch.zeros(3)],
+                "newer format": {"format": 2, "kind": "mdlm", "step": 1},
+                "nearly": {"format": 1, "kind": "mdlm"}}[kind], f)
+    return f.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage", "empty", "other dict", "other list",
+                                  "newer format", "nearly"])
+def test_spoilt_checkpoint_is_refused_by_name_and_kept(runs, tmp_path, capsys, kind):
+    """In training, one sentence names the file, which stays as it was. No false alarm."""
+    path = tmp_path / "teacher.pt"
+    path.write_bytes(spoilt(kind, (runs["mdlm-whole"] / "teacher.pt").read_bytes()))
+    before = path.read_bytes()
+    message = refused(capsys, train, *TRAIN, "--dataset", runs["dataset"], "--out", tmp_path)
+    assert str(path) in message
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["teacher.pt"]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage", "other dict"])
+def test_spoilt_round_file_is_refused_by_name_and_kept(runs, tmp_path, capsys, kind):
+    """The same for a round of distillation. No false alarm."""
+    argv, path = start_from(runs, tmp_path), tmp_path / "round1.pt"
+    path.write_bytes(spoilt(kind, (runs["distill-whole"] / "round1.pt").read_bytes()))
+    before = path.read_bytes()
+    assert str(path) in refused(capsys, distill, *argv)
+    assert path.read_bytes() == before
+
+
+def test_checkpoint_of_another_kind_is_refused_by_name_and_kept(runs, tmp_path, capsys):
+    """An AR model under the teacher's name is not trained on. No false alarm."""
+    path = tmp_path / "teacher.pt"
+    shutil.copy(runs["ar-whole"] / "ar.pt", path)
+    before = path.read_bytes()
+    message = refused(capsys, train, *TRAIN, "--dataset", runs["dataset"], "--out", tmp_path)
+    assert str(path) in message and "'ar'" in message and path.read_bytes() == before
+
+
+def failing(where):
+    """A context in which the second checkpoint to be written meets a full disk."""
+    saves = []
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def save(content, f, save=torch.save):
+        saves.append(1)
+        if len(saves) == 2 and where != "fsync":
+            f.write(b"half of a file")
+            raise full if where == "to_file" else RuntimeError("PytorchStreamWriter failed")
+        save(content, f)
+
+    def fsync(fd, fsync=os.fsync):
+        if len(saves) == 2 and where == "fsync":
+            raise full
+        fsync(fd)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch, "save", save)
+    patch.setattr(os, "fsync", fsync)
+    return patch
+
+
+@pytest.mark.parametrize("where", ["fsync", "to_file", "torch"])
+def test_failed_write_leaves_the_old_checkpoint_and_no_temporary_file(runs, tmp_path, capsys,
+                                                                      where):
+    """A full disk at the second checkpoint (step 4): refused by name, and the first is still whole;
+    with room again the run goes on from it to the end. No false alarm."""
+    argv = TRAIN + ["--dataset", runs["dataset"], "--out", tmp_path]
+    patch = failing(where)
+    try:
+        message = refused(capsys, train, *argv)
+    finally:
+        patch.undo()
+    assert str(tmp_path / "teacher.pt") in message
+    assert load(tmp_path / "teacher.pt")["step"] == 2 and not list(tmp_path.glob("*.tmp"))
+    if where == "fsync":
+        call(train, *argv)
+        assert load(tmp_path / "teacher.pt")["step"] == 12
+
+
+@pytest.mark.parametrize("flag, value", [("lr", "0.001"), ("seed", "3"), ("batch", "4"),
+                                         ("steps", "14"), ("optimizer", "adamw")])
+def test_training_on_with_another_flag_is_refused_by_its_name(runs, capsys, flag, value):
+    """What a checkpoint was made with cannot change under it; the file is kept. No false alarm."""
+    folder = runs["mdlm-whole"]
+    before = (folder / "teacher.pt").read_bytes()
+    argv = TRAIN + ["--dataset", runs["dataset"], "--out", folder, f"--{flag}", value]
+    message = refused(capsys, train, *argv)
+    assert f"--{flag} " in message and str(folder / "teacher.pt") in message
+    assert (folder / "teacher.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag, value", [("lr", "0.001"), ("divergence", "fkl"),
+                                         ("teacher_steps", "16")])
+def test_distilling_on_with_another_flag_is_refused_by_its_name(runs, tmp_path, capsys, flag,
+                                                               value):
+    """The same for the rounds. No false alarm."""
+    argv = start_from(runs, tmp_path)
+    shutil.copy(runs["distill-whole"] / "round1.pt", tmp_path)
+    message = refused(capsys, distill, *argv, f"--{flag}", value)
+    assert f"--{flag} " in message and str(tmp_path / "round1.pt") in message
+
+
+def test_round_of_another_teacher_is_refused(runs, tmp_path, capsys):
+    """Rounds are bound to the weights they began from, not to a file name. No false alarm."""
+    argv = start_from(runs, tmp_path)
+    shutil.copy(runs["distill-whole"] / "round1.pt", tmp_path)
+    before = (tmp_path / "round1.pt").read_bytes()
+    message = refused(capsys, distill, *argv, "--teacher", runs["mdlm-whole"] / "teacher.pt")
+    assert "another teacher" in message and str(tmp_path / "round1.pt") in message
+    assert (tmp_path / "round1.pt").read_bytes() == before
+
+
+def test_interrupt_ends_with_status_130_and_leaves_a_checkpoint(runs, tmp_path, capsys):
+    """Ctrl-C is no error: one line says how to go on. No false alarm."""
+    calls = []
+
+    def ema_update(*args, update=train.ema_update):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        update(*args)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "ema_update", ema_update)
+        call(train, *TRAIN, "--dataset", runs["dataset"], "--out", tmp_path)
+    assert stop.value.code == 130 and "the same command" in capsys.readouterr().err
+    assert load(tmp_path / "teacher.pt")["step"] == 2
