@@ -1,0 +1,476 @@
+"""The noise, the bound, one reverse step and the sampler, against worlds that can be enumerated.
+
+Wherever chance has a part the seed is fixed, and each test says how often another seed would fail
+although the code is right. LIMIT is the chance below which a chi-square test fails.
+"""
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffusion import categorical, nelbo, q_sample, sample, sample_t, sharpen, unmask_step
+from toy import all_sequences, chi_square, count, draw, exact_model, joint, nll
+
+LIMIT = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def constant(p):
+    """A model that predicts the law p (V,) everywhere."""
+    return lambda z, at: p.log().expand(int(at.sum()), len(p))
+
+
+def watched(model, calls):
+    """The model; each of its calls leaves (z, at) in the list."""
+    def call(z, at):
+        calls.append((z.clone(), at.clone()))
+        return model(z, at)
+    return call
+
+
+def within_5_sd(hits, n, p):
+    """n trials of chance p (0 < p < 1) gave a likely number of hits: 1 in 1.7 million is not."""
+    return abs(int(hits) - n * p) <= 5 * math.sqrt(n * p * (1 - p))
+
+
+def marginals(joint):
+    """p(x_i = v) for each position, (L, V)."""
+    L = joint.dim()
+    return torch.stack([joint.sum([j for j in range(L) if j != i]) for i in range(L)])
+
+
+def ancestral_law(joint, steps):
+    """Probabilities (V^L,) of the perfect model's samples, by enumeration: each position opens in
+    one of the steps, whichever with equal chance; those of one step know the earlier ones only."""
+    V, L = joint.shape[0], joint.dim()
+    x, model = all_sequences(V, L), exact_model(joint)               # (S, L)
+    total = torch.zeros(len(x), dtype=torch.float64)
+    for when in itertools.product(range(steps), repeat=L):
+        when = torch.tensor(when)
+        p = torch.ones(len(x), dtype=torch.float64)
+        for i in set(when.tolist()):
+            at = (when == i).expand(x.shape)
+            log_p = model(torch.where(when < i, x, V), at)           # (S * opening, V)
+            p *= log_p.gather(1, x[at][:, None]).exp().view(len(x), -1).prod(1)
+        total += p
+    return total / steps ** L
+
+
+# ---- the noise
+
+def test_sample_t_has_one_time_in_each_cell():
+    """One t in each of the B cells (i/B, (i + 1)/B], all at the same place of their cell. Cells are
+    widened by 1e-6 for rounding (float32 near 1: 6e-8). No false alarm."""
+    for B in (1, 7, 64):
+        for _ in range(100):
+            t = sample_t(B).sort().values
+            inside = t * B - torch.arange(B)
+            assert t.shape == (B,) and t.min() > 0 and t.max() <= 1
+            assert inside.min() > -1e-6 * B and inside.max() < 1 + 1e-6 * B
+            assert inside.max() - inside.min() < 1e-6 * B
+
+
+def test_each_time_is_uniform_on_its_own():
+    """The first and the last t of a batch over 4,000 batches, in 20 cells. Chi-square: two in a
+    million with another seed."""
+    times = torch.stack([sample_t(8) for _ in range(4000)])
+    for t in (times[:, 0], times[:, -1]):
+        counts = torch.bincount((t * 20).ceil().long() - 1, minlength=20)
+        assert chi_square(counts, torch.full((20,), 1 / 20)) > LIMIT
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2 ** -24])
+def test_times_are_above_0_and_at_most_1_at_the_ends_of_the_random_numbers(monkeypatch, u):
+    """The smallest and the largest number that torch.rand can give: t = 0 would have an infinite
+    weight. No chance involved."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, device=None: torch.full(shape, u))
+    for B in (1, 8, 100):
+        assert sample_t(B).min() > 0 and sample_t(B).max() <= 1
+
+
+def test_q_sample_masks_a_share_t_and_leaves_the_others():
+    """t per sequence, also 0 and 1. Within 5 standard deviations for three values of t: two in a
+    million with another seed."""
+    x = torch.randint(9, (5, 100_000))
+    t = torch.tensor([0.0, 0.01, 0.3, 0.9, 1.0])
+    z = q_sample(x, t, 9)
+    masked = z == 9
+    assert torch.equal(z[~masked], x[~masked])
+    assert not masked[0].any() and masked[4].all()
+    for i in (1, 2, 3):
+        assert within_5_sd(masked[i].sum(), 100_000, float(t[i]))
+
+
+def test_q_sample_masks_positions_and_sequences_independently():
+    """All 16 patterns of two positions in two sequences. Chi-square: one in a million with another
+    seed."""
+    z = q_sample(torch.zeros(20_000, 2, dtype=torch.long), torch.full((20_000,), 0.4), 1)
+    masks = all_sequences(2, 4).sum(1)
+    p = 0.4 ** masks * 0.6 ** (4 - masks)
+    assert chi_square(count(z.view(-1, 4), 2), p) > LIMIT
+
+
+# ---- the bound
+
+def test_nelbo_of_a_uniform_model_is_log_V():
+    """Within 3 %. A token masked at time t counts 1/t, so one token at t below 1/(0.03 n) is enough
+    for an alarm, n = 2^24 tokens: chance 1 / (2 n 0.03^2), for each V one in 30,000 with another
+    seed. The sum of the others has a standard deviation below sqrt(17 / n) = 0.1 %."""
+    for V in (2, 5):
+        model = constant(torch.full((V,), 1 / V))
+        total = sum(float(nelbo(model, torch.randint(V, (2 ** 18, 8)), V)) for _ in range(8))
+        assert total / 8 == pytest.approx(math.log(V), rel=0.03)
+
+
+@pytest.mark.parametrize("which, error", [("likeliest", 0.05), ("unlikeliest", 0.15),
+                                          ("data", 0.05)])
+def test_nelbo_of_the_exact_posterior_is_the_negative_log_likelihood(which, error):
+    """For one sequence, and on average over data, where it is the entropy; in nats per token. As
+    above, a single token that costs c nats when it is the last mask is enough for an alarm, with
+    chance c^2 / (2 n error^2), n = 2^22: the mean of c^2 is 0.04, 18 and 1.06, so that another seed
+    fails once in 500,000, 10,000 and 20,000 times."""
+    p = joint(3, 4, seed=0)
+    if which == "data":
+        x, expected = draw(p, 2 ** 20), float(-(p * p.log()).sum() / 4)
+    else:
+        best = p.argmax() if which == "likeliest" else p.argmin()
+        x = all_sequences(3, 4)[best].expand(2 ** 20, 4)
+        expected = float(nll(p, x[:1]) / 4)
+    bound = float(nelbo(exact_model(p), x, 3))
+    assert bound == pytest.approx(expected, abs=error)
+    product = float(-marginals(p)[torch.arange(4), x].log().mean())
+    assert abs(product - expected) > 2 * error   # so a model without context would be noticed
+
+
+def test_nelbo_weights_by_1_over_t_and_divides_by_all_tokens():
+    """The same noise again, summed by hand in float64, to 1e-5 (nelbo: float32). No false alarm."""
+    x, logits = torch.randint(5, (6, 7)), torch.randn(6, 7, 5)
+    torch.manual_seed(1)
+    value = nelbo(lambda z, at: logits[at], x, 5)
+    torch.manual_seed(1)
+    t = sample_t(6)
+    z = q_sample(x, t, 5)
+    total = 0.0
+    for b in range(6):
+        for i in range(7):
+            if z[b, i] == 5:
+                row = logits[b, i].double().exp()
+                total -= math.log(row[x[b, i]] / row.sum()) / float(t[b])
+    assert 0 < int((z == 5).sum()) < 42
+    assert float(value) == pytest.approx(total / 42, rel=1e-5)
+
+
+def test_nelbo_asks_the_model_about_the_masks_of_q_sample_only():
+    """And only once. No chance involved."""
+    calls, x = [], torch.randint(3, (4, 10))
+    nelbo(watched(constant(torch.full((3,), 1 / 3)), calls), x, 3)
+    [(z, at)] = calls
+    assert torch.equal(at, z == 3) and torch.equal(z[~at], x[~at])
+
+
+# ---- one draw
+
+def test_categorical_follows_the_softmax_and_never_draws_minus_infinity():
+    """Impossible tokens first, in the middle and last. Chi-square: one in a million with another
+    seed; chi_square refuses any draw of a token that cannot occur."""
+    logits = torch.tensor([-math.inf, 0.5, -1.0, -math.inf, 2.0, -3.0, -math.inf])
+    ids = categorical(logits.expand(1000, 40, 7))
+    assert ids.shape == (1000, 40)
+    assert chi_square(torch.bincount(ids.flatten(), minlength=7), logits.softmax(0)) > LIMIT
+
+
+def test_categorical_draws_rows_independently_and_each_from_its_own_logits():
+    """Pairs of rows with different laws, 3 x 3 cells. Chi-square: one in a million with another
+    seed."""
+    p = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+    pairs = categorical(p.log().expand(20_000, 2, 3))
+    assert chi_square(count(pairs, 3), p[0, :, None] * p[1]) > LIMIT
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2 ** -53])
+def test_categorical_never_draws_minus_infinity_at_the_ends_of_the_random_numbers(monkeypatch, u):
+    """The smallest and the largest float64 that torch.rand can give, for 1,000 laws whose first and
+    last tokens are impossible. No chance involved but in the laws."""
+    logits = torch.randn(1000, 9)
+    logits[:, [0, -1]] = -math.inf
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype=torch.float32, device=None:
+                        torch.full(shape, u, dtype=dtype))
+    ids = categorical(logits)
+    assert ids.min() >= 1 and ids.max() <= 7
+
+
+def test_categorical_reaches_a_token_of_probability_1e_10(monkeypatch):
+    """It lies between 0.4 and 0.4 + 1e-10 of the cumulative sum: float32 has no number in between
+    (arXiv 2409.02908), so neither the sum nor the random number may be rounded to it. No chance
+    involved."""
+    p = torch.tensor([0.4, 1e-10, 0.6 - 1e-10], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype=torch.float32, device=None:
+                        torch.full(shape, 0.4 + 0.5e-10, dtype=dtype))
+    assert categorical(p.log()) == 1
+
+
+def test_tokens_of_probability_1e_6_appear_at_their_rate_at_1024_steps():
+    """100 such tokens, 2^19 positions: 52 are expected. Poisson, at least 21 and at most 94: one in
+    three million with another seed. Where a step draws from {token or stay masked} in float32, such
+    a token has 1e-9 per step and never appears."""
+    p = torch.full((101,), 1e-6, dtype=torch.float64)
+    p[50] = 1 - 1e-4
+    x = sample(constant(p), torch.full((4096, 128), 101), 1024, 101)
+    assert 21 <= int((x != 50).sum()) <= 94
+
+
+def test_sharpen_with_1_and_1_changes_nothing():
+    """Bit for bit, also where one token leaves 1e-43 to the others. No chance involved."""
+    logits = torch.randn(50, 9)
+    logits[0, 4] = 100.0
+    assert torch.equal(sharpen(logits, 1.0, 1.0), logits)
+
+
+def test_temperature_is_a_power_of_the_probabilities():
+    """p^(1/T), normalised, to 1e-6 (float32). No chance involved."""
+    p = torch.randn(50, 9).softmax(1)
+    for T in (0.5, 0.7, 2.0):
+        expected = p ** (1 / T) / (p ** (1 / T)).sum(1, keepdim=True)
+        assert torch.allclose(sharpen(p.log(), T).softmax(1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.01, [2]), (0.49, [2]), (0.51, [0, 2]), (0.79, [0, 2]),
+                                         (0.81, [0, 2, 4]), (0.96, [0, 1, 2, 4]),
+                                         (0.999, [0, 1, 2, 3, 4])])
+def test_top_p_keeps_the_smallest_set_of_that_probability(top_p, kept):
+    """By hand; the law keeps its proportions inside, and rows do not mix. No chance involved."""
+    p = torch.tensor([0.3, 0.03, 0.5, 0.02, 0.15])                   # sorted: .5 .8 .95 .98 1
+    both = torch.stack((p, p.flip(0))).log()
+    q = sharpen(both, top_p=top_p).softmax(1)
+    expected = torch.zeros(5)
+    expected[kept] = p[kept] / p[kept].sum()
+    assert torch.allclose(q, torch.stack((expected, expected.flip(0))), atol=1e-6)
+    assert torch.equal(q[0] > 0, expected > 0)
+
+
+def test_temperature_comes_before_top_p():
+    """At T = 1/2 the law .5 .3 .2 is .66 .24 .11, so that 0.6 keeps one token instead of two. No
+    chance involved."""
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    assert (sharpen(logits, 1.0, 0.6).softmax(0) > 0).sum() == 2
+    assert (sharpen(logits, 0.5, 0.6).softmax(0) > 0).sum() == 1
+
+
+# ---- one reverse step
+
+def test_unmask_step_reveals_a_share_of_the_masks_per_sequence():
+    """(t - s) / t of them, t and s per sequence; nothing at t = 0 or t = s, everything at s = 0.
+    Within 5 standard deviations for three pairs: two in a million with another seed."""
+    t = torch.tensor([0.0, 0.5, 0.5, 1.0, 0.8, 0.03])
+    s = torch.tensor([0.0, 0.5, 0.0, 0.9, 0.2, 0.01])
+    z = torch.full((6, 100_000), 2)
+    z_s, reveal, _ = unmask_step(constant(torch.tensor([0.7, 0.3])), z, t, s, 2)
+    assert torch.equal(z_s != 2, reveal)
+    assert not reveal[0].any() and not reveal[1].any() and reveal[2].all()
+    for i in (3, 4, 5):
+        assert within_5_sd(reveal[i].sum(), 100_000, float((t[i] - s[i]) / t[i]))
+
+
+def test_unmask_step_changes_no_revealed_token_and_asks_only_where_it_opens():
+    """One call, at the positions it returns; its logits are those the tokens were drawn from, here
+    all weight on one token that differs by position. The input stays as it was. No false alarm."""
+    calls, before = [], torch.randint(4, (8, 50))                    # id 3 is the mask
+    right = torch.randint(3, (8, 50))
+    sure = torch.nn.functional.one_hot(right, 3).double().log()      # 0 or -inf, (8, 50, 3)
+    z = before.clone()
+    z_s, reveal, logits = unmask_step(watched(lambda z, at: sure[at], calls), z, torch.rand(8),
+                                      torch.zeros(8) + 1e-3, 3)
+    [(seen, at)] = calls
+    assert torch.equal(z, before) and torch.equal(seen, before) and torch.equal(at, reveal)
+    assert reveal.any() and torch.equal(logits, sure[reveal])
+    assert (before[reveal] == 3).all() and torch.equal(z_s[~reveal], before[~reveal])
+    assert torch.equal(z_s[reveal], right[reveal])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_chain_of_unmask_steps_has_the_ancestral_law(steps):
+    """From t = 1 to 0, over all 27 sequences. Chi-square: one in a million per case with another
+    seed. Few steps are far from the joint, which this many samples would show."""
+    p = joint(3, 3, seed=1)
+    z, model = torch.full((20_000, 3), 3), exact_model(p)
+    for i in range(steps):
+        t, s = (torch.full((20_000,), 1 - j / steps) for j in (i, i + 1))
+        z = unmask_step(model, z, t, s, 3)[0]
+    assert chi_square(count(z, 3), ancestral_law(p, steps)) > LIMIT
+    assert chi_square(count(z, 3), p) < LIMIT
+
+
+# ---- the sampler
+
+def test_many_steps_reproduce_the_joint():
+    """All 81 sequences, 40,000 samples, 80 batches, since the sequences of one share how many open
+    at once. Chi-square: one in a million with another seed; that two of 4 positions open in the
+    same of 1,000 steps adds about 1 to a chi-square of 80."""
+    p = joint(3, 4, seed=0)
+    model = exact_model(p)
+    x = torch.cat([sample(model, torch.full((500, 4), 3), 1000, 3) for _ in range(80)])
+    assert chi_square(count(x, 3), p) > LIMIT
+
+
+def test_one_step_gives_the_product_of_marginals():
+    """And not the joint. Chi-square over all 81 sequences: one in a million with another seed."""
+    p = joint(3, 4, seed=0)
+    a, b, c, d = marginals(p)
+    product = torch.einsum("a,b,c,d->abcd", a, b, c, d)
+    counts = count(sample(exact_model(p), torch.full((40_000, 4), 3), 1, 3), 3)
+    assert chi_square(counts, product) > LIMIT
+    assert chi_square(counts, p) < LIMIT
+
+
+def test_few_steps_have_the_ancestral_law():
+    """2 steps on 3 positions, all 27 sequences, the same law as the chain of unmask_steps.
+    Chi-square: one in a million with another seed."""
+    p = joint(3, 3, seed=1)
+    counts = count(sample(exact_model(p), torch.full((20_000, 3), 3), 2, 3), 3)
+    assert chi_square(counts, ancestral_law(p, 2)) > LIMIT
+    assert chi_square(counts, p) < LIMIT
+
+
+def test_more_steps_than_masks_have_the_ancestral_law():
+    """4 steps on 3 positions; one sequence of each batch of 2, since a batch shares how many open
+    in each step. Chi-square over 27 sequences: one in a million with another seed."""
+    p = joint(3, 3, seed=1)
+    model, z = exact_model(p), torch.full((2, 3), 3)
+    x = torch.stack([sample(model, z, 4, 3)[1] for _ in range(2500)])
+    assert chi_square(count(x, 3), ancestral_law(p, 4)) > LIMIT
+
+
+def test_infilling_follows_the_posterior_of_the_prompt():
+    """The prompt is in the middle, x_1 = 2; many steps. Chi-square over the 27 others: one in a
+    million with another seed."""
+    p = joint(3, 4, seed=0)
+    model, z = exact_model(p), torch.tensor([3, 2, 3, 3])
+    x = torch.cat([sample(model, z.expand(200, 4), 1000, 3) for _ in range(50)])
+    assert (x[:, 1] == 2).all()
+    assert chi_square(count(x[:, [0, 2, 3]], 3), p[:, 2]) > LIMIT
+
+
+def test_samples_of_one_position_follow_the_softmax():
+    """L = 1, at 1 step and at 64. Chi-square: two in a million with another seed."""
+    p = torch.tensor([0.05, 0.6, 0.0, 0.35])
+    for steps in (1, 64):
+        x = sample(constant(p), torch.full((20_000, 1), 4), steps, 4)
+        assert chi_square(count(x, 4), p) > LIMIT
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8, 9, 1000])
+def test_sample_opens_each_mask_once_and_changes_nothing_else(steps):
+    """With a prompt in other places of each row: each call is asked about masks only, at least one,
+    all still masked; earlier tokens stay; no mask is left; the input stays as it was. There are at
+    most as many calls as steps, or as masks in a row if those are fewer. No false alarm."""
+    calls, B, L, n = [], 6, 12, 8
+    open_first = torch.rand(B, L).argsort(1) < n                     # n masks in each row
+    before = torch.where(open_first, 5, torch.randint(5, (B, L)))
+    z = before.clone()
+    x = sample(watched(constant(torch.full((5,), 0.2)), calls), z, steps, 5)
+    assert torch.equal(z, before)
+    assert torch.equal(x[~open_first], before[~open_first]) and x.max() < 5 and x.min() >= 0
+    opened = torch.zeros(B, L, dtype=torch.long)
+    for seen, at in calls:
+        assert at.any() and (seen[at] == 5).all()
+        assert torch.equal(seen == 5, open_first & (opened == 0))
+        assert torch.equal(seen[seen != 5], x[seen != 5])
+        opened += at
+    assert torch.equal(opened, open_first.long())
+    assert len(calls) <= min(steps, n)
+
+
+def test_the_network_is_called_once_for_each_step_that_opens_a_position():
+    """The mean of 400 runs, against the expected number of steps with at least one of the 8 masks
+    that a batch draws: its own for each of 3 sequences up to 8 steps, one set for all beyond.
+    Within 5 standard errors for five cases: three in a million with another seed."""
+    model, z = constant(torch.tensor([0.5, 0.5])), torch.full((3, 8), 2)
+    for steps in (3, 8, 9, 16, 100):
+        numbers = []
+        for _ in range(400):
+            calls = []
+            sample(watched(model, calls), z, steps, 2)
+            numbers.append(len(calls))
+        numbers = torch.tensor(numbers).double()
+        draws = 3 * 8 if steps <= 8 else 8
+        expected = steps * (1 - (1 - 1 / steps) ** draws)
+        error = float(numbers.std()) / math.sqrt(400)
+        assert abs(float(numbers.mean()) - expected) <= 5 * error + 1e-3, steps
+
+
+def test_nothing_masked_calls_no_network():
+    """And the text comes back. No chance involved."""
+    def never(z, at):
+        raise AssertionError("called")
+    x = torch.randint(5, (3, 7))
+    for steps in (1, 100):
+        assert torch.equal(sample(never, x, steps, 5), x)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_each_mask_opens_in_a_step_of_its_own_choice(steps):
+    """So how many open in a step is binomial. Up to as many steps as masks, positions and sequences
+    are independent: all combinations of the steps of 3 masks in 2 sequences, around a prompt.
+    Chi-square: one in a million per case with another seed."""
+    calls, z = [], torch.tensor([2, 2, 0, 2]).expand(20_000, 4)
+    sample(watched(constant(torch.tensor([0.5, 0.5])), calls), z, steps, 2)
+    assert len(calls) == steps
+    step = sum(i * at for i, (_, at) in enumerate(calls))[:, [0, 1, 3]]
+    p = torch.full((steps ** 6,), steps ** -6.0)
+    assert chi_square(count(step.reshape(-1, 6), steps), p) > LIMIT
+
+
+def test_each_mask_opens_in_a_step_of_its_own_choice_when_steps_are_many():
+    """4 steps for 3 masks: a step that opens nothing is not seen, so the order, ties included, is
+    compared with that of all 4^3 equally likely choices, for both sequences of a batch.
+    Chi-square over 13 orders: two in a million with another seed."""
+    def rank(steps):
+        return tuple(sorted(set(steps)).index(step) for step in steps)
+    chances = {}
+    for choice in itertools.product(range(4), repeat=3):
+        chances[rank(choice)] = chances.get(rank(choice), 0) + 1 / 64
+    counts = [dict.fromkeys(chances, 0) for _ in range(2)]
+    model, z = constant(torch.tensor([0.5, 0.5])), torch.tensor([2, 2, 0, 2]).expand(2, 4)
+    for _ in range(1500):
+        calls = []
+        sample(watched(model, calls), z, 4, 2)
+        step = sum(i * at for i, (_, at) in enumerate(calls))[:, [0, 1, 3]].tolist()
+        for row in (0, 1):
+            counts[row][rank(step[row])] += 1
+    for row in (0, 1):
+        values = torch.tensor(list(counts[row].values()))
+        assert chi_square(values, torch.tensor(list(chances.values()))) > LIMIT
+
+
+def test_sequences_share_how_many_open_in_a_step_but_not_which():
+    """Beyond as many steps as masks, the orders of two sequences are independent: 6 x 6 orders of 3
+    masks, at a billion steps. Chi-square: one in a million with another seed; and three in a
+    million that two masks open in the same step, in any of 1,000 runs."""
+    model, z = constant(torch.tensor([0.5, 0.5])), torch.full((2, 3), 2)
+    orders = list(itertools.permutations(range(3)))
+    counts = torch.zeros(6, 6)
+    for _ in range(1000):
+        calls = []
+        sample(watched(model, calls), z, 10 ** 9, 2)
+        assert len(calls) == 3 and all((at.sum(1) == 1).all() for _, at in calls)
+        first, second = zip(*[at.long().argmax(1).tolist() for _, at in calls])
+        counts[orders.index(first), orders.index(second)] += 1
+    assert chi_square(counts, torch.full((36,), 1 / 36)) > LIMIT
+
+
+def test_sample_draws_with_the_function_it_is_given():
+    """An argmax takes the likeliest token everywhere. No chance involved."""
+    x = sample(constant(torch.tensor([0.2, 0.3, 0.5])), torch.full((4, 20), 3), 5, 3,
+               draw=lambda logits: logits.argmax(-1))
+    assert (x == 2).all()
+
+
+def test_uneven_numbers_of_masks_are_refused():
+    """ValueError, before the network is called. No chance involved."""
+    with pytest.raises(ValueError, match="same number of masks"):
+        sample(None, torch.tensor([[0, 3, 3], [0, 1, 3]]), 4, 3)

@@ -1,0 +1,426 @@
+"""The network against a slow reference, and its cache against forward passes without one.
+
+Models here have large random weights (see `model_of`), so that every input matters: what a test
+compares differs by far more than its tolerance when something is wrong. Logits are about 1, and
+float32 sums in another order moved none by more than 6e-7 with 40 seeds: CLOSE is 15 times that.
+"""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusion import categorical
+from model import PRESETS, KVCache, ModelConfig, Transformer, generate, nll, rotate
+from toy import all_sequences, chi_square, count
+
+CLOSE = 1e-5
+VISIBLE = 1e-3                   # a logit that depends on an input changes by more than this
+LIMIT = 1e-6                     # a chi-square test fails below this chance
+POSITIONS = ["rope", "learned", "both"]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def model_of(**options):
+    """A small model in eval mode whose weights, biases and norms are all random and large."""
+    defaults = dict(vocab=11, context=16, layers=2, heads=2, width=16)
+    model = Transformer(ModelConfig(**(defaults | options))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    return model.requires_grad_(False)
+
+
+def far(a, b):
+    """The largest difference."""
+    return float((a - b).abs().max())
+
+
+def in_chunks(model, idx, sizes, pos=None):
+    """Logits (B, L, V), the tokens given to the model in chunks with a cache."""
+    cache, logits, begin = KVCache(model.config, len(idx), idx.shape[1]), [], 0
+    for n in sizes:
+        part = slice(begin, begin + n)
+        at = None if pos is None else pos[..., part]
+        logits.append(model.head(model.hidden(idx[:, part], pos=at, cache=cache)))
+        begin += n
+    assert begin == idx.shape[1] == cache.length
+    return torch.cat(logits, dim=1)
+
+
+def reference(model, idx):
+    """Logits (L, V) of one sequence idx (L,), in float64 and one head and position at a time."""
+    w = {name: value.double() for name, value in model.state_dict().items()}
+    c, L = model.config, len(idx)
+    D = c.width // c.heads
+    turn = torch.polar(torch.ones(L, D // 2).double(), torch.tensor(
+        [[p * 10000 ** (-2 * i / D) for i in range(D // 2)] for p in range(L)]).double())
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def turned(x):               # (L, D): pair i is a complex number, turned by position and i
+        if c.positions == "learned":
+            return x
+        z = torch.complex(x[:, :D // 2], x[:, D // 2:]) * turn
+        return torch.cat((z.real, z.imag), dim=1)
+
+    x = w["embed.weight"][idx]
+    if c.positions != "rope":
+        x = x + w["embed_pos.weight"][:L]
+    for n in range(c.layers):
+        qkv = linear(norm(x, f"blocks.{n}.norm1"), f"blocks.{n}.qkv")
+        y = torch.zeros_like(x)
+        for h in range(c.heads):
+            q, k, v = (qkv[:, j * c.width + h * D:j * c.width + (h + 1) * D] for j in range(3))
+            q, k = turned(q), turned(k)
+            for i in range(L):
+                seen = i + 1 if c.causal else L
+                p = (k[:seen] @ q[i] / math.sqrt(D)).softmax(0)
+                y[i, h * D:(h + 1) * D] = p @ v[:seen]
+        x = x + linear(y, f"blocks.{n}.attn_out")
+        m = linear(norm(x, f"blocks.{n}.norm2"), f"blocks.{n}.mlp_in")
+        m = m / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (m + 0.044715 * m ** 3)))
+        x = x + linear(m, f"blocks.{n}.mlp_out")
+    return linear(norm(x, "norm"), "lm_head")
+
+
+# ---- the network
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_logits_equal_those_of_a_plain_float64_network(causal, positions):
+    """To CLOSE, and for each sequence of a batch, so that sequences do not mix. No false alarm."""
+    model = model_of(causal=causal, positions=positions)
+    idx = torch.randint(12, (3, 9))
+    logits = model(idx)
+    for row in range(3):
+        assert far(logits[row], reference(model, idx[row])) < CLOSE
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_causal_logits_ignore_the_future_and_bidirectional_ones_see_everything(causal, positions):
+    """One token after the other is changed: which positions' logits move? Of 40 seeds, none had an
+    input that moved a logit it should by less than 2.7 times VISIBLE."""
+    model, idx = model_of(causal=causal, positions=positions), torch.randint(11, (1, 8))
+    logits = model(idx)[0]
+    for j in range(8):
+        other = idx.clone()
+        other[0, j] = (idx[0, j] + 1) % 11
+        moved = (model(other)[0] - logits).abs().amax(-1)            # (8,)
+        first = j if causal else 0
+        assert (moved[:first] < CLOSE).all() and (moved[first:] > VISIBLE).all()
+
+
+def test_rotate_is_multiplication_of_complex_numbers():
+    """Coordinates i and i + D/2 are one number, turned by the angle of its position: float64 to
+    1e-12, and the result has the type of x. No false alarm."""
+    x, angle = torch.randn(2, 3, 5, 8).double(), torch.randn(2, 1, 5, 4).double()
+    z = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
+    assert far(rotate(x, angle.cos(), angle.sin()), torch.cat((z.real, z.imag), -1)) < 1e-12
+    assert rotate(x.bfloat16(), angle.cos(), angle.sin()).dtype == torch.bfloat16
+
+
+def test_rotary_angles_are_position_times_10000_to_the_minus_2i_over_D():
+    """Up to position 1,023, where float32 knows an angle to 6e-5. No chance involved."""
+    model = model_of(context=1024, width=64)                         # D = 32
+    for p in (0, 1, 500, 1023):
+        for i in (0, 1, 15):
+            angle = p / 10000 ** (2 * i / 32)
+            assert float(model.cos[p, i]) == pytest.approx(math.cos(angle), abs=2e-4)
+            assert float(model.sin[p, i]) == pytest.approx(math.sin(angle), abs=2e-4)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_rotary_positions_alone_are_relative(positions):
+    """All positions plus 9: with rope the logits stay, with a learned table they do not. No false
+    alarm."""
+    model, idx = model_of(positions=positions), torch.randint(11, (2, 6))
+    moved = far(model.head(model.hidden(idx, pos=torch.arange(6) + 9)), model(idx))
+    assert moved < CLOSE if positions == "rope" else moved > VISIBLE
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_bidirectional_logits_move_with_their_tokens(positions):
+    """Tokens in another order, each with its old position: the same logits in the new order; and
+    without `pos` others. No false alarm."""
+    model, idx, order = model_of(positions=positions), torch.randint(11, (2, 8)), torch.randperm(8)
+    moved = model.head(model.hidden(idx[:, order], pos=order))
+    assert far(moved, model(idx)[:, order]) < CLOSE
+    assert far(model(idx[:, order]), model(idx)[:, order]) > VISIBLE
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_each_sequence_may_have_its_own_positions(positions):
+    """pos (B, L) equals one forward per row with pos (L,). No false alarm."""
+    model, idx = model_of(causal=True, positions=positions), torch.randint(11, (3, 7))
+    pos = torch.stack([torch.randperm(16)[:7] for _ in range(3)])
+    together = model.hidden(idx, pos=pos)
+    for row in range(3):
+        alone = model.hidden(idx[row:row + 1], pos=pos[row])
+        assert far(together[row], alone[0]) < CLOSE * 10             # hidden states are up to 10
+
+
+def test_logits_are_float32_of_width_V_also_in_bf16():
+    """And the blocks do run in bfloat16, which keeps 8 bits: with 120 seeds the largest change of a
+    logit was between 0.002 and 0.014. No false alarm."""
+    model, idx = model_of(), torch.randint(12, (2, 9))
+    exact = model(idx)
+    model.bf16 = True
+    rounded = model(idx)
+    assert exact.shape == rounded.shape == (2, 9, 11)
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 1e-4 < far(rounded, exact) < 0.1
+
+
+def test_only_the_blocks_run_in_bf16():
+    """Without blocks, embedding and head alone: the same logits bit for bit. No false alarm."""
+    model, idx = model_of(layers=0, positions="learned"), torch.randint(12, (2, 9))
+    exact = model(idx)
+    model.bf16 = True
+    assert torch.equal(model(idx), exact)
+
+
+def test_mask_has_a_row_in_the_embedding_and_none_in_the_head():
+    """So no model can predict it. No chance involved."""
+    model = model_of()
+    assert model.mask_id == 11 and len(model.embed.weight) == 12 and len(model.lm_head.weight) == 11
+
+
+def test_logits_at_chosen_positions_equal_the_same_rows_of_all():
+    """Some, all and no positions. No false alarm."""
+    model, idx = model_of(), torch.randint(12, (4, 9))
+    for at in (torch.rand(4, 9) < 0.4, torch.ones(4, 9).bool(), torch.zeros(4, 9).bool()):
+        logits = model(idx, at)
+        assert logits.shape == (int(at.sum()), 11)
+        assert torch.allclose(logits, model(idx)[at], rtol=0, atol=CLOSE)
+
+
+def test_dropout_is_on_in_training_and_off_otherwise():
+    """In eval mode the same logits as a model without dropout. No false alarm."""
+    plain, idx = model_of(), torch.randint(12, (2, 9))
+    model = model_of(dropout=0.5)
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model(idx), plain(idx)) and torch.equal(plain.train()(idx), plain(idx))
+    model.train()
+    assert far(model(idx), model(idx)) > VISIBLE
+
+
+def test_dropout_reaches_both_outputs_of_a_block():
+    """At a rate of 1 a block adds nothing: the hidden states are the embeddings. No false alarm."""
+    model, idx = model_of(dropout=1.0).train(), torch.randint(12, (2, 9))
+    assert torch.equal(model.hidden(idx), model.embed(idx))
+
+
+# ---- sizes and the start
+
+@pytest.mark.parametrize("options, message", [(dict(width=12, heads=4), "width 12"),
+                                              (dict(width=18, heads=6), "width 18"),
+                                              (dict(positions="alibi"), "alibi")])
+def test_impossible_sizes_are_refused(options, message):
+    """Heads need an even number of coordinates. ValueError; no chance involved."""
+    with pytest.raises(ValueError, match=message):
+        Transformer(ModelConfig(**(dict(vocab=11, context=16) | options)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_preset_can_be_built(preset, positions):
+    """Without memory, on torch's meta device. No chance involved."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(vocab=50257, positions=positions, **PRESETS[preset]))
+    assert len(model.blocks) == PRESETS[preset]["layers"]
+
+
+@pytest.mark.parametrize("preset, millions", [("small", 169.627218), ("medium", 424),
+                                              ("large", 863)])
+def test_presets_have_the_size_of_the_published_models(preset, millions):
+    """mdlm-owt has 169,627,218 parameters (arXiv 2406.07524), the SDTT paper names 424M and 863M.
+    Ours lack the conditioning on time (a network 256 -> 128 -> 128, then 6 C per block and 2 C at
+    the end from 128) and the head's output for the mask; they have the biases into which it folds,
+    6 C per block and C at the end. No chance involved."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(vocab=50257, **PRESETS[preset]))
+    C, layers = model.config.width, model.config.layers
+    time = 257 * 128 + 129 * 128 + layers * 129 * 6 * C + 129 * 2 * C
+    ours = sum(p.numel() for p in model.parameters())
+    published = ours + time + (C + 1) - layers * 6 * C - C
+    digits = 6 if preset == "small" else 0
+    assert round(published / 1e6, digits) == millions
+
+
+def test_first_loss_is_close_to_log_V():
+    """Logits start with a standard deviation of 0.02 sqrt(C) = 0.23, which costs 0.03 nats; random
+    targets move the mean of 2,048 by 0.005. No false alarm within 0.08."""
+    model = Transformer(ModelConfig(vocab=200, **PRESETS["nano"]))
+    idx, target = torch.randint(201, (32, 64)), torch.randint(200, (32, 64))
+    loss = F.cross_entropy(model(idx).flatten(0, 1), target.flatten()).item()
+    assert loss == pytest.approx(math.log(200), abs=0.08)
+
+
+def test_blocks_add_as_little_at_the_start_at_any_depth():
+    """What all blocks together add to the embeddings, 2 and 32 layers deep, to a factor of 2:
+    without the division of their output weights by sqrt(2 layers) it is 4 times as much. No false
+    alarm."""
+    sizes = []
+    for layers in (2, 32):
+        model = Transformer(ModelConfig(vocab=50, context=16, layers=layers, heads=2, width=32))
+        idx = torch.randint(50, (8, 16))
+        sizes.append((model.hidden(idx) - model.embed(idx)).std().item())
+    assert 1 / 2 < sizes[0] / sizes[1] < 2
+
+
+# ---- the cache
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_any_split_into_chunks_gives_the_logits_of_one_forward(positions):
+    """All 32 ways to split 6 tokens: token by token, one prefill, a prefill of any length and then
+    one by one, and others. At every position, to CLOSE. No false alarm."""
+    model, idx = model_of(causal=True, positions=positions), torch.randint(12, (2, 6))
+    full = model(idx)
+    for split in range(32):
+        cuts = [0] + [i for i in range(1, 6) if split >> (i - 1) & 1] + [6]
+        sizes = [b - a for a, b in zip(cuts, cuts[1:])]
+        assert far(in_chunks(model, idx, sizes), full) < CLOSE, sizes
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("per_row", [False, True])
+def test_cache_may_be_filled_in_any_order_of_positions(positions, per_row):
+    """Tokens of scattered positions, one by one and in chunks, equal one forward of the same order
+    with the same `pos`, which is also other than without it. No false alarm."""
+    model, idx = model_of(causal=True, positions=positions), torch.randint(12, (3, 7))
+    pos = torch.stack([torch.randperm(16)[:7] for _ in range(3)])
+    pos = pos if per_row else pos[0]
+    full = model.head(model.hidden(idx, pos=pos))
+    assert far(full, model(idx)) > VISIBLE
+    for sizes in ([1] * 7, [3, 1, 2, 1]):
+        assert far(in_chunks(model, idx, sizes, pos), full) < CLOSE, sizes
+
+
+def test_new_tokens_of_a_bidirectional_model_see_the_cache_and_each_other():
+    """In a single layer, where keys and values know nothing of their neighbours, the new tokens'
+    logits are those of one forward of all tokens. No false alarm."""
+    model, idx = model_of(layers=1), torch.randint(12, (2, 7))
+    assert far(in_chunks(model, idx, [4, 3])[:, 4:], model(idx)[:, 4:]) < CLOSE
+
+
+def test_cache_works_in_bf16():
+    """Chunks against one forward in bfloat16, within what its rounding does (see above). No false
+    alarm."""
+    model, idx = model_of(causal=True), torch.randint(12, (2, 8))
+    model.bf16 = True
+    cache = KVCache(model.config, 2, 8, dtype=torch.bfloat16)
+    parts = [model.head(model.hidden(part, cache=cache)) for part in idx.split((4, 1, 3), dim=1)]
+    assert cache.k.dtype == torch.bfloat16
+    assert far(torch.cat(parts, dim=1), model(idx)) < 0.1
+
+
+def test_more_tokens_than_the_cache_holds_are_refused():
+    """ValueError, at once or with those before; what is stored stays of use. No false alarm."""
+    model, idx = model_of(causal=True), torch.randint(12, (2, 5))
+    with pytest.raises(ValueError, match="holds 4 tokens, 5 were given"):
+        model.hidden(idx, cache=KVCache(model.config, 2, 4))
+    cache = KVCache(model.config, 2, 4)
+    model.hidden(idx[:, :3], cache=cache)
+    with pytest.raises(ValueError, match="holds 4 tokens, 5 were given"):
+        model.hidden(idx[:, 3:], cache=cache)
+    last = model.head(model.hidden(idx[:, 3:4], cache=cache))
+    assert cache.length == 4 and far(last[:, 0], model(idx)[:, 3]) < CLOSE
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_more_tokens_than_the_context_are_refused(positions):
+    """ValueError, with and without a cache, which has room; 16 are taken. No chance involved."""
+    model, idx = model_of(causal=True, positions=positions), torch.randint(12, (2, 17))
+    with pytest.raises(ValueError, match="17 tokens, but the context is 16"):
+        model(idx)
+    cache = KVCache(model.config, 2, 30)
+    model.hidden(idx[:, :10], cache=cache)
+    with pytest.raises(ValueError, match="17 tokens, but the context is 16"):
+        model.hidden(idx[:, 10:], cache=cache)
+    assert model(idx[:, :16]).shape == (2, 16, 11)
+
+
+# ---- autoregression
+
+def test_nll_is_minus_the_log_probability_of_each_token_after_its_prefix():
+    """By one forward of each prefix alone, the start symbol before it; nats, to CLOSE. No false
+    alarm."""
+    model, x = model_of(causal=True), torch.randint(11, (3, 7))
+    result = nll(model, x, 11)
+    assert result.shape == (3, 7)
+    for row in range(3):
+        for i in range(7):
+            prefix = torch.tensor([[11] + x[row, :i].tolist()])
+            p = model(prefix)[0, -1].double().softmax(0)
+            assert float(result[row, i]) == pytest.approx(-math.log(p[x[row, i]]), abs=CLOSE)
+
+
+def test_generated_texts_have_the_probabilities_that_nll_gives():
+    """All 27 texts of 3 tokens: exp(-nll) sums to 1, and 20,000 generated ones follow it.
+    Chi-square: one in a million with another seed (whose weights must leave each text a chance)."""
+    model = model_of(causal=True, vocab=3)
+    model.lm_head.weight /= 3                                        # no text is too rare to count
+    p = (-nll(model, all_sequences(3, 3), 3).sum(1)).double().exp()
+    assert float(p.sum()) == pytest.approx(1, abs=CLOSE)
+    x = generate(model, torch.empty(20_000, 0, dtype=torch.long), 3, categorical)
+    assert chi_square(count(x, 3), p) > LIMIT
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("P", [0, 1, 5, 15, 16])
+def test_greedy_generation_equals_decoding_without_a_cache(positions, P):
+    """One full forward for each token; the prompt is kept; up to the whole context. A false alarm
+    would need two best logits closer than 1e-6."""
+    model, prompt = model_of(causal=True, positions=positions), torch.randint(11, (3, P))
+    expected = torch.cat((torch.full((3, 1), 11), prompt), dim=1)    # the start symbol first
+    while expected.shape[1] < 17:
+        best = model(expected)[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat((expected, best), dim=1)
+    result = generate(model, prompt, 16, lambda logits: logits.argmax(-1))
+    assert torch.equal(result, expected[:, 1:]) and torch.equal(result[:, :P], prompt)
+
+
+@pytest.mark.parametrize("P, length", [(5, 4), (17, 17), (0, 17)])
+def test_texts_that_do_not_fit_are_refused(P, length):
+    """A prompt longer than the text, a text longer than the context. ValueError; no chance
+    involved."""
+    model = model_of(causal=True)
+    with pytest.raises(ValueError, match=f"prompt of {P} tokens in a text of {length}"):
+        generate(model, torch.zeros(2, P, dtype=torch.long), length, lambda logits: logits[:, 0])
+
+
+def test_generation_forwards_each_token_once_and_the_last_never():
+    """The start symbol and the prompt together, then one at a time. No chance involved."""
+    model, sizes = model_of(causal=True), []
+
+    def hidden(idx, pos=None, cache=None, hidden=model.hidden):
+        sizes.append(idx.shape[1])
+        return hidden(idx, pos, cache)
+    model.hidden = hidden
+    generate(model, torch.zeros(2, 4, dtype=torch.long), 8, lambda logits: logits.argmax(-1))
+    assert sizes == [5, 1, 1, 1]
+
+
+@pytest.mark.parametrize("bf16, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_generation_stores_as_many_keys_as_it_needs_in_the_type_of_the_blocks(monkeypatch, bf16,
+                                                                              dtype):
+    """One slot per token of the text (the start symbol has that of the last). No false alarm."""
+    made, model = [], model_of(causal=True)
+    monkeypatch.setattr("model.KVCache", lambda *args: made.append(KVCache(*args)) or made[0])
+    model.bf16 = bf16
+    generate(model, torch.zeros(2, 4, dtype=torch.long), 8, lambda logits: logits.argmax(-1))
+    [cache] = made
+    assert cache.k.shape == (2, 2, 2, 8, 8) and cache.length == 8
+    assert cache.k.dtype == cache.v.dtype == dtype

@@ -1,0 +1,65 @@
+"""A world small enough to be enumerated: a few positions, a few tokens, any joint law of the two,
+and the exact posterior of that law in the shape of a model, f(z, at) -> logits (N, V). The mask is
+id V. Also the chi-square test that compares counts with a law. All numbers are float64.
+"""
+import torch
+
+
+def all_sequences(V, L):
+    """Every sequence of L tokens, (V^L, L), in the order of joint.flatten()."""
+    return torch.cartesian_prod(*[torch.arange(V)] * L).view(-1, L)
+
+
+def joint(V, L, seed):
+    """Probabilities of all sequences, shape (V,) * L: correlated, without any structure."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn((V,) * L, generator=generator, dtype=torch.float64).exp()
+    return p / p.sum()
+
+
+def draw(joint, n):
+    """n sequences from the joint, (n, L), by the global generator."""
+    chosen = torch.multinomial(joint.flatten(), n, replacement=True)
+    return all_sequences(joint.shape[0], joint.dim())[chosen]
+
+
+def nll(joint, x):
+    """-log p(x) of each whole sequence of x (B, L), in nats: (B,)."""
+    return -joint[x.unbind(1)].log()
+
+
+def exact_model(joint):
+    """The perfect denoiser f(z, at): logits = log p(token | the unmasked tokens), float64.
+
+    One row per masked sequence z in a table: there are only (V + 1)^L of them."""
+    V, L = joint.shape[0], joint.dim()
+    x, z = all_sequences(V, L), all_sequences(V + 1, L)              # (S, L), (Z, L)
+    fits = ((z[:, None] == x) | (z[:, None] == V)).all(2).double()   # (Z, S)
+    is_v = torch.nn.functional.one_hot(x, V).double()                # (S, L, V)
+    p = torch.einsum("zs,s,slv->zlv", fits, joint.flatten(), is_v)
+    table = (p / p.sum(2, keepdim=True)).log()                       # (Z, L, V)
+    place = (V + 1) ** torch.arange(L - 1, -1, -1)                   # z as a number in base V + 1
+
+    def model(z, at):
+        return table[(z * place).sum(1)][at]
+    return model
+
+
+def count(x, V):
+    """How often each sequence occurs in x (B, L): (V^L,), in the order of all_sequences."""
+    place = V ** torch.arange(x.shape[1] - 1, -1, -1)
+    return torch.bincount((x * place).sum(1), minlength=V ** x.shape[1])
+
+
+def chi_square(counts, p):
+    """The chance of counts (K,) at least this far from the law p (K,), by Pearson's chi-square.
+
+    Good where every expected count is at least about 5, which is asserted; a cell of probability 0
+    must be empty and is left out."""
+    counts, p = counts.double().flatten(), p.double().flatten()
+    assert counts[p == 0].sum() == 0, "something that cannot happen did"
+    counts, p = counts[p > 0], p[p > 0]
+    expected = counts.sum() * p / p.sum()
+    assert expected.min() >= 5, "too few counts for a chi-square test"
+    x2 = ((counts - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(p) - 1) / 2).double(), x2 / 2))
