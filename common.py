@@ -5,6 +5,7 @@ Randomness: every random draw here and in diffusion.py comes from torch's global
 goes on exactly as it would have, and two processes draw what one process would have drawn.
 """
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -152,7 +153,8 @@ def write(path, to_file):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                 # torch.save may wrap the OSError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):               # there may be none, nor its folder
+            temporary.unlink()
         raise UserError(f"{path} cannot be written ({e}); make room or choose another folder")
 
 
@@ -177,8 +179,8 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
         raise UserError(f"{path} is not a whole checkpoint of this project "
                         f"({type(e).__name__}); delete it to have it made again")
     if content["kind"] not in kinds:
-        raise UserError(f"{path} holds a model of kind {content['kind']!r}, but {' or '.join(kinds)} is "
-                        "needed here")
+        raise UserError(f"{path} holds a model of kind {content['kind']!r}, but "
+                        f"{' or '.join(kinds)} is needed here")
     return content
 
 

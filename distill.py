@@ -15,7 +15,6 @@ import json
 import math
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -211,28 +210,37 @@ def show_samples(c, p, data, models):
     print(text)
 
 
-def missing_models(c, p):
-    """Train the AR judge and the MDLM teacher, or what is left of them. Returns their paths."""
-    paths = []
-    for objective, given in (("ar", c.judge), ("mdlm", c.teacher)):
-        t = TrainConfig(objective=objective, dataset=c.dataset, preset=c.preset, out=c.out,
-                        context=c.context, seed=c.seed, device=c.device, bf16=c.bf16,
-                        compile=c.compile)
-        if given is None and p.rank == 0 and not t.path.exists():
-            print(f"no {t.path} yet; the same as: {as_command('train.py', t)}", flush=True)
-        paths.append(Path(given) if given else train(t, p, as_saved=True))
-    return paths
+def get_model(c, p, data, objective, given, kinds):
+    """The model of a checkpoint that is given, or else of the one in --out, trained now, or what
+    is left of it, if need be: (model, checkpoint). Raises UserError where it does not fit data."""
+    t = TrainConfig(objective=objective, dataset=c.dataset, preset=c.preset, out=c.out,
+                    context=c.context, positions=c.positions, seed=c.seed, device=c.device,
+                    bf16=c.bf16, compile=c.compile)
+    if not given and p.rank == 0 and not t.path.exists():
+        print(f"no {t.path} yet; the same as: {as_command('train.py', t)}", flush=True)
+    path = given or train(t, p, as_saved=True)
+    model, content = load_model(path, p.device, kinds)
+    vocab, context = data.tokenizer.vocab, model.config.context
+    if model.config.vocab != vocab:
+        raise UserError(f"{path} knows {model.config.vocab} tokens, the dataset {data.folder} has "
+                        f"{vocab}; give the --dataset it was trained on")
+    if data.context(context) != context:
+        raise UserError(f"{path} writes {context} tokens, a text of {data.folder} has "
+                        f"{data.stride}; give the --dataset it was trained on")
+    return model, content
 
 
-def check_fit(data, judge, teacher, judge_path, teacher_path):
-    """Raise UserError where vocabulary or context of data, judge and teacher do not agree."""
-    for path, model in ((judge_path, judge), (teacher_path, teacher)):
-        if model.config.vocab != data.tokenizer.vocab:
-            raise UserError(f"{path} knows {model.config.vocab} tokens, the dataset {data.folder} "
-                            f"has {data.tokenizer.vocab}; give the --dataset it was trained on")
-    if judge.config.context < teacher.config.context:
-        raise UserError(f"{judge_path} judges at most {judge.config.context} tokens, but "
-                        f"{teacher_path} writes {teacher.config.context}; train a longer judge")
+def judge_and_teacher(c, p, data):
+    """Both, as get_model does; the given ones first, so that a mistake shows before training."""
+    wanted = {"ar": (c.judge, ("ar",)), "mdlm": (c.teacher, ("mdlm", "sdtt"))}
+    found = {}
+    for objective in sorted(wanted, key=lambda objective: wanted[objective][0] is None):
+        found[objective] = get_model(c, p, data, objective, *wanted[objective])
+    judge, teacher = found["ar"], found["mdlm"]
+    if judge[0].config.context < teacher[0].config.context:
+        raise UserError(f"the judge reads at most {judge[0].config.context} tokens, the teacher "
+                        f"writes {teacher[0].config.context}; give a longer --judge")
+    return judge, teacher
 
 
 def main():
@@ -240,10 +248,7 @@ def main():
     plan = schedule(c.teacher_steps, c.rounds, c.k)
     p = start(c.device)
     data = load_data(c.dataset, p)
-    judge_path, teacher_path = missing_models(c, p)
-    judge, judge_file = load_model(judge_path, p.device, kinds=("ar",))
-    teacher, teacher_file = load_model(teacher_path, p.device, kinds=("mdlm", "sdtt"))
-    check_fit(data, judge, teacher, judge_path, teacher_path)
+    (judge, judge_file), (teacher, teacher_file) = judge_and_teacher(c, p, data)
     results, origin, judged_by = open_results(c), fingerprint(teacher), fingerprint(judge)
     seconds = results["seconds"]
     seconds |= {"ar": judge_file["seconds"], "teacher": teacher_file["seconds"]}
@@ -275,7 +280,8 @@ def main():
         evaluate.write_results(c.folder / "results.json", results)
         print("\ngenerative perplexity and entropy"
               + "\nshare of valid texts, contradictions per text" * bool(data.oracle)
-              + "\nentropy of all texts together" + ", copies of training texts" * bool(data.stride))
+              + "\nentropy of all texts together"
+              + ", share that are training texts" * bool(data.stride))
         print(evaluate.table(results["rows"]))
         show_samples(c, p, data, {"teacher": teacher, f"round {c.rounds}": ema})
         if not evaluate.draw_curve(results["rows"], c.folder / "curve.png"):

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (Run, command, ema_update, flag, load_checkpoint, lr_factor, make_optimizers,
-                    parse_flags, resume, save, seed_all, start, write)
+from common import (Run, UserError, command, ema_update, flag, load_checkpoint, lr_factor,
+                    make_optimizers, parse_flags, resume, save, seed_all, start, write)
 from data.dataset import load_data
 from diffusion import nelbo
 from model import PRESETS, ModelConfig, Transformer, nll
@@ -89,13 +89,14 @@ def fit(c, p, data, run, loss):
         return
     if p.rank == 0:
         rewind_log(run)
+    micro, count = micro_batches(c, p)
     net = DistributedDataParallel(run.model) if p.world > 1 else run.model
     run.model.train()
     first, spent, began = run.step, run.seconds, time.time()
     with tqdm(total=run.steps, initial=first, desc=run.path.stem, disable=p.rank > 0,
               mininterval=1, ncols=90) as bar:
         for step in range(first, run.steps):
-            total = backward(c, p, data, run, net, loss)
+            total = backward(c, p, data, run, net, loss, micro, count)
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.clip)
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
@@ -119,14 +120,21 @@ def fit(c, p, data, run, loss):
                 save(run)
 
 
-def backward(c, p, data, run, net, loss):
+def micro_batches(c, p):
+    """Sequences of a micro-batch, and how many micro-batches each process has in a step."""
+    micro = c.micro_batch or max(1, c.batch // p.world)
+    if c.batch % (micro * p.world):
+        raise UserError(f"--batch {c.batch} is not a multiple of {p.world} processes x {micro} "
+                        "sequences; choose another --batch or --micro_batch")
+    return micro, c.batch // (micro * p.world)
+
+
+def backward(c, p, data, run, net, loss, micro, count):
     """The gradient of one step, left in the parameters; returns this process's loss.
 
     The global batch is a list of micro-batches, each with a seed of its own, dealt out to the
     processes in turn. Gradients are averaged between processes after the last.
     """
-    micro = c.micro_batch or c.batch // p.world                      # sequences
-    count = c.batch // micro // p.world                              # micro-batches per process
     total = torch.zeros((), device=p.device)
     for i in range(count):
         seed_all(c.seed, run.path.stem, run.step, i * p.world + p.rank)
@@ -156,8 +164,12 @@ def write_log(p, run, **entry):
     if p.rank == 0:
         tqdm.write(f"{run.path.stem}: step {run.step}, loss {entry['loss']:.4f}, validation "
                    f"{entry['val_loss']:.4f}, {entry['tokens_per_s']:,.0f} tokens/s")
-        with open(run.path.with_suffix(".jsonl"), "a") as f:
-            f.write(json.dumps({"step": run.step, **entry}) + "\n")
+        path = run.path.with_suffix(".jsonl")
+        try:
+            with open(path, "a") as f:
+                f.write(json.dumps({"step": run.step, **entry}) + "\n")
+        except OSError as e:
+            raise UserError(f"{path} cannot be written ({e}); make room or choose another --out")
 
 
 def rewind_log(run):

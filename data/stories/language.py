@@ -62,7 +62,8 @@ def skeleton(words):
     return " ".join(CLASS.get(word, word) for word in words)
 
 
-SENTENCES = {skeleton(option[2].split()): (beat, option) for beat in BEATS for option in BEATS[beat]}
+SENTENCES = {skeleton(option[2].split()): (beat, option)
+             for beat in BEATS for option in BEATS[beat]}
 
 
 def options(beat, plot):

@@ -1,0 +1,97 @@
+"""Two processes (gloo, as torchrun would start them) train what one process trains."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import distill
+import train
+from helpers import call, make_dataset
+
+ROOT = Path(common.__file__).resolve().parent
+FLAGS = ["--batch", "8", "--micro_batch", "2", "--device", "cpu", "--log_every", "1",
+         "--save_every", "3", "--warmup", "2", "--dropout", "0.1"]
+JOBS = {"train.py": ["--steps", "6"],
+        "distill.py": ["--rounds", "2", "--teacher_steps", "8", "--steps_per_round", "4",
+                       "--samples", "4"]}
+
+
+def together(world, script, argv):
+    """Run a script in `world` processes joined as torchrun joins them; their outputs."""
+    with socket.socket() as s:                       # a free port
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    started = [subprocess.Popen(
+        [sys.executable, script, *argv], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                          "OMP_NUM_THREADS": "1"}) for rank in range(world)]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * world, outputs
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{(script, processes): folder}; the distillations begin with the same judge and teacher."""
+    top = tmp_path_factory.mktemp("processes")
+    data = ["--dataset", str(make_dataset(top / "data"))]
+    for objective in ("ar", "mdlm"):
+        call(train, *data, "--objective", objective, "--steps", 3, "--out", top / "start",
+             *FLAGS[:6])
+    given = ["--judge", str(top / "start/ar.pt"), "--teacher", str(top / "start/teacher.pt")]
+    found = {"outputs": {}}
+    for script, module in (("train.py", train), ("distill.py", distill)):
+        argv = data + FLAGS + JOBS[script] + (given if script == "distill.py" else [])
+        one, two = top / f"{script}-1", top / f"{script}-2"
+        call(module, *argv, "--out", one)
+        found["outputs"][script] = together(2, script, argv + ["--out", str(two)])
+        found |= {(script, 1): one, (script, 2): two}
+    return found
+
+
+@pytest.mark.parametrize("script, name", [("train.py", "teacher"), ("distill.py", "round1"),
+                                          ("distill.py", "round2")])
+def test_two_processes_give_the_losses_and_weights_of_one(runs, script, name):
+    """The micro-batches are the same; only the order of float32 sums differs. 1e-4 is 100 times
+    the rounding of a loss near 2. Optimizers that divide by the gradient's size carry rounding
+    into single weights, so the mean is compared: 1e-4, where each step moves weights by some 1e-3.
+    No false alarm: nothing is left to chance but the order of sums."""
+    logs = [[json.loads(line) for line in (runs[script, n] / f"{name}.jsonl").read_text()
+             .splitlines()] for n in (1, 2)]
+    assert len(logs[0]) == len(logs[1]) == {"teacher": 6}.get(name, 4)
+    for one, two in zip(*logs):
+        assert one["step"] == two["step"]
+        assert abs(one["loss"] - two["loss"]) < 1e-4
+        assert abs(one["val_loss"] - two["val_loss"]) < 1e-4
+    one, two = (torch.load(runs[script, n] / f"{name}.pt", weights_only=True)["model"]
+                for n in (1, 2))
+    for key in one:
+        assert (one[key] - two[key]).abs().mean() < 1e-4, key
+
+
+@pytest.mark.parametrize("script", list(JOBS))
+def test_the_first_process_alone_prints(runs, script):
+    """The second one leaves no line; warnings of gloo itself aside. No false alarm."""
+    first, second = runs["outputs"][script]
+    assert "step" in first and "step" not in second
+
+
+def test_micro_batches_that_do_not_fill_the_batch_are_refused():
+    """8 sequences in micro-batches of 3, or over 3 processes; and the ones that do fit."""
+    c = train.TrainConfig(batch=8, micro_batch=3)
+    with pytest.raises(common.UserError, match="--batch 8"):
+        train.micro_batches(c, common.Processes(torch.device("cpu")))
+    c = train.TrainConfig(batch=8)
+    with pytest.raises(common.UserError, match="3 processes"):
+        train.micro_batches(c, common.Processes(torch.device("cpu"), 0, 3))
+    assert train.micro_batches(c, common.Processes(torch.device("cpu"), 1, 2)) == (4, 1)
+    c = train.TrainConfig(batch=8, micro_batch=2)
+    assert train.micro_batches(c, common.Processes(torch.device("cpu"), 1, 2)) == (2, 2)

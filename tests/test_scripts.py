@@ -1,0 +1,268 @@
+"""The scripts as a user meets them: imports, README's commands, flags, bad input, sample.py.
+
+Nothing here is left to chance but what is drawn from fixed seeds: no test has a false alarm unless
+its docstring says so.
+"""
+import contextlib
+import dataclasses
+import io
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import distill
+import sample
+import train
+from data.dataset import write_data
+from helpers import call, make_dataset, refused
+
+ROOT = Path(common.__file__).resolve().parent
+SCRIPTS = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.py"),
+                                                          *ROOT.glob("data/**/*.py")])
+TWO_WORDS = dict(kind="words", items=["a", "b"])
+TINY = ["--device", "cpu", "--batch", "4", "--warmup", "1"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a dataset ("data") and, in "out", ar.pt and teacher.pt after two steps."""
+    top = tmp_path_factory.mktemp("made")
+    make_dataset(top / "data")
+    for objective in ("ar", "mdlm"):
+        call(train, "--dataset", top / "data", "--out", top / "out", "--objective", objective,
+             "--steps", 2, *TINY)
+    return top
+
+
+# ---- imports, README, flags
+
+def test_every_file_imports_silently():
+    """No output, no warning, the random generator untouched and no file written."""
+    modules = [name.removesuffix(".py").replace("/", ".") for name in SCRIPTS]
+    before = sorted(ROOT.rglob("*.[!p]*"))
+    code = ("import torch, importlib\nstate = torch.get_rng_state()\n"
+            f"for name in {modules}: importlib.import_module(name)\n"
+            "assert torch.equal(state, torch.get_rng_state())")
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(ROOT.rglob("*.[!p]*")) == before
+
+
+def readme_commands():
+    """Every command line of README's sh blocks that starts Python or torchrun."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", (ROOT / "README.md").read_text())
+    return [line.split("#")[0].strip() for line in lines
+            if line.startswith(("python ", "torchrun "))]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_readme_command_parses(line, monkeypatch):
+    """The script is there and takes the flags, as far as the end of parse_flags."""
+    words = shlex.split(line)
+    if words[1] == "-m":
+        assert words[2] in ("pytest", "coverage", "venv")
+        return
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+
+    class Parsed(Exception):
+        pass
+
+    def parse_flags(*args, parse=common.parse_flags, **kw):
+        raise Parsed(parse(*args, **kw))
+    monkeypatch.setattr(common, "parse_flags", parse_flags)
+    monkeypatch.setattr(sys, "argv", words[script:])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / words[script]), run_name="__main__")
+
+
+def test_readme_has_the_quick_start_commands():
+    """Two sh blocks under the heading; the first ends in the whole path, the second runs tests."""
+    part = (ROOT / "README.md").read_text().split("## Quick start\n")[1].split("\n## ")[0]
+    first, second = re.findall(r"```sh\n(.*?)```", part, re.S)[:2]
+    assert "requirements.txt" in first and first.endswith("python distill.py --rounds 7\n")
+    assert "pytest" in second
+
+
+def test_readme_has_no_placeholder_and_names_only_files_that_exist():
+    """@NAME@ would be a number still to be filled in."""
+    text = (ROOT / "README.md").read_text()
+    assert not re.findall(r"@[A-Z0-9]+@", text)
+    for name in re.findall(r"`(results/[\w.-]+|[\w/]+\.py)[:`]", text):
+        assert (ROOT / name).exists(), name
+
+
+CONFIGS = {"train": train.TrainConfig, "distill": distill.DistillConfig,
+           "sample": sample.SampleConfig}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_help_lists_every_flag_with_its_default(name):
+    """-h ends with status 0 and shows each field of the script's dataclass."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as stop:
+        common.parse_flags(CONFIGS[name], "about", ["-h"], **(
+            {"checkpoint": "a file"} if name == "sample" else {}))
+    shown = " ".join(text.getvalue().split())
+    assert stop.value.code == 0
+    for field in dataclasses.fields(CONFIGS[name]):
+        assert not field.metadata or f"--{field.name}" in shown
+        if field.metadata and field.default is not None:
+            assert f"[{field.default}]" in shown
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--nonsense", "1"], "--nonsense"), (["--lr", "fast"], "--lr"), (["--batch", "0"], "--batch"),
+    (["--batch", "2.5"], "--batch"), (["--preset", "huge"], "--preset"), (["--lr", "nan"], "--lr"),
+    (["--divergence", "l2"], "--divergence"), (["--rounds", "-1"], "--rounds"),
+    (["--dropout", "1.5"], "--dropout"), (["extra"], "extra"), (["--rounds"], "--rounds")])
+def test_bad_flag_ends_with_usage_and_its_name(argv, named, capsys):
+    """Unknown, ill-typed, out of range, without a value."""
+    with pytest.raises(SystemExit) as stop:
+        common.parse_flags(distill.DistillConfig, "", argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("usage:") and named in error.splitlines()[-1]
+
+
+def test_defaults_and_given_flags_reach_the_config():
+    """int | None, bool with --no-, and the default that depends on the preset."""
+    c = common.parse_flags(distill.DistillConfig, "", [])
+    assert c == distill.DistillConfig() and c.teacher_steps == 256
+    c = common.parse_flags(distill.DistillConfig, "", ["--preset", "small", "--no-bf16",
+                                                       "--reset_optimizer", "--context", "128"])
+    assert (c.teacher_steps, c.bf16, c.reset_optimizer, c.context) == (1024, False, True, 128)
+
+
+# ---- bad input
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--dataset", "nowhere"], "nowhere"),
+    (["--rounds", "9"], "--rounds 9"),
+    (["--rounds", "4", "--k", "8"], "--k 8"),
+    (["--teacher", "{out}/ar.pt"], "ar.pt"),
+    (["--judge", "{out}/teacher.pt"], "teacher.pt"),
+    (["--teacher", "{out}/none.pt"], "none.pt"),
+    (["--batch", "6", "--micro_batch", "4"], "--batch 6")])
+def test_distill_refuses_what_it_cannot_do(made, tmp_path, capsys, argv, named):
+    """One sentence with the name of what is wrong, before anything is trained or written."""
+    argv = [a.format(out=made / "out") for a in argv]
+    out = tmp_path / "out"
+    if "--batch" in argv:                            # judge and teacher are there
+        shutil.copytree(made / "out", out)
+    before = snapshot(out)
+    message = refused(capsys, distill, *TINY, "--dataset", made / "data", "--out", out, *argv)
+    assert named in message
+    assert {p: b for p, b in snapshot(out).items() if p.suffix == ".pt"} == {
+        p: b for p, b in before.items() if p.suffix == ".pt"}
+
+
+def test_teacher_of_another_vocabulary_or_length_is_refused(made, tmp_path, capsys):
+    """A dataset of 11 words, then one of longer texts, with the teacher of 10 words and 12."""
+    teacher = ["--teacher", made / "out/teacher.pt", "--out", tmp_path / "out", *TINY]
+    for folder, words, stride, named in (("more", 11, 12, "11"), ("longer", 10, 15, "15")):
+        items = [f"w{i}" for i in range(words)]
+        write_data(tmp_path / folder, [1] * 60, [1] * 60, stride=stride,
+                   tokenizer=dict(kind="words", items=items))
+        message = refused(capsys, distill, "--dataset", tmp_path / folder, *teacher)
+        assert "teacher.pt" in message and named in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_judge_shorter_than_the_teacher_is_refused(tmp_path, capsys):
+    """Texts of 16 tokens cannot be judged by a model of 8."""
+    write_data(tmp_path / "data", [1] * 200, [1] * 200, tokenizer=TWO_WORDS)
+    flags = ["--dataset", tmp_path / "data", *TINY]
+    call(train, *flags, "--out", tmp_path / "a", "--objective", "ar", "--context", 8, "--steps", 1)
+    call(train, *flags, "--out", tmp_path / "a", "--context", 16, "--steps", 1)
+    assert "judge" in refused(capsys, distill, *flags, "--out", tmp_path / "a")
+
+
+def test_dataset_smaller_than_one_context_is_refused(tmp_path, capsys):
+    """The sentence names the file and the two sizes."""
+    write_data(tmp_path / "data", [1] * 40, [1] * 40, tokenizer=TWO_WORDS)
+    message = refused(capsys, train, "--dataset", tmp_path / "data", "--out", tmp_path / "out")
+    assert "train.bin has 40 tokens" in message and "64" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_that_cannot_be_written_is_refused(made, tmp_path, capsys):
+    """--out below a file: whoever runs the test, that cannot be made."""
+    (tmp_path / "file").write_text("kept")
+    message = refused(capsys, train, *TINY, "--dataset", made / "data", "--out",
+                      tmp_path / "file/out")
+    assert str(tmp_path / "file/out") in message and (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("module", [train, distill])
+def test_cuda_asked_for_and_absent_is_refused(module, capsys):
+    """With the way out."""
+    assert "--device cpu" in refused(capsys, module, "--device", "cuda")
+
+
+# ---- sample.py
+
+def text(capsys, made, name, *argv):
+    """Lines of text that sample.py prints for a checkpoint."""
+    capsys.readouterr()
+    call(sample, made / "out" / name, "--device", "cpu", *argv)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("name", ["ar.pt", "teacher.pt"])
+def test_samples_have_the_length_the_prompt_and_the_seed_asked_for(made, capsys, name):
+    """The same seed gives the same text, another seed another one (10^9 texts or more)."""
+    argv = ["--num_samples", 3, "--length", 11, "--prompt", "w3 w1"]
+    lines = text(capsys, made, name, *argv)
+    assert len(lines) == 3 and len(set(lines)) > 1
+    assert all(len(line.split()) == 11 and line.startswith("w3 w1 ") for line in lines)
+    assert text(capsys, made, name, *argv) == lines
+    assert text(capsys, made, name, *argv, "--seed", 1) != lines
+
+
+def test_infilling_keeps_the_words_and_fills_gaps_of_the_lengths_given(made, capsys):
+    """Underscores counted, or a number between underscores, as many gaps as one likes."""
+    for line in text(capsys, made, "teacher.pt", "--infill", "w1 __ w2 w3 _4_ w4 _"):
+        words = line.split()
+        assert len(words) == 2 + 4 + 1 + 4
+        assert (words[0], words[3], words[4], words[9]) == ("w1", "w2", "w3", "w4")
+
+
+def test_low_temperature_and_small_top_p_give_the_likeliest_words(made, capsys):
+    """At top_p = 0.01 nothing is left to chance for an AR model: all samples are the greedy one."""
+    assert len(set(text(capsys, made, "ar.pt", "--top_p", 0.01, "--num_samples", 5))) == 1
+    assert len(set(text(capsys, made, "ar.pt", "--num_samples", 5))) > 1
+
+
+@pytest.mark.parametrize("name, argv, named", [
+    ("teacher.pt", ["--prompt", "w1 dragon"], "'dragon'"),
+    ("teacher.pt", ["--prompt", "w1 " * 13], "--prompt has 13"),
+    ("teacher.pt", ["--infill", "w1 _20_"], "--infill has 21"),
+    ("teacher.pt", ["--length", 13], "--length 13"),
+    ("teacher.pt", ["--prompt", "w1", "--infill", "_"], "--infill"),
+    ("ar.pt", ["--infill", "w1 _"], "autoregressive"),
+    ("absent.pt", [], "absent.pt"), ("../data/train.bin", [], "train.bin")])
+def test_sample_refuses_what_it_cannot_write(made, capsys, name, argv, named):
+    """One sentence that names the flag, the word or the file."""
+    assert named in refused(capsys, sample, made / "out" / name, "--device", "cpu", *argv)
+
+
+def test_a_checkpoint_alone_is_enough_to_sample(made, tmp_path, capsys):
+    """Moved away from its dataset, it still has its tokenizer."""
+    (tmp_path / "out").mkdir()
+    shutil.copy(made / "out/teacher.pt", tmp_path / "out/teacher.pt")
+    assert len(text(capsys, tmp_path, "teacher.pt", "--steps", 3)) == 4
