@@ -38,7 +38,8 @@ class DistillConfig(LoopConfig):
     divergence: str = flag("kld", "from the student's to the teacher's prediction: reverse KL, "
                            "forward KL, Jensen-Shannon, total variation, squared log-probability",
                            choices=["kld", "fkl", "jsd", "tvd", "mse"])
-    steps_per_round: int = flag(150, "optimizer steps in a round", low=1)
+    steps_per_round: int | None = flag(None, "optimizer steps in a round [stories 150, real text "
+                                       "600]", low=1)
     handover: str = flag("ema", "weights that a round hands to the next as its student and "
                          "teacher: ema (averaged) or raw", choices=["ema", "raw"])
     reset_optimizer: bool = flag(False, "begin each round with a fresh optimizer")
@@ -53,6 +54,7 @@ class DistillConfig(LoopConfig):
 
     def __post_init__(self):
         self.teacher_steps = self.teacher_steps or {"nano": 256}.get(self.preset, 1024)
+        self.steps_per_round = self.steps_per_round or (150 if self.dataset == "stories" else 600)
 
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
