@@ -4,6 +4,7 @@ A folder holds train.bin and val.bin, all tokens in a row as uint16 (uint32 wher
 from the disk as they are needed, and meta.json with the tokenizer. A folder as nanoGPT prepares it
 works too: without meta it is GPT-2's tokens, with meta.pkl characters.
 """
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -111,16 +112,23 @@ def _load_data(name):
         raise UserError(f"--dataset {name}: no such folder, and none of {', '.join(known)}")
     if not (folder / "val.bin").exists():
         if name not in ("stories", "pydoc"):                         # the built-in ones
-            raise UserError(f"{folder} has no val.bin; python data/{name}/prepare.py makes it")
+            how = (f"python data/{folder.name}/prepare.py makes it"
+                   if (folder / "prepare.py").exists() else "prepare it again")
+            raise UserError(f"{folder} has no val.bin; {how}")
         importlib.import_module(f"data.{name}.prepare").main([])
-    meta = {}
-    if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text())
-    elif (folder / "meta.pkl").exists():                             # nanoGPT's characters
-        with open(folder / "meta.pkl", "rb") as f:
-            itos = _NoClasses(f).load()["itos"]
-        meta["tokenizer"] = dict(kind="chars", items=[itos[i] for i in range(len(itos))])
-    tokenizer = make_tokenizer(meta.get("tokenizer", {"kind": "gpt2"}))
+    meta, path = {}, folder / "meta.json"
+    try:
+        if path.exists():
+            meta = json.loads(path.read_text())
+        elif (path := folder / "meta.pkl").exists():                 # nanoGPT's characters
+            with open(path, "rb") as f:
+                itos = _NoClasses(f).load()["itos"]
+            meta["tokenizer"] = dict(kind="chars", items=[itos[i] for i in range(len(itos))])
+        tokenizer = make_tokenizer(meta.get("tokenizer", {"kind": "gpt2"}))
+    except UserError:
+        raise
+    except Exception as e:           # json, pickle and tiktoken fail in many ways
+        raise UserError(f"{path} describes no tokenizer ({type(e).__name__}); prepare it again")
     dtype = np.uint16 if tokenizer.vocab <= 65536 else np.uint32
     try:
         train, val = (np.memmap(folder / f"{s}.bin", dtype, "r") for s in ("train", "val"))
@@ -132,6 +140,8 @@ def _load_data(name):
 def write_data(folder, train, val, **meta):
     """Write ids train and val (lists) and meta (with a tokenizer's spec) as a dataset folder."""
     dtype = np.uint16 if make_tokenizer(meta["tokenizer"]).vocab <= 65536 else np.uint32
+    with contextlib.suppress(OSError):                               # else write() below says why
+        (folder / "val.bin").unlink()        # first and last: where it is, the rest fits to it
     write(folder / "meta.json", lambda f: f.write(json.dumps(meta).encode()))
-    for name, ids in (("train", train), ("val", val)):               # val.bin last: it is done
+    for name, ids in (("train", train), ("val", val)):
         write(folder / f"{name}.bin", lambda f: f.write(np.array(ids, dtype).tobytes()))

@@ -37,7 +37,7 @@ def docstrings(folder):
         try:
             with warnings.catch_warnings(action="ignore"):           # of files with bad escapes
                 tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError, RecursionError):
+        except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

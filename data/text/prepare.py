@@ -28,12 +28,15 @@ def read(source):
     """The texts of a file, or of all files below a folder. Raises UserError."""
     source = Path(source)
     paths = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-    try:
-        return [path.read_text("utf-8") for path in paths]
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such file or folder; name one that holds text")
-    except (UnicodeDecodeError, OSError) as e:
-        raise UserError(f"{source} holds a file that cannot be read as UTF-8 text ({e})")
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{source}: no such file or folder; name one that holds text")
+        except (UnicodeDecodeError, OSError) as e:
+            raise UserError(f"{path} cannot be read as UTF-8 text ({e}); convert or remove it")
+    return texts
 
 
 def main(argv=None):

@@ -1,0 +1,733 @@
+"""Datasets: tokenizers, the training of byte pairs, folders on the disk, batches, and the scripts.
+
+Nothing here is a sample's number but the batches, from a fixed seed; everything else is exact, so
+that a failure is never a false alarm unless a docstring says so. Everything is written to tmp_path,
+and nothing asks the network.
+"""
+import collections
+import json
+import os
+import pickle
+import pydoc_data.topics
+import random
+import re
+import shutil
+import types
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tiktoken._educational
+import torch
+
+import common
+from data import corpus, dataset
+from data.pydoc import prepare as pydoc
+from data.shakespeare_char import prepare as shakespeare
+from data.stories import language
+from data.stories import prepare as stories
+from data.text import prepare as text
+from helpers import call, refused
+
+ALONE = types.SimpleNamespace(rank=0, world=1, device="cpu")
+GPT2_FILES = ["6d1cbeee0f20b3d9449abfede4726ed8212e3aee",        # tiktoken's names for GPT-2's
+              "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"]        # merges and tokens
+CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or "none")
+needs_gpt2 = pytest.mark.skipif(
+    not all((CACHE / name).exists() for name in GPT2_FILES),
+    reason="GPT-2's tokenizer is not in the folder TIKTOKEN_CACHE_DIR")
+DOCUMENTS = ["Once upon a time, there was a time.",
+             "It isn't <end> yet!\n\n  He said:\t'17 apples'",
+             "Ünïcödé, кот и кит, 猫が好き 🐈‍⬛ — nul \0", " ", "the cat sat on the mat " * 20]
+
+
+def sentence(function, *args):
+    """The one sentence with which a call is refused."""
+    with pytest.raises(common.UserError) as error:
+        function(*args)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    return str(error.value)
+
+
+def load(folder):
+    return dataset.load_data(str(folder), ALONE)
+
+
+def everything(data):
+    """All token ids, train then val."""
+    return np.concatenate([data.train, data.val]).tolist()
+
+
+def numbers(n):
+    """A tokenizer's spec of n words "0", "1", ..., each its own id."""
+    return dict(kind="words", items=[str(i) for i in range(n)])
+
+
+# ---- byte pairs
+
+def random_text(rng, alphabet, n):
+    return "".join(rng.choice(alphabet) for _ in range(n))
+
+
+def any_text(rng, n):
+    """Characters from everywhere in Unicode but the surrogates, which no UTF-8 text has."""
+    blocks = [(0, 128), (0, 0x3000), (0x3000, 0xd800), (0xe000, 0x110000)]
+    return "".join(chr(rng.randrange(*rng.choice(blocks))) for _ in range(n))
+
+
+def english():
+    return pydoc_data.topics.topics["if"] + pydoc_data.topics.topics["for"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """300 tokens of a byte-pair encoding trained on English, and its tokenizer."""
+    tokens = corpus.train_bpe(english(), 300)
+    spec = dict(kind="bpe", pattern=corpus.PATTERN, items=[t.decode("latin-1") for t in tokens])
+    return tokens, dataset.make_tokenizer(json.loads(json.dumps(spec)))
+
+
+def educational(text, size):
+    """The tokens by tiktoken's own slow trainer, which counts all pairs anew for each merge."""
+    return list(tiktoken._educational.bpe_train(text, size, corpus.PATTERN, visualise=None))
+
+
+@pytest.mark.parametrize("words", [english(), "".join(DOCUMENTS), "aaaaaaa aaaa aaaaaaaaaaa baaaa",
+                                   "xyxyxyx yxyxy xyx", "abc bcd cde def abc cde"])
+def test_train_bpe_makes_the_tokens_of_tiktokens_own_trainer(words):
+    """Also in order: among equal counts, both take the pair that comes first in the text. As far as
+    there are pairs, at most 60. Exact, no false alarm."""
+    size = min(len(corpus.train_bpe(words, 316)), 316)
+    assert size > 258
+    assert corpus.train_bpe(words, size) == educational(words, size)
+
+
+def test_train_bpe_breaks_ties_as_tiktokens_own_trainer():
+    """40 short random texts of few letters: nearly every merge is one of several equals. Exact, no
+    false alarm."""
+    rng = random.Random(0)
+    for _ in range(40):
+        words = random_text(rng, "aabc ", 60)
+        size = len(corpus.train_bpe(words, 275))
+        assert corpus.train_bpe(words, size) == educational(words, size), words
+
+
+def test_train_bpe_stops_early_when_no_pair_is_left():
+    """Each word is one token then. Exact, no false alarm."""
+    single = [bytes([i]) for i in range(256)]
+    assert corpus.train_bpe("ab ab", 1000) == single + [b"ab", b" ab"]
+    assert corpus.train_bpe("", 1000) == corpus.train_bpe("a b", 256) == single
+    assert corpus.train_bpe("x", 1000) == single
+
+
+@pytest.mark.parametrize("size", [255, 1, 0, -1])
+def test_train_bpe_refuses_fewer_tokens_than_bytes(size):
+    """One sentence, with the size asked for. No false alarm."""
+    assert str(size) in sentence(corpus.train_bpe, "some text", size)
+
+
+def test_merge_takes_pairs_from_the_left():
+    """Occurrences that overlap, and a pair whose bytes are there but not its tokens. Exact."""
+    assert corpus.merge([b"a"] * 5, (b"a", b"a")) == [b"aa", b"aa", b"a"]
+    assert corpus.merge([b"a", b"bc", b"ab", b"c"], (b"a", b"b")) == [b"a", b"bc", b"ab", b"c"]
+    assert corpus.merge([b"ab", b"c", b"ab", b"c"], (b"ab", b"c")) == [b"abc", b"abc"]
+    assert corpus.merge([b"a", b"bc"], (b"ab", b"c")) == [b"a", b"bc"]
+    assert corpus.merge([b"a"], (b"a", b"b")) == [b"a"] and corpus.merge([], (b"a", b"b")) == []
+
+
+def by_hand(pairs, word):
+    """A word (bytes) cut into tokens by all merges in the order in which they were learned."""
+    parts = [word[i:i + 1] for i in range(len(word))]
+    for a, b in pairs:
+        i = 0
+        while i < len(parts) - 1:
+            if (parts[i], parts[i + 1]) == (a, b):
+                parts[i:i + 2] = [a + b]
+            i += 1
+    return parts
+
+
+def test_tiktoken_runs_the_merges_in_the_order_learned(trained):
+    """Against a slow application by hand, in which each token must be a merge of two earlier ones;
+    English, and letters at random. Exact, no false alarm."""
+    tokens, tokenizer = trained
+    pairs = []
+    for token in tokens[256:]:
+        pairs.append(tuple(by_hand(pairs, token)))
+        assert len(pairs[-1]) == 2
+    assert len(set(tokens)) == len(tokens) == 300
+    ids = {token: i for i, token in enumerate(tokens)}
+    rng = random.Random(1)
+    texts = [english()[:3000], any_text(rng, 300)]
+    texts += [random_text(rng, "the inaofr\n", 300) for _ in range(5)]
+    for words in texts:
+        expected = [ids[token] for word in corpus.regex.findall(corpus.PATTERN, words)
+                    for token in by_hand(pairs, word.encode())]
+        assert tokenizer.encode(words) == expected
+    assert max(tokenizer.encode(texts[0])) > 256             # the merges are used at all
+
+
+def test_trained_bpe_gives_back_any_text(trained):
+    """300 texts of characters from all of Unicode, and those that look like its own signs. Exact,
+    no false alarm."""
+    tokens, tokenizer = trained
+    rng = random.Random(2)
+    texts = [any_text(rng, rng.randrange(40)) for _ in range(300)] + DOCUMENTS + ["", "<end>"]
+    for words in texts:
+        ids = tokenizer.encode(words)
+        assert tokenizer.decode(ids) == words and all(0 <= i < 300 for i in ids)
+    assert tokenizer.vocab == 301 and tokenizer.decode([300]) == "<end>"
+
+
+def test_trained_bpe_gives_back_any_bytes(trained):
+    """300 random rows of bytes, most of them no UTF-8, and each byte alone. Exact."""
+    tokens, _ = trained
+    bpe = tiktoken.Encoding("test", pat_str=corpus.PATTERN, special_tokens={},
+                            mergeable_ranks={token: i for i, token in enumerate(tokens)})
+    rng = random.Random(3)
+    for word in [bytes([i]) for i in range(256)] + [rng.randbytes(30) for _ in range(300)]:
+        assert bpe.decode_bytes(bpe._encode_bytes(word)) == word
+
+
+# ---- tokenizers
+
+def test_encode_names_the_word_or_character_that_it_does_not_know():
+    """And what the vocabulary is like. No false alarm."""
+    words = dataset.make_tokenizer(dict(kind="words", items=["a", "cat", "sat"]))
+    chars = dataset.make_tokenizer(dict(kind="chars", items=list("abc\n")))
+    message = sentence(words.encode, "a dog sat")
+    assert "'dog'" in message and "cat" in message and "words" in message
+    message = sentence(chars.encode, "abxc")
+    assert "'x'" in message and "chars" in message
+
+
+def test_words_and_chars_give_back_what_they_encode():
+    """Words any white space apart, characters all of them. Exact, no false alarm."""
+    words = dataset.make_tokenizer(dict(kind="words", items=["a", "cat", "sat"]))
+    assert words.encode(" a  cat\nsat ") == [0, 1, 2] and words.decode([0, 1, 2]) == "a cat sat"
+    chars = dataset.make_tokenizer(dict(kind="chars", items=list("abc\n ")))
+    assert chars.decode(chars.encode("ab \n c\n")) == "ab \n c\n"
+    assert (words.vocab, chars.vocab) == (3, 5) and words.encode("") == chars.encode("") == []
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no\nnetwork"), ValueError("wrong hash")])
+def test_missing_gpt2_tokenizer_is_refused_with_the_remedy(monkeypatch, error):
+    """Whatever error tiktoken's download ends in. No false alarm."""
+    def get_encoding(name):
+        raise error
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    assert "TIKTOKEN_CACHE_DIR" in sentence(dataset.make_tokenizer, {"kind": "gpt2"})
+
+
+# ---- from documents to a folder
+
+@pytest.mark.parametrize("kind", ["bpe", pytest.param("gpt2", marks=needs_gpt2)])
+def test_documents_come_back_from_the_folder_each_with_its_end(tmp_path, kind):
+    """Split at the last id of the vocabulary, which stands for <end> and for nothing else; a text
+    "<end>" is cut into other tokens. Exact, no false alarm."""
+    corpus.write_corpus(tmp_path / "new" / "folder", DOCUMENTS, kind, 300)
+    data = load(tmp_path / "new" / "folder")
+    ids, end = everything(data), data.tokenizer.vocab - 1
+    mark = {"bpe": "<end>", "gpt2": "<|endoftext|>"}[kind]
+    assert data.tokenizer.decode(ids) == "".join(document + mark for document in DOCUMENTS)
+    found, document = [], []
+    for i in ids:
+        if i == end:
+            found.append(data.tokenizer.decode(document))
+        document = [] if i == end else document + [i]
+    assert found == DOCUMENTS and document == []
+    assert data.tokenizer.vocab == {"bpe": 300, "gpt2": 50257}[kind]
+
+
+def test_characters_come_back_from_the_folder(tmp_path):
+    """Documents follow each other in lines; the vocabulary is the characters, sorted. Exact."""
+    corpus.write_corpus(tmp_path, DOCUMENTS, "chars", 0)
+    data = load(tmp_path)
+    assert data.tokenizer.decode(everything(data)) == "\n".join(DOCUMENTS)
+    assert data.tokenizer.spec["items"] == sorted(set("\n".join(DOCUMENTS)))
+
+
+@pytest.mark.parametrize("kind", ["chars", "bpe", pytest.param("gpt2", marks=needs_gpt2)])
+def test_last_tenth_is_validation_and_tokens_take_two_bytes(tmp_path, kind):
+    """uint16 on the disk, as many as the data have; no temporary file is left. Exact."""
+    corpus.write_corpus(tmp_path, DOCUMENTS, kind, 300)
+    data = load(tmp_path)
+    n = len(data.train) + len(data.val)
+    assert len(data.train) == n * 9 // 10 and len(data.val) > 10
+    assert data.train.dtype == data.val.dtype == np.uint16
+    assert (tmp_path / "train.bin").stat().st_size == 2 * len(data.train)
+    assert (tmp_path / "val.bin").stat().st_size == 2 * len(data.val)
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+    assert (data.stride, data.oracle) == (None, None)
+
+
+def test_small_text_gives_a_smaller_vocabulary_than_asked(tmp_path):
+    """Byte pairs that ran out: the ids still fit, and <end> is the last one. Exact."""
+    corpus.write_corpus(tmp_path, ["ab ab ab ab ab ab"], "bpe", 1000)
+    data = load(tmp_path)
+    assert data.tokenizer.vocab == 256 + 2 + 1 and max(everything(data)) == 258
+    assert data.tokenizer.decode(everything(data)) == "ab ab ab ab ab ab<end>"
+
+
+@pytest.mark.parametrize("documents", [[], [""], [" \n", "\t"]])
+@pytest.mark.parametrize("kind", ["chars", "bpe"])
+def test_no_text_is_refused_and_nothing_written(tmp_path, documents, kind):
+    """One sentence. No false alarm."""
+    assert "no text" in sentence(corpus.write_corpus, tmp_path, documents, kind, 300)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("vocab, dtype", [(65536, np.uint16), (65537, np.uint32)])
+def test_tokens_take_four_bytes_only_where_two_are_too_few(tmp_path, vocab, dtype):
+    """The largest id comes back, on both sides of the limit. Exact, no false alarm."""
+    ids = [0, 1, 65535, vocab - 1]
+    dataset.write_data(tmp_path, ids, ids[::-1], tokenizer=numbers(vocab), stride=2, oracle="other")
+    data = load(tmp_path)
+    assert data.train.dtype == data.val.dtype == dtype
+    assert data.train.tolist() == ids and data.val.tolist() == ids[::-1]
+    assert (data.stride, data.oracle, data.tokenizer.vocab) == (2, "other", vocab)
+    assert data.tokenizer.spec == numbers(vocab)
+    assert (tmp_path / "val.bin").stat().st_size == 4 * np.dtype(dtype).itemsize
+
+
+# ---- batches
+
+def counted(folder, n_train=60, n_val=33, **meta):
+    """Data whose tokens are their own places: train 0, 1, ..., val 100, 101, ..."""
+    dataset.write_data(folder, list(range(n_train)), list(range(100, 100 + n_val)),
+                       tokenizer=numbers(200), **meta)
+    return load(folder)
+
+
+@pytest.mark.parametrize("split, begin, n", [("train", 0, 60), ("val", 100, 33)])
+@pytest.mark.parametrize("stride, context", [(None, 7), (None, 1), (None, 33), (5, 5), (7, 7)])
+def test_batch_is_of_whole_pieces_that_begin_anywhere_or_at_rows(tmp_path, split, begin, n, stride,
+                                                                context):
+    """All rows lie in the split and begin at multiples of the stride; with an incomplete row at the
+    end it is never used. 4,000 draws of at most 60 starts: all are drawn equally often, within 5 sd
+    (another seed fails once in 10,000)."""
+    data = counted(tmp_path, stride=stride)
+    torch.manual_seed(0)
+    x = data.batch(split, 4000, context, torch.device("cpu"))
+    assert x.shape == (4000, context) and x.dtype == torch.int64 and x.device.type == "cpu"
+    assert torch.equal(x, x[:, :1] + torch.arange(context))
+    count = collections.Counter(x[:, 0].tolist())
+    starts = [begin + i for i in range(0, n - context + 1, stride or 1)]
+    assert sorted(count) == starts
+    p = 1 / len(starts)
+    assert all(abs(k - 4000 * p) <= 5 * (4000 * p * (1 - p)) ** 0.5 for k in count.values())
+
+
+def test_batch_is_drawn_by_torchs_global_generator_and_is_a_copy(tmp_path):
+    """The same seed, the same batch; what a script does to it does not reach the data. Exact."""
+    data = counted(tmp_path)
+    def batch(seed):
+        torch.manual_seed(seed)
+        return data.batch("train", 50, 5, "cpu")
+    assert torch.equal(batch(1), batch(1)) and not torch.equal(batch(1), batch(2))
+    batch(1).zero_()
+    assert data.train.tolist() == load(tmp_path).train.tolist() == list(range(60))
+
+
+def test_context_is_the_wanted_one_or_the_length_of_a_row(tmp_path):
+    """As large as the smaller split, not larger. Exact, no false alarm."""
+    assert counted(tmp_path).context(33) == 33
+    assert counted(tmp_path, stride=5).context(4) == counted(tmp_path, stride=5).context(99) == 5
+
+
+@pytest.mark.parametrize("sizes, split", [((60, 12), "val"), ((12, 60), "train"), ((12, 12), "")])
+def test_context_longer_than_a_split_is_refused_by_the_file(tmp_path, sizes, split):
+    """With its size, the context and the remedy, for rows as well. No false alarm."""
+    data = counted(tmp_path, *sizes)
+    message = sentence(data.context, 13)
+    assert f"{split}.bin" in message and "12 " in message and "13" in message
+    assert "--context" in message and str(tmp_path) in message
+    assert f"{split}.bin" in sentence(counted(tmp_path, *sizes, stride=13).context, 4)
+
+
+# ---- folders as nanoGPT lays them out
+
+def nanogpt(folder, train, val, meta=None):
+    """train.bin and val.bin as nanoGPT's prepare.py writes them, and meta.pkl from bytes."""
+    folder.mkdir(exist_ok=True)
+    np.array(train, dtype=np.uint16).tofile(folder / "train.bin")
+    np.array(val, dtype=np.uint16).tofile(folder / "val.bin")
+    if meta is not None:
+        (folder / "meta.pkl").write_bytes(meta)
+    return folder
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_characters_prepared_by_nanogpt_load(tmp_path, protocol):
+    """meta.pkl with stoi, itos and vocab_size, of any pickle protocol. Exact, no false alarm."""
+    chars = sorted(set("".join(DOCUMENTS)))
+    stoi = {c: i for i, c in enumerate(chars)}
+    meta = dict(vocab_size=len(chars), itos={i: c for c, i in stoi.items()}, stoi=stoi)
+    ids = [[stoi[c] for c in document] for document in DOCUMENTS]
+    data = load(nanogpt(tmp_path / "x", ids[0], ids[2], pickle.dumps(meta, protocol)))
+    assert data.tokenizer.vocab == len(chars) and data.train.dtype == np.uint16
+    assert data.tokenizer.decode(data.train.tolist()) == DOCUMENTS[0]
+    assert data.tokenizer.decode(data.val.tolist()) == DOCUMENTS[2]
+    assert data.tokenizer.encode(DOCUMENTS[1]) == ids[1]
+    assert (data.stride, data.oracle) == (None, None)
+    assert json.loads(json.dumps(data.tokenizer.spec)) == data.tokenizer.spec
+
+
+@needs_gpt2
+def test_gpt2_tokens_prepared_by_nanogpt_load(tmp_path):
+    """No meta: GPT-2's tokens, 50256 between documents. Exact, no false alarm."""
+    bpe = tiktoken.get_encoding("gpt2")
+    ids = [bpe.encode_ordinary(document) + [bpe.eot_token] for document in DOCUMENTS]
+    data = load(nanogpt(tmp_path / "x", ids[0], ids[2]))
+    assert data.tokenizer.vocab == 50257
+    assert data.tokenizer.decode(data.train.tolist()) == DOCUMENTS[0] + "<|endoftext|>"
+    assert data.tokenizer.decode(data.val.tolist()) == DOCUMENTS[2] + "<|endoftext|>"
+
+
+def bad_pickles(path):
+    """Pickles that make the folder `path` when they are loaded without care, by name."""
+    path = str(path).encode()
+    return {
+        "mkdir": b"cos\nmkdir\n(V" + path + b"\ntR.",
+        "in a dict": b"}(Vitos\n}(I0\ncos\nmkdir\n(V" + path + b"\ntRuVvocab_size\nI1\nu.",
+        "inst": b"(V" + path + b"\nios\nmkdir\n.",
+        "obj": b"(cos\nmkdir\nV" + path + b"\no.",
+        "protocol 4": b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93V" + path + b"\n\x85R.",
+        "eval": b"cbuiltins\neval\n(V__import__('os').mkdir('" + path + b"')\ntR."}
+
+
+@pytest.mark.parametrize("kind", bad_pickles(""))
+def test_meta_pkl_that_would_run_code_is_refused_and_does_not_run(tmp_path, kind):
+    """The same bytes do run when pickle itself loads them. No false alarm."""
+    pickle.loads(bad_pickles(tmp_path / "proof")[kind])
+    assert (tmp_path / "proof").is_dir()
+    folder = nanogpt(tmp_path / "x", [0] * 9, [0] * 9, bad_pickles(tmp_path / "harm")[kind])
+    assert "meta.pkl" in sentence(load, folder)
+    assert not (tmp_path / "harm").exists()
+
+
+GOOD = pickle.dumps(dict(vocab_size=2, itos={0: "a", 1: "b"}, stoi={"a": 0, "b": 1}))
+SPOILT = {"truncated": GOOD[:len(GOOD) // 2], "garbage": b"no pickle at all\n", "empty": b"",
+          "without itos": pickle.dumps({"vocab_size": 2}), "list": pickle.dumps(["a", "b"]),
+          "with a gap": pickle.dumps({"itos": {0: "a", 2: "b"}}), "persistent": b"Pabc\n.",
+          "no text": b"\xff\xfe\0\1" * 9, "itos is None": pickle.dumps({"itos": None}),
+          "None": pickle.dumps(None)}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_spoilt_meta_pkl_is_refused_by_name(tmp_path, kind):
+    """One sentence names the file, and not a Python error. No false alarm."""
+    assert load(nanogpt(tmp_path / "good", [0, 1], [1], GOOD)).tokenizer.vocab == 2
+    folder = nanogpt(tmp_path / "x", [0, 1], [1], SPOILT[kind])
+    message = sentence(load, folder)
+    assert "meta.pkl" in message and str(folder) in message
+
+
+@pytest.mark.parametrize("content", [
+    b'{"tokenizer": {"kind": "wor', b"no JSON at all\n", b"", b"[]", b"null", b'"text"',
+    b"\xff\xfe", b'{"tokenizer": {}}',
+    b'{"tokenizer": {"kind": "nonsense", "items": ["a"]}}',
+    b'{"tokenizer": {"kind": "chars"}}', b'{"tokenizer": {"kind": "words", "items": null}}',
+    b'{"tokenizer": {"kind": "bpe", "items": ["a"]}}', b'{"tokenizer": 3}',
+    b'{"tokenizer": {"kind": "bpe", "items": ["\xd0\xb9"], "pattern": "."}}'])
+def test_spoilt_meta_json_is_refused_by_name(tmp_path, content):
+    """The same for the file that this project writes. No false alarm."""
+    folder = nanogpt(tmp_path / "x", [0] * 9, [0] * 9)
+    (folder / "meta.json").write_bytes(content)
+    message = sentence(load, folder)
+    assert "meta.json" in message and str(folder) in message
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("content", [b"", b"\0\1\0", None])
+def test_bin_that_is_empty_odd_or_missing_is_refused_by_its_folder(tmp_path, name, content):
+    """uint16 cannot fill an odd number of bytes. No false alarm."""
+    counted(tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = sentence(load, tmp_path)
+    assert str(tmp_path) in message and name in message
+
+
+# ---- datasets by name
+
+@pytest.fixture
+def top(tmp_path, monkeypatch):
+    """A copy of the project's prepare scripts with nothing prepared, as the root of everything."""
+    for script in (common.ROOT / "data").glob("*/prepare.py"):
+        (tmp_path / "data" / script.parent.name).mkdir(parents=True)
+        shutil.copy(script, tmp_path / "data" / script.parent.name)
+    monkeypatch.setattr(dataset, "ROOT", tmp_path)
+    for module in (pydoc, shakespeare, stories, text):
+        monkeypatch.setattr(module, "FOLDER", tmp_path / "data" / module.FOLDER.name)
+    return tmp_path
+
+
+def test_unknown_dataset_is_refused_with_the_known_ones(top):
+    """Every folder under data/ with a script. No false alarm."""
+    message = sentence(load, "nonsense")
+    assert "nonsense" in message and "--dataset" in message
+    for name in ("stories", "pydoc", "shakespeare_char", "text"):
+        assert name in message
+
+
+def test_dataset_without_val_bin_is_refused_with_the_command_that_makes_it(top):
+    """For one that is made by hand. No false alarm."""
+    assert "python data/shakespeare_char/prepare.py" in sentence(load, "shakespeare_char")
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char/", "{top}/data/shakespeare_char", "mine",
+                                  "{top}/elsewhere"])
+def test_command_that_a_refusal_names_exists(top, monkeypatch, name):
+    """Also for a folder given as a path, and one that has no script. No false alarm."""
+    (top / "elsewhere").mkdir()
+    (top / "data" / "mine").mkdir()
+    monkeypatch.chdir(top)
+    message = sentence(load, name.format(top=top))
+    assert "val.bin" in message
+    for script in re.findall(r"\S*prepare\.py", message):
+        assert (top / script).exists() and "//" not in script, message
+
+
+def short_stories(monkeypatch):
+    """Make the 32,000 stories repeat 100 real ones, to save seconds."""
+    rng = random.Random(0)
+    made = [language.generate(rng) for _ in range(100)]
+    monkeypatch.setattr(stories, "generate", lambda rng: rng.choice(made))
+
+
+def stopped(n, monkeypatch, function, *args):
+    """Call a function that is interrupted when its n-th file (from 0) should take its place."""
+    count = []
+
+    def replace(a, b, replace=os.replace):
+        count.append(1)
+        if len(count) > n:
+            raise KeyboardInterrupt
+        replace(a, b)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
+        function(*args)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_built_in_dataset_is_made_when_first_asked_for_and_again_after_a_stop(top, monkeypatch, n):
+    """Stopped at each of its three files. Its rows are stories for the oracle. No false alarm."""
+    short_stories(monkeypatch)
+    stopped(n, monkeypatch, load, "stories")
+    assert not (top / "data" / "stories" / "val.bin").exists()
+    data = load("stories")
+    assert data.oracle == "stories" and data.tokenizer.spec["items"] == language.VOCABULARY
+    assert len(data.train) == 30_000 * data.stride and len(data.val) == 2_000 * data.stride
+    for split in (data.train, data.val):
+        for row in split.reshape(-1, data.stride)[:50]:
+            assert language.contradictions(data.tokenizer.decode(row.tolist()).split()) == []
+    before = (top / "data" / "stories" / "train.bin").stat().st_mtime_ns
+    load("stories")                                          # ready: not made again
+    assert (top / "data" / "stories" / "train.bin").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_stop_while_a_dataset_is_made_anew_never_leaves_a_mixture(tmp_path, monkeypatch, n):
+    """New tokens over old ones: at each moment the folder is the old one, the new one, or is
+    refused. No false alarm."""
+    def make(ids):
+        dataset.write_data(tmp_path, ids * 9, ids * 8, tokenizer=numbers(len(ids)))
+
+    def found():
+        data = load(tmp_path)
+        return data.train.tolist(), data.val.tolist(), data.tokenizer.vocab
+    old, new = [0, 1, 2], [4, 3, 2, 1, 0]
+    make(old)
+    if n < 3:
+        stopped(n, monkeypatch, make, new)
+    else:
+        make(new)
+    try:
+        assert found() in [(ids * 9, ids * 8, len(ids)) for ids in ((old,) if n < 3 else (new,))]
+    except common.UserError as e:
+        assert n < 3 and "val.bin" in str(e)
+
+
+def test_first_process_makes_the_dataset_while_the_others_wait(top, monkeypatch):
+    """Before the barrier the first one has made it, after it the others read. No false alarm."""
+    short_stories(monkeypatch)
+    seen = []
+    monkeypatch.setattr(dataset.dist, "barrier", lambda: seen.append(
+        (top / "data" / "stories" / "val.bin").exists()))
+    dataset.load_data("stories", types.SimpleNamespace(rank=0, world=2, device="cpu"))
+    assert seen == [True]
+    (top / "data" / "stories" / "val.bin").unlink()
+    monkeypatch.setattr(dataset.dist, "barrier", lambda make=stories.main: make([]))
+    monkeypatch.setattr(stories, "main", None)               # the others do not make it themselves
+    dataset.load_data("stories", types.SimpleNamespace(rank=1, world=2, device="cpu"))
+
+
+# ---- the scripts
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_stories_are_what_their_seed_generates(top, seed):
+    """Training first, then validation, from one generator; the seed is 0 unless given. Exact."""
+    call(stories, "--train", 40, "--val", 10, *["--seed", seed] * (seed > 0))
+    data, rng = load("stories"), random.Random(seed)
+    made = [word for _ in range(50) for word in language.generate(rng)]
+    assert data.tokenizer.decode(everything(data)).split() == made
+    assert len(data.train) == 40 * data.stride
+
+
+LONG = "This docstring of {} is long enough to be kept.\n\nIt has a second part."
+
+
+def source(folder, path, content):
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def test_docstrings_are_found_in_modules_classes_and_functions(tmp_path):
+    """Wherever they are defined, without their indentation, files by their paths; not the short
+    ones, not other alphabets, not other strings. Exact, no false alarm."""
+    def quoted(name, indent):
+        return f'"""{LONG.format(name)}"""'.replace("\n", "\n" + indent)
+    source(tmp_path, "b.py", "\n".join([
+        quoted("b", ""), "class C:", f"    {quoted('C', '    ')}", "    def method(self):",
+        f"        {quoted('method', '        ')}", "async def wait():",
+        f"    {quoted('wait', '    ')}", "    def inner():", f"        {quoted('inner', ' ' * 8)}",
+        "def short():", "    '''Too short.'''", "def other():", "    '''" + "Déjà vu. " * 9 + "'''",
+        "text = '''" + "A string that is not a docstring. " * 3 + "'''"]))
+    source(tmp_path, "a/z.py", quoted("a/z", ""))
+    source(tmp_path, "a/notes.txt", quoted("notes", ""))
+    found = list(pydoc.docstrings(tmp_path))
+    names = [doc.split(" of ")[1].split(" is ")[0] for doc in found]
+    assert names[:2] == ["a/z", "b"] and sorted(names[2:]) == ["C", "inner", "method", "wait"]
+    assert found == [LONG.format(name) for name in names]
+
+
+@pytest.mark.parametrize("content", [
+    b"def broken(:\n", b"x = 1\0", b"# coding: nonsense\n", b"\xff\xfe", b"(" * 1000,
+    b"a" + b".b" * 100_000, b"-" * 200_000 + b"1", "folder"])
+def test_files_that_do_not_parse_are_skipped(tmp_path, content):
+    """Wrong syntax, bytes, encoding or depth, and a folder named like a file; those around them are
+    read. No false alarm."""
+    for name in ("a", "c"):
+        source(tmp_path, f"{name}.py", f'"""{LONG.format(name)}"""')
+    if content == "folder":
+        (tmp_path / "b.py").mkdir()
+    else:
+        source(tmp_path, "b.py", content)
+    assert list(pydoc.docstrings(tmp_path)) == [LONG.format("a"), LONG.format("c")]
+
+
+def test_test_folders_are_skipped(tmp_path):
+    """At any depth, but not those above the folder itself. No false alarm."""
+    inside = tmp_path / "test" / "lib"
+    source(inside, "kept.py", f'"""{LONG.format("kept")}"""')
+    for name in sorted(pydoc.SKIPPED | {"test", "tests", "site-packages"}):
+        source(inside, f"{name}/a.py", f'"""{LONG.format("a")}"""')
+        source(inside, f"package/{name}/deep/b.py", f'"""{LONG.format("b")}"""')
+    assert list(pydoc.docstrings(inside)) == [LONG.format("kept")]
+
+
+def test_pydoc_is_the_docstrings_and_topics_each_once(top, monkeypatch):
+    """Those of installed packages only where asked for; the same folder each time. Exact."""
+    topics = {str(i): f"Topic {i} of the language, with some words." for i in range(30)}
+    monkeypatch.setattr(pydoc_data.topics, "topics", topics)
+    monkeypatch.setattr(pydoc.sysconfig, "get_paths", lambda: {
+        "stdlib": str(top / "lib"), "purelib": str(top / "packages")})
+    for name in ("lib/a", "lib/b"):
+        source(top, f"{name}.py", f'"""{LONG.format("the same")}"""')
+    source(top, "packages/c.py", f'"""{LONG.format("a package")}"""')
+
+    def made(*flags):
+        call(pydoc, "--vocab_size", "280", *flags)
+        data = load("pydoc")
+        assert data.tokenizer.vocab == 280
+        return data.tokenizer.decode(everything(data)).split("<end>")[:-1]
+    standard = [*topics.values(), LONG.format("the same")]
+    first = made()
+    assert sorted(first) == sorted(standard) and first == made()
+    assert sorted(made("--site_packages")) == sorted(standard + [LONG.format("a package")])
+
+
+def test_shakespeare_from_a_local_file_loads_by_name(top):
+    """Exact, no false alarm."""
+    words = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, spéak.\n"
+    (top / "input.txt").write_bytes(words.encode())
+    call(shakespeare, "--file", top / "input.txt")
+    data = load("shakespeare_char")
+    assert data.tokenizer.decode(everything(data)) == words
+    assert data.tokenizer.spec == dict(kind="chars", items=sorted(set(words)))
+
+
+def test_shakespeare_that_cannot_be_read_is_refused(top, capsys, monkeypatch):
+    """A missing file, a folder, one that is no UTF-8, an empty one, no network: nothing is written.
+    No false alarm."""
+    (top / "latin.txt").write_bytes("café".encode("latin-1"))
+    (top / "empty.txt").write_bytes(b"")
+    for name in ("missing.txt", "data", "latin.txt"):
+        message = refused(capsys, shakespeare, "--file", top / name)
+        assert str(top / name) in message and "--file" in message
+    assert "no text" in refused(capsys, shakespeare, "--file", top / "empty.txt")
+
+    def urlopen(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    message = refused(capsys, shakespeare)
+    assert shakespeare.URL in message and "--file" in message
+    assert os.listdir(top / "data" / "shakespeare_char") == ["prepare.py"]
+
+
+def test_read_gives_a_file_or_all_files_below_a_folder_by_their_paths(tmp_path):
+    """Whatever their endings. Exact, no false alarm."""
+    for path, words in {"b.txt": "bé", "a/c.md": "c", "a/b/d": "d\n", "z": "z"}.items():
+        source(tmp_path, path, words)
+    assert text.read(tmp_path / "b.txt") == ["bé"] == text.read(str(tmp_path / "b.txt"))
+    assert text.read(tmp_path) == ["d\n", "c", "bé", "z"]
+    (tmp_path / "none").mkdir()
+    assert text.read(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("kind", ["chars", "bpe", pytest.param("gpt2", marks=needs_gpt2)])
+@pytest.mark.parametrize("name", ["mine", "text", "elsewhere/deep", "{top}/elsewhere"])
+def test_any_files_become_a_dataset_by_name_or_path(top, monkeypatch, kind, name):
+    """Under data/ for a plain name, or where a path says. Exact, no false alarm."""
+    monkeypatch.chdir(top)
+    for i, document in enumerate(DOCUMENTS):
+        source(top, f"files/{i}.txt", document)
+    name = name.format(top=top)
+    call(text, top / "files", "--name", name, "--tokenizer", kind, "--vocab_size", "300")
+    data = load(name)
+    end = "" if kind == "chars" else "<end>" if kind == "bpe" else "<|endoftext|>"
+    expected = "\n".join(DOCUMENTS) if kind == "chars" else end.join(DOCUMENTS) + end
+    assert data.tokenizer.decode(everything(data)) == expected
+    assert data.folder == (Path(name) if "/" in name else top / "data" / name)
+
+
+def test_text_that_cannot_be_read_is_refused_by_the_name_of_its_file(top, capsys):
+    """Missing, no UTF-8, also one of many files, or nothing there: nothing is written. No false
+    alarm."""
+    source(top, "files/good.txt", "some text")
+    source(top, "files/sub/bad.bin", b"\xff\xfe\0")
+    (top / "none").mkdir()
+    message = refused(capsys, text, top / "missing", "--name", "mine")
+    assert str(top / "missing") in message and "no such file" in message
+    for path in ("files/sub/bad.bin", "files"):
+        message = refused(capsys, text, top / path, "--name", "mine")
+        assert str(top / path) in message and "UTF-8" in message
+        assert "bad.bin" in message                          # which of them
+    assert "no text" in refused(capsys, text, top / "none", "--name", "mine")
+    assert not (top / "data" / "mine").exists()
+
+
+@pytest.mark.parametrize("name", ["stories", "pydoc", "shakespeare_char", "{top}/data/stories"])
+def test_text_does_not_take_the_name_of_a_dataset_with_a_script(top, capsys, name):
+    """Refused by the flag, and nothing is written over it. No false alarm."""
+    source(top, "words.txt", "some text")
+    name = name.format(top=top)
+    message = refused(capsys, text, top / "words.txt", "--name", name)
+    assert "--name" in message and name in message
+    for folder in (top / "data").iterdir():
+        assert os.listdir(folder) == ["prepare.py"]
