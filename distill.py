@@ -206,8 +206,8 @@ def show_samples(c, p, data, models):
     for steps in (8, 32):
         for name, model in models.items():
             rows = evaluate.draw_samples(model, 3, steps, p.device, c.seed).tolist()
-            stories = [data.tokenizer.decode(row).split("<end>")[0].strip() for row in rows]
-            text += f"\n{name}, {steps} steps:\n" + "".join(f"  {story}\n" for story in stories)
+            texts = [data.tokenizer.decode(row).strip().replace("\n", "\n    ") for row in rows]
+            text += f"\n{name}, {steps} steps:\n" + "".join(f"  * {one}\n" for one in texts)
     write(c.folder / "samples.txt", lambda f: f.write(text.encode()))
     print(text)
 
@@ -270,7 +270,7 @@ def main():
     ema, optimizers = copy.deepcopy(teacher), None
     for r in range(c.rounds):
         if p.rank == 0:
-            print(f"round {r + 1}: two steps of 1/{plan[r]:g} in one, for {plan[r + 1]:g} steps")
+            print(f"round {r + 1}: {c.k} steps of 1/{plan[r]:g} in one, for {plan[r + 1]:g} steps")
         optimizers, seconds[f"round {r + 1}"] = distill_round(
             c, p, data, r, student, ema, optimizers, origin)
         report(f"round {r + 1}", ema, fingerprint(ema))
