@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,7 @@ class LoopConfig:
     weight_decay: float = flag(0.0, "decoupled weight decay", low=0)
     clip: float = flag(1.0, "largest norm of the gradient", low=0)
     dropout: float = flag(0.0, "dropout, in training only", low=0, high=0.9)
-    ema: float = flag(0.99, "decay of the averaged weights, which are what is evaluated", low=0,
-                      high=1)
+    ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", low=0, high=1)
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
     bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
@@ -65,8 +65,7 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     objective: str = flag("mdlm", "mdlm: masked diffusion; ar: next token",
                           choices=["mdlm", "ar"])
-    steps: int | None = flag(None, "optimizer steps [stories: mdlm 1500, ar 300; real text: 6000, "
-                             "1000]", low=1)
+    steps: int | None = flag(None, "optimizer steps [mdlm 1500, ar 300; on text 6000, 1000]", low=1)
 
     def __post_init__(self):
         usual = (1500, 300) if self.dataset == "stories" else (6000, 1000)
@@ -132,11 +131,9 @@ def micro_batches(c, p):
 
 
 def backward(c, p, data, run, net, loss, micro, count):
-    """The gradient of one step, left in the parameters; returns this process's loss.
-
-    The global batch is a list of micro-batches, each with a seed of its own, dealt out to the
-    processes in turn. Gradients are averaged between processes after the last.
-    """
+    """The gradient of one step, left in the parameters; returns this process's loss. The global
+    batch is a list of micro-batches, each with a seed of its own, dealt out to the processes in
+    turn. Gradients are averaged between processes after the last."""
     total = torch.zeros((), device=p.device)
     for i in range(count):
         seed_all(c.seed, run.path.stem, run.step, i * p.world + p.rank)
@@ -196,9 +193,12 @@ def prepare_model(model, c, p):
 
 def as_command(script, c):
     """The command line that gives the config c."""
-    flags = [f"--{f.name} {getattr(c, f.name)}" for f in dataclasses.fields(c)
-             if getattr(c, f.name) != type(c)().__dict__[f.name] or f.name == "objective"]
-    return " ".join(["python", script] + flags)
+    usual, words = dataclasses.asdict(type(c)()), ["python", script]
+    for name, value in dataclasses.asdict(c).items():
+        if value != usual[name] or name == "objective":
+            words += ([f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else
+                      [f"--{name}", str(value)])
+    return shlex.join(words)
 
 
 def ar_loss(model, x, mask_id):
