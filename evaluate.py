@@ -144,32 +144,37 @@ def table(rows):
 
 
 def draw_curve(rows, path):
-    """Generative perplexity and entropy against steps, a line per model, as a PNG file, where
-    matplotlib is installed. Returns whether it was drawn."""
+    """Generative perplexity and both entropies against steps, a line per model, as a PNG file,
+    where matplotlib is installed. Returns whether it was drawn."""
     try:
         import matplotlib
     except ImportError:
         return False
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     names = list(dict.fromkeys(row["model"] for row in rows))
-    for axis, key, label in zip(axes, ("gen_ppl", "entropy"),
-                                ("generative perplexity", "unigram entropy (nats)")):
+    columns = sorted({row["steps"] for row in rows if row["steps"]})
+    for axis, key, label in zip(axes, ("gen_ppl", "entropy", "pooled_entropy"),
+                                ("generative perplexity", "unigram entropy within a text (nats)",
+                                 "entropy of all texts together (nats)")):
         for i, name in enumerate(names):
             points = [(row["steps"], row[key], row[key + "_se"]) for row in rows
                       if row["model"] == name]
-            color = plt.cm.viridis(i / len(names))
+            color = {"data": "black", "ar": "grey"}.get(name, plt.cm.viridis(i / len(names)))
             if points[0][0] is None:
                 axis.axhline(points[0][1], color=color, linestyle="--", label=name)
             else:
                 axis.errorbar(*zip(*[(s, y) for s, y, _ in points]), [e for _, _, e in points],
                               color=color, marker="o", markersize=3, label=name)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(columns, columns)
         axis.set_xlabel("sampling steps")
         axis.set_ylabel(label)
     axes[0].set_yscale("log")
-    axes[1].legend(fontsize=8)
+    axes[0].yaxis.set_minor_formatter("{x:g}")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     write(path, lambda f: fig.savefig(f, format="png", dpi=120))
     plt.close(fig)
     return True

@@ -129,7 +129,7 @@ def rows(oracle):
     value = {"valid": 0.5, "contradictions": 1.25, "copies": 0.01} if oracle else dict.fromkeys(
         ("valid", "contradictions", "copies"))
     base = {"gen_ppl": 12.345, "gen_ppl_se": 0.1, "entropy": 3.21, "entropy_se": 0.01,
-            "pooled_entropy": 4.04, "samples": 8, **value}
+            "pooled_entropy": 4.04, "pooled_entropy_se": 0.01, "samples": 8, **value}
     return [{"model": "data", "steps": None, **base},
             *[{"model": "teacher", "steps": steps, **base} for steps in (8, 4)],
             {"model": "round 1", "steps": 8, **base}]
