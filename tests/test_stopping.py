@@ -201,7 +201,8 @@ def test_killed_distillation_gives_the_same_table(runs, run):
     """Each row of results.json once and with the same numbers, but for times. No false alarm: the
     samples are drawn by one thread from the same weights and seeds."""
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(
-        (runs[f"{run}-{how}"] / "results.json").read_text())["rows"]] for how in ("whole", "killed")]
+        (runs[f"{run}-{how}"] / "results.json").read_text())["rows"]]
+        for how in ("whole", "killed")]
     assert rows[0] == rows[1] and len(rows[0]) == 2 + 3 * 2
 
 
