@@ -4,11 +4,17 @@ x: clean tokens (B, L), ids 0..V-1. z_t: the same with some tokens replaced by m
 t in [0, 1] is the time, 1 = all masked: each token survives with probability alpha_t = 1 - t (the
 log-linear schedule of MDLM, arXiv 2406.07524). Time runs backward when sampling, from t to s < t.
 
-A "model" is any callable f(z, at) -> logits (N, V) for the N positions where the bool at (B, L) is
-true. Randomness comes from torch's global generator.
+A "model" is anything that gives, for the N positions of z (B, L) that `at` says, a bool (B, L) or
+positions (B, n),
+    model.states(z, at) -> h (N, C)       what it knows there, row by row
+    model.head(h) -> logits (N, V)        what it predicts from that
+    model(z, at, f, *rows) -> scalar      the sum of f(logits (N, V), *rows (N, ...)) -> (N,)
+Randomness comes from torch's global generators.
 """
 import torch
 import torch.nn.functional as F
+
+ROWS = 512                       # logits (ROWS, V) at a time in draws
 
 
 def sample_t(B, device=None):
@@ -33,22 +39,32 @@ def nelbo(model, x, mask_id):
     t = sample_t(x.shape[0], x.device)
     z = q_sample(x, t, mask_id)
     at = z == mask_id                                                # (B, L), N of them
-    log_p = F.log_softmax(model(z, at), dim=-1)                      # (N, V)
-    nll = -log_p.gather(1, x[at][:, None])[:, 0]                     # (N,)
     weight = (1 / t)[:, None].expand_as(x)[at]                       # (N,)
-    return (weight * nll).sum() / x.numel()
+    return model(z, at, weighted_nll, x[at], weight) / x.numel()
+
+
+def weighted_nll(logits, x, weight):
+    """-log p(x) of ids x (n,) under logits (n, V), times weight (n,): (n,)."""
+    return weight * F.cross_entropy(logits, x, reduction="none")
 
 
 def categorical(logits):
     """One exact draw per row: logits (..., V) -> ids (...).
 
-    By inverting the cumulative sum in float64. float32 would make tokens under about 1e-7
-    unreachable, which over many steps acts as a lower temperature (arXiv 2409.02908).
+    By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be out of
+    reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The exponentials
+    may be float32: that is a relative error, 1e-7 of each probability.
     """
-    cdf = logits.double().softmax(-1).cumsum(-1)
+    p = (logits - logits.amax(-1, keepdim=True)).exp()
+    cdf = p.cumsum(-1, dtype=torch.float64)
     u = torch.rand(cdf.shape[:-1] + (1,), dtype=torch.float64, device=cdf.device) * cdf[..., -1:]
     ids = torch.searchsorted(cdf, u, right=True)[..., 0]             # first entry above u
     return ids.clamp(max=cdf.shape[-1] - 1)                          # u may round up to the total
+
+
+def draw_tokens(model, h, draw=categorical):
+    """draw(logits) at each of the states h (N, C): ids (N,); ROWS at a time, for memory."""
+    return torch.cat([draw(model.head(part)) for part in h.split(ROWS)])
 
 
 def sharpen(logits, temperature=1.0, top_p=1.0):
@@ -67,14 +83,14 @@ def unmask_step(model, z, t, s, mask_id):
 
     The reverse posterior opens each mask with probability (t - s) / t, whatever the network says:
     so that comes first, and the network's head is needed at those positions only.
-    Returns z_s (B, L), the bool reveal (B, L), and the logits (N, V) at the revealed positions.
+    Returns z_s (B, L), the bool reveal (B, L), and the states (N, C) at the revealed positions,
+    from whose predictions the tokens were drawn.
     """
     open_p = torch.where(t > 0, (t - s) / t, 0.0)                    # at t = 0 nothing is masked
     reveal = (z == mask_id) & (torch.rand(z.shape, device=z.device) < open_p[:, None])
-    logits = model(z, reveal)
-    z_s = z.clone()
-    z_s[reveal] = categorical(logits)
-    return z_s, reveal, logits
+    h, z_s = model.states(z, reveal), z.clone()
+    z_s[reveal] = draw_tokens(model, h)
+    return z_s, reveal, h
 
 
 @torch.no_grad()
@@ -82,11 +98,13 @@ def sample(model, z, steps, mask_id, draw=categorical):
     """Ancestral sampling in `steps` equal steps: fill every mask of z (B, L).
 
     Over the whole way each mask opens in a step drawn uniformly from the `steps`, independently of
-    the others and of the network. So the order is drawn before anything else, a step that opens
-    nothing calls no network, none is left masked at the end, and no extra pass follows. With more
-    steps than masks the sequences of a batch share how many open in each step (not which), so that
-    1,024 steps on 64 tokens cost at most 64 calls; each sequence keeps the exact law, but their
-    quality is then slightly correlated. With fewer steps they share nothing.
+    the others and of the network. So all of that is drawn before the network is asked: how many
+    masks open in each step (a multinomial, shared by the batch), and for each sequence in which
+    order. For a sequence by itself that is the ancestral law, exactly; the sequences of a batch
+    are independent but for the shared counts. And every step knows its positions beforehand: state,
+    head and draw are computed there only, a step without any calls no network (1,024 steps on 64
+    tokens cost at most 64 calls), none is left masked at the end, no extra pass follows. While all
+    rows of z are the same, as in the first step of free text, one row is computed for all.
 
     z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
     draw: logits (N, V) -> ids (N,). Returns ids (B, L). Raises ValueError on uneven rows.
@@ -97,10 +115,10 @@ def sample(model, z, steps, mask_id, draw=categorical):
         raise ValueError("every sequence of a batch must have the same number of masks")
     key = torch.rand(z.shape, dtype=torch.float64, device=z.device)
     order = key.masked_fill(~masked, 2).argsort(dim=1)[:, :n]        # (B, n) positions, shuffled
-    when = torch.randint(steps, (1 if steps > n else len(z), n), device=z.device)
-    step = torch.full_like(z, -1).scatter_(1, order, when.expand(len(z), n))     # (B, L)
-    for i in when.unique().tolist():
-        at = step == i
-        z = z.clone()
-        z[at] = draw(model(z, at))
+    counts = torch.randint(steps, (n,)).unique(return_counts=True)[1].tolist()
+    alike = bool((z == z[:1]).all())
+    for at in order.split(counts, dim=1):                            # (B, positions of this step)
+        h = (model.states(z[:1], at.reshape(1, -1)) if alike else model.states(z, at))
+        z = z.scatter(1, at, draw_tokens(model, h, draw).view(at.shape))
+        alike = False
     return z

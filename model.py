@@ -5,6 +5,7 @@ Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H. The voc
 tokens; id V is the mask for a diffusion model and the start symbol for an autoregressive one. The
 embedding therefore has V + 1 rows and the head V: no model here can ever predict the mask.
 """
+import functools
 import math
 from dataclasses import dataclass
 
@@ -34,34 +35,29 @@ PRESETS = {                      # layers, heads, width, context; small to large
 }
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, in storage that never moves or grows.
+CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB
 
-    Keys are stored after their rotation, so a slot does not depend on where in the text its token
-    stands: the cache may be filled in any order of positions.
-    """
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in storage that never moves or grows. Keys are
+    stored after their rotation, so the cache may be filled in any order of positions."""
 
     def __init__(self, config, B, size, device=None, dtype=torch.float32):
-        shape = (config.layers, B, config.heads, size, config.width // config.heads)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)      # (layers, B, H, size, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0                                              # slots in use
+        shape = (B, config.heads, size, config.width // config.heads)        # (B, H, size, D)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype)
+                           for _ in range(config.layers)] for _ in "kv")
+        self.size, self.length = size, 0                             # slots, and those in use
 
-    def append(self, layer, k, v):
-        """Store k, v (B, H, n, D) of one layer; return all of its keys and values so far."""
-        end = self.length + k.shape[2]
-        if end > self.k.shape[3]:
-            raise ValueError(f"the KV cache holds {self.k.shape[3]} tokens, {end} were given")
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def append(self, layer, k, v, slots, seen):
+        """Store k, v (B, H, n, D) of one layer in slots (n,); return its first `seen` slots."""
+        self.k[layer].index_copy_(2, slots, k.to(self.k[layer].dtype))
+        self.v[layer].index_copy_(2, slots, v.to(self.v[layer].dtype))
+        return self.k[layer][:, :, :seen], self.v[layer][:, :, :seen]
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (RoPE, arXiv 2104.09864) in the rotate-half layout.
-
-    x (B, H, L, D); cos, sin (B or 1, 1, L, D/2). Pair i of x is its coordinates i and i + D/2.
-    """
+    """Rotary positions (RoPE, arXiv 2104.09864) of x (B, H, L, D): pair i of it is its coordinates
+    i and i + D/2 (rotate-half). cos, sin (B or 1, 1, L, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
@@ -81,26 +77,72 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * C, C)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, mask, causal, cache, layer):
-        """x (B, L, C) -> (B, L, C). mask (L, keys) bool or None; rope (cos, sin) or None."""
+    def forward(self, x, rope, mask=None, causal=False, cache=None, place=()):
+        """x (B, L, C) -> (B, L, C). mask (L, keys) bool; place: see KVCache.append, of the new
+        keys, (layer, slots, seen)."""
         B, L, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, H, L, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                         # (B, H, keys, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        y = y.transpose(1, 2).reshape(B, L, C)
-        x = x + self.dropout(self.attn_out(y))
+            k, v = cache.append(place[0], k, v, *place[1:])          # (B, H, seen, D)
+        return self.add(x, F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal))
+
+    def forward_at(self, x, rope, at):
+        """forward at the positions at (B, n) only: x (B, L, C) -> (B, n, C). Keys and values are
+        needed everywhere, queries and MLP, five sixths of a block's work, are not."""
+        B, L, C = x.shape
+        H, D, row = self.heads, C // self.heads, torch.arange(B, device=x.device)[:, None]
+        h, W, b = self.norm1(x), self.qkv.weight, self.qkv.bias
+        k, v = F.linear(h, W[C:], b[C:]).view(B, L, 2, H, D).permute(2, 0, 3, 1, 4)
+        q = F.linear(h[row, at], W[:C], b[:C]).view(*at.shape, H, D).transpose(1, 2)
+        if rope is not None:                                         # tables (1, 1, L, D/2)
+            k = rotate(k, *rope)
+            q = rotate(q, *[table[0, 0][at][:, None] for table in rope])
+        return self.add(x[row, at], F.scaled_dot_product_attention(q, k, v))
+
+    def add(self, x, y):
+        """Attention's result y (B, H, L, D) and then the MLP's, added to x (B, L, C)."""
+        x = x + self.dropout(self.attn_out(y.transpose(1, 2).reshape(x.shape)))
         h = F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh")
         return x + self.dropout(self.mlp_out(h))
+
+
+class HeadSum(torch.autograd.Function):
+    """The sum of f(h W^T + b, *rows) over all rows of h (N, C), without all logits (N, V) at once.
+    The gradient is taken right after the value, while a chunk's logits are there, and waits for
+    backward: so nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, f, h, W, b, *rows):
+        size = max(1, CHUNK // len(W))
+        train = any(ctx.needs_input_grad[1:4])
+        dh, dW, db = [torch.zeros_like(t) if train else None for t in (h, W, b)]
+        total = torch.zeros((), device=h.device)
+        for i in range(0, len(h), size):
+            part = slice(i, i + size)
+            logits = F.linear(h[part], W, b).requires_grad_(train)   # (n, V)
+            with torch.set_grad_enabled(train):
+                value = f(logits, *[r[part] for r in rows]).sum()
+            total += value.detach()
+            if train:
+                g, = torch.autograd.grad(value, logits)              # (n, V)
+                torch.mm(g, W, out=dh[part])
+                dW.addmm_(g.T, h[part])
+                db += g.sum(0)
+        ctx.grads, ctx.rest = (dh, dW, db), [None] * len(rows)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        grads, ctx.grads = ctx.grads, None                           # good for one backward
+        return None, *[grad.mul_(g) for grad in grads], *ctx.rest
 
 
 class Transformer(nn.Module):
     """The network. `model(z, at)` gives logits at the positions of interest only; there is no time
     input, since a masked sequence shows how noisy it is by its masks (MDLM, arXiv 2406.07524).
-
     Rotary positions alone are relative: where all is masked, every position looks the same. Text
     that begins anywhere is like that; where each row begins a text, "both" adds learned ones."""
 
@@ -123,81 +165,123 @@ class Transformer(nn.Module):
         angle = torch.arange(config.context)[:, None] * freq         # (context, D/2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        self.apply(self._init)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
         for block in self.blocks:                # residual stream of constant size at any depth
             for layer in (block.attn_out, block.mlp_out):
                 layer.weight.data /= math.sqrt(2 * config.layers)
 
-    def _init(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-
     @property
     def mask_id(self):
-        """The id that stands for a masked token; for a causal model, for the start of a text."""
+        """The id of a masked token; for a causal model, of the start of a text."""
         return self.config.vocab
 
-    def hidden(self, idx, pos=None, cache=None):
-        """Run the blocks: ids (B, L) in 0..V -> hidden states (B, L, C), before the last norm.
-
-        pos: positions of the tokens, (L,) or (B, L); 0..L-1 unless given. Attention follows the
-        order of idx, not of pos: a causal model's token sees those before it in idx.
-        cache: a KVCache; its tokens are seen by the new ones, which are then added to it.
-        Raises ValueError for more tokens than the context or the cache holds.
-        """
-        B, L = idx.shape
-        past = 0 if cache is None else cache.length
-        if past + L > self.config.context:
-            raise ValueError(f"{past + L} tokens, but the context is {self.config.context}")
-        if pos is None:
-            pos = torch.arange(past, past + L, device=idx.device)
+    def trunk(self, idx, pos, mask=None, causal=False, cache=None, slots=None, seen=0, at=None):
+        """hidden without its checks: slots (L,) of the cache are for the new tokens, and attention
+        looks at the first `seen`. Nothing but `seen` is a number that changes from call to call."""
         x, rope = self.embed(idx), None                              # (B, L, C)
         if self.config.positions != "rope":
             x = x + self.embed_pos(pos)
         if self.config.positions != "learned":                       # (B or 1, 1, L, D/2)
-            rope = [table[pos].view(-1, 1, L, table.shape[1]) for table in (self.cos, self.sin)]
-        causal, mask = self.config.causal and L > 1, None
-        if causal and past:                      # new token i sees all the past and new ones <= i
-            mask = torch.ones(L, past + L, dtype=torch.bool, device=idx.device).tril(past)
-            causal = False
+            rope = [table[pos].view(-1, 1, *pos.shape[-1:], table.shape[1])
+                    for table in (self.cos, self.sin)]
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for layer, block in enumerate(self.blocks):
-                x = block(x, rope, mask, causal, cache, layer)
-        if cache is not None:
-            cache.length += L
+                if at is not None and layer == len(self.blocks) - 1:
+                    return block.forward_at(x, rope, at)
+                x = block(x, rope, mask, causal, cache, (layer, slots, seen))
         return x
+
+    def hidden(self, idx, pos=None, cache=None, at=None):
+        """Run the blocks: ids (B, L) in 0..V -> hidden states (B, L, C), before the last norm.
+        pos: positions of the tokens, (L,) or (B, L); 0..L-1 unless given. Attention follows the
+        order of idx, not of pos: a causal model's token sees those before it in idx.
+        cache: a KVCache; its tokens are seen by the new ones, which are then added to it.
+        at: positions (B, n) whose hidden states alone are wanted, (B, n, C); never causal.
+        Raises ValueError for more tokens than the context or the cache holds."""
+        L, past = idx.shape[1], 0 if cache is None else cache.length
+        if past + L > self.config.context:
+            raise ValueError(f"{past + L} tokens, but the context is {self.config.context}")
+        slots = torch.arange(past, past + L, device=idx.device)
+        pos = slots if pos is None else pos
+        if cache is None:
+            return self.trunk(idx, pos, causal=self.config.causal, at=at)
+        if past + L > cache.size:
+            raise ValueError(f"the KV cache holds {cache.size} tokens, {past + L} were given")
+        seen = torch.arange(past + L, device=idx.device)
+        mask = seen <= slots[:, None] if self.config.causal else None        # (L, past + L)
+        cache.length += L
+        return self.trunk(idx, pos, mask, False, cache, slots, past + L)
+
+    def states(self, idx, at=None):
+        """Hidden states (N, C) at the N positions of interest of idx (B, L), row by row: where the
+        bool at (B, L) is true (sequences without any are not computed), or at positions at (B, n),
+        N = B n (the last block is computed only there), or, without at, everywhere."""
+        if at is None or at.dtype == torch.bool:
+            some = slice(None) if at is None else at.any(1)          # (B,)
+            h = self.hidden(idx[some])
+            return h.flatten(0, 1) if at is None else h[at[some]]
+        return self.hidden(idx, at=at).flatten(0, 1)
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
-        return self.lm_head(self.norm(h.float()))
+        return self.lm_head(self.norm(h.float()).to(self.lm_head.weight.dtype)).float()
 
-    def forward(self, idx, at=None):
-        """Logits (B, L, V), or (N, V) at the N positions where the bool `at` (B, L) is true.
+    def forward(self, idx, at=None, f=None, *rows):
+        """Logits (B, L, V) of ids (B, L), or (N, V) at the N positions that `at` says, see states;
+        the selection comes before the head, which is most of the work with V = 50,257. With f, a
+        loss f(logits (n, V), *rows (n, ...)) -> (n,): its sum over the N positions, a scalar, for
+        which no more than CHUNK logits exist at a time."""
+        if f is not None:
+            h = self.norm(self.states(idx, at).float())
+            return HeadSum.apply(f, h, self.lm_head.weight, self.lm_head.bias, *rows)
+        return self.head(self.hidden(idx) if at is None else self.states(idx, at))
 
-        The selection comes before the head: with V = 50,257 the head is most of the work.
-        """
-        h = self.hidden(idx)
-        return self.head(h if at is None else h[at])
+
+cross_entropy = functools.partial(F.cross_entropy, reduction="none")     # (n, V), (n,) -> (n,)
 
 
-def nll(model, x, start_id):
-    """Negative log-likelihood of x (B, L) under a causal model, (B, L), in nats per token."""
-    start = torch.full_like(x[:, :1], start_id)
-    logits = model(torch.cat((start, x[:, :-1]), dim=1))             # (B, L, V)
-    return F.cross_entropy(logits.transpose(1, 2), x, reduction="none")
+def shifted(x, start_id):
+    """What an AR model reads to predict x (B, L): the start symbol, then x but for its last."""
+    return torch.cat((torch.full_like(x[:, :1], start_id), x[:, :-1]), dim=1)
 
 
 @torch.no_grad()
-def generate(model, prompt, length, draw):
+def nll(model, x, start_id):
+    """Negative log-likelihood of x (B, L) under a causal model, (B, L), in nats per token."""
+    h, target = model.states(shifted(x, start_id)), x.flatten()
+    size = max(1, CHUNK // model.config.vocab)
+    nats = [cross_entropy(model.head(a), b) for a, b in zip(h.split(size), target.split(size))]
+    return torch.cat(nats).view(x.shape)
+
+
+def decode(model, token, slot, cache, seen):
+    """One decoding step: ids (B, 1), which go to slot (1,) of the cache, -> logits (B, V).
+    Attention looks at `seen` slots, of which those after `slot` are masked."""
+    mask = torch.arange(seen, device=token.device) <= slot           # (seen,)
+    return model.head(model.trunk(token, slot, mask[None], False, cache, slot, seen)[:, -1])
+
+
+def compiled_decode(device):
+    """decode by torch.compile: as CUDA graphs on a GPU, one for each value of `seen`; on the CPU
+    with weights packed for the matrix library, so that later changes of them are not seen."""
+    how = {"cuda": dict(mode="reduce-overhead"), "cpu": dict(options={"freezing": True})}
+    return torch.compile(decode, fullgraph=True, **how[torch.device(device).type])
+
+
+@torch.no_grad()
+def generate(model, prompt, length, draw, step=decode, grain=1):
     """Autoregressive decoding with a KV cache: each token is forwarded once.
 
     prompt: ids (B, P), P may be 0; length: tokens of the result, prompt included;
-    draw: logits (B, V) -> ids (B,), for example diffusion.categorical, or an argmax.
+    draw: logits (B, V) -> ids (B,), for example diffusion.categorical, or an argmax;
+    step: decode or compiled_decode(device); attention looks at a multiple of `grain` slots, so
+    that a compiled step has few shapes. Nothing here waits for a GPU.
     Returns ids (B, length). Raises ValueError if the prompt is longer than `length`, or `length`
-    than the context (the start symbol takes the place of the last token, which is never fed).
-    """
+    than the context (the start symbol takes the place of the last token, which is never fed)."""
     B, P = prompt.shape
     if not P <= length <= model.config.context:
         raise ValueError(f"a prompt of {P} tokens in a text of {length}, "
@@ -206,9 +290,12 @@ def generate(model, prompt, length, draw):
     out[:, 1:P + 1] = prompt                                         # out[:, 0] is the start
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     cache = KVCache(model.config, B, length, prompt.device, dtype)
-    new = out[:, :P + 1]                                             # prefill: start and prompt
-    for i in range(P + 1, length + 1):
-        logits = model.head(model.hidden(new, cache=cache)[:, -1])   # (B, V), last position only
+    h = model.hidden(out[:, :min(P + 1, length)], cache=cache)       # prefill: start and prompt
+    logits = model.head(h[:, -1])                                    # last position only
+    slots = torch.arange(length, device=prompt.device)
+    for i in range(P + 1, length + 1):                               # one token a step
         out[:, i] = draw(logits)
-        new = out[:, i:i + 1]                                        # decode: one token a step
+        if i < length:
+            seen = min(length, (i // grain + 1) * grain)
+            logits = step(model, out[:, i:i + 1], slots[i:i + 1], cache, seen)
     return out[:, 1:]

@@ -26,7 +26,7 @@ from common import (Run, UserError, command, ema_update, flag, load_checkpoint, 
                     make_optimizers, parse_flags, resume, save, seed_all, start, write)
 from data.dataset import load_data
 from diffusion import nelbo
-from model import PRESETS, ModelConfig, Transformer, nll
+from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 
 
 @dataclass
@@ -203,7 +203,7 @@ def as_command(script, c):
 
 def ar_loss(model, x, mask_id):
     """Mean next-token loss of x (B, L), a scalar in nats per token; the start symbol is mask_id."""
-    return nll(model, x, mask_id).mean()
+    return model(shifted(x, mask_id), None, cross_entropy, x.flatten()) / x.numel()
 
 
 def train(c, p, as_saved=False):

@@ -5,13 +5,15 @@ compares differs by far more than its tolerance when something is wrong. Logits 
 float32 sums in another order moved none by more than 6e-7 with 40 seeds: CLOSE is 15 times that.
 """
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from diffusion import categorical
-from model import PRESETS, KVCache, ModelConfig, Transformer, generate, nll, rotate
+from model import (PRESETS, KVCache, ModelConfig, Transformer, compiled_decode, cross_entropy,
+                   decode, generate, nll, rotate)
 from toy import all_sequences, chi_square, count
 
 CLOSE = 1e-5
@@ -206,6 +208,67 @@ def test_logits_at_chosen_positions_equal_the_same_rows_of_all():
         assert torch.allclose(logits, model(idx)[at], rtol=0, atol=CLOSE)
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned", "both"])
+def test_last_block_at_some_positions_equals_the_same_rows_of_all(positions):
+    """In any order, the same one twice too. No false alarm: float32's rounding."""
+    model, idx = model_of(positions=positions), torch.randint(12, (3, 9))
+    at = torch.tensor([[4, 0, 8, 4], [1, 2, 3, 5], [8, 7, 6, 6]])
+    expected = model(idx)[torch.arange(3)[:, None], at]
+    assert far(model(idx, at).view(3, 4, 11), expected) < CLOSE
+    row = model(idx[:1], at.view(1, -1))                 # as of three equal rows
+    assert far(row, model(idx[:1].expand(3, -1), at)) < CLOSE
+
+
+def test_sequences_in_which_nothing_is_wanted_are_not_computed():
+    """Rows come in the same order; with nothing wanted at all there are none. No false alarm."""
+    model, idx, sizes = model_of(), torch.randint(12, (4, 9)), []
+
+    def trunk(idx, *args, trunk=model.trunk, **kwargs):
+        sizes.append(len(idx))
+        return trunk(idx, *args, **kwargs)
+    model.trunk = trunk
+    at = torch.zeros(4, 9, dtype=torch.bool)
+    assert model(idx, at).shape == (0, 11)
+    at[1, [2, 3]] = at[3, 8] = True
+    assert far(model(idx, at), model(idx)[at]) < CLOSE
+    assert sizes == [0, 2, 4]
+
+
+# ---- losses in chunks
+
+def gradients(model, loss):
+    """Of a scalar, by parameter; model's own stay as they were."""
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 1000])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_loss_in_chunks_has_the_value_and_gradients_of_the_plain_one(monkeypatch, chunk,
+                                                                     everywhere):
+    """Also times a factor that comes from outside, for chunks that do and do not divide the rows.
+    No false alarm: 1e-5 of the largest gradient is for float32 sums in another order."""
+    model, idx, target = model_of(), torch.randint(12, (3, 9)), torch.randint(11, (3, 9))
+    model.requires_grad_(True)
+    monkeypatch.setattr("model.CHUNK", chunk * 11)
+    at = None if everywhere else torch.rand(3, 9) < 0.5
+    x = target.flatten() if everywhere else target[at]
+    weight, sizes = torch.rand(len(x)), []
+
+    def f(logits, x, weight):
+        sizes.append(len(logits))
+        return weight * cross_entropy(logits, x)
+    loss = 3 * model(idx, at, f, x, weight)
+    plain = 3 * f(model(idx, at).reshape(-1, 11), x, weight).sum()
+    assert max(sizes[:-1]) <= chunk and sum(sizes[:-1]) == len(x)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    expected = gradients(model, plain)
+    largest = max(float(g.abs().max()) for g in expected)
+    for a, b in zip(gradients(model, loss), expected):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5 * largest)
+    value = model.requires_grad_(False)(idx, at, f, x, weight)
+    assert 3 * value.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
 def test_dropout_is_on_in_training_and_off_otherwise():
     """In eval mode the same logits as a model without dropout. No false alarm."""
     plain, idx = model_of(), torch.randint(12, (2, 9))
@@ -322,7 +385,7 @@ def test_cache_works_in_bf16():
     model.bf16 = True
     cache = KVCache(model.config, 2, 8, dtype=torch.bfloat16)
     parts = [model.head(model.hidden(part, cache=cache)) for part in idx.split((4, 1, 3), dim=1)]
-    assert cache.k.dtype == torch.bfloat16
+    assert {x.dtype for x in cache.k + cache.v} == {torch.bfloat16}
     assert far(torch.cat(parts, dim=1), model(idx)) < 0.1
 
 
@@ -405,12 +468,33 @@ def test_generation_forwards_each_token_once_and_the_last_never():
     """The start symbol and the prompt together, then one at a time. No chance involved."""
     model, sizes = model_of(causal=True), []
 
-    def hidden(idx, pos=None, cache=None, hidden=model.hidden):
+    def trunk(idx, *args, trunk=model.trunk, **kwargs):
         sizes.append(idx.shape[1])
-        return hidden(idx, pos, cache)
-    model.hidden = hidden
+        return trunk(idx, *args, **kwargs)
+    model.trunk = trunk
     generate(model, torch.zeros(2, 4, dtype=torch.long), 8, lambda logits: logits.argmax(-1))
     assert sizes == [5, 1, 1, 1]
+
+
+@pytest.mark.parametrize("grain", [2, 3, 5, 100])
+def test_looking_at_more_slots_than_are_filled_changes_nothing(grain):
+    """The empty ones are masked: the same logits in every step. No chance involved."""
+    model, seen = model_of(causal=True), [[], []]
+    for logits, g in zip(seen, (1, grain)):
+        generate(model, torch.zeros(2, 2, dtype=torch.long), 8,
+                 lambda new: logits.append(new) or new.argmax(-1), grain=g)
+    assert far(torch.stack(seen[0]), torch.stack(seen[1])) < CLOSE
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_decoding_is_one_graph_and_gives_the_same_tokens():
+    """Greedy, at two batch sizes, for 14 tokens. The weights are random: no ties within float32's
+    rounding. No chance involved."""
+    model, step = model_of(causal=True, context=16), compiled_decode("cpu")
+    for B in (1, 3):
+        texts = [generate(model, torch.full((B, 2), 3), 16, lambda logits: logits.argmax(-1), s, 8)
+                 for s in (decode, step)]
+        assert torch.equal(*texts) and len(set(texts[0][0].tolist())) > 1
 
 
 @pytest.mark.parametrize("bf16, dtype", [(False, torch.float32), (True, torch.bfloat16)])
@@ -422,5 +506,7 @@ def test_generation_stores_as_many_keys_as_it_needs_in_the_type_of_the_blocks(mo
     model.bf16 = bf16
     generate(model, torch.zeros(2, 4, dtype=torch.long), 8, lambda logits: logits.argmax(-1))
     [cache] = made
-    assert cache.k.shape == (2, 2, 2, 8, 8) and cache.length == 8
-    assert cache.k.dtype == cache.v.dtype == dtype
+    assert len(cache.k) == len(cache.v) == 2
+    for stored in cache.k + cache.v:
+        assert stored.shape == (2, 2, 8, 8) and stored.dtype == dtype
+        assert (stored != 0).any(dim=(0, 1, 3)).all()

@@ -1,5 +1,5 @@
 """A world small enough to be enumerated: a few positions, a few tokens, any joint law of the two,
-and the exact posterior of that law in the shape of a model, f(z, at) -> logits (N, V). The mask is
+and the exact posterior of that law in the shape of a model. The mask is
 id V. Also the chi-square test that compares counts with a law. All numbers are float64.
 """
 import torch
@@ -28,8 +28,30 @@ def nll(joint, x):
     return -joint[x.unbind(1)].log()
 
 
+class Model:
+    """f(z, at) -> logits (N, V), with at a bool (B, L), in the form that diffusion.py asks for: its
+    state at a position is its prediction there."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def states(self, z, at):
+        """At positions (B, n) in any order, f is asked about all and the rest is dropped."""
+        if at.dtype == torch.bool:
+            return self.f(z, at)
+        everything = self.f(z, torch.ones_like(z, dtype=torch.bool)).view(*z.shape, -1)
+        return everything[torch.arange(len(z))[:, None], at].flatten(0, 1)
+
+    def head(self, h):
+        return h
+
+    def __call__(self, z, at, f=None, *rows):
+        logits = self.states(z, at)
+        return logits if f is None else f(logits, *rows).sum()
+
+
 def exact_model(joint):
-    """The perfect denoiser f(z, at): logits = log p(token | the unmasked tokens), float64.
+    """The perfect denoiser: logits = log p(token | the unmasked tokens), float64.
 
     One row per masked sequence z in a table: there are only (V + 1)^L of them."""
     V, L = joint.shape[0], joint.dim()
@@ -40,9 +62,7 @@ def exact_model(joint):
     table = (p / p.sum(2, keepdim=True)).log()                       # (Z, L, V)
     place = (V + 1) ** torch.arange(L - 1, -1, -1)                   # z as a number in base V + 1
 
-    def model(z, at):
-        return table[(z * place).sum(1)][at]
-    return model
+    return Model(lambda z, at: table[(z * place).sum(1)][at])
 
 
 def count(x, V):
