@@ -63,18 +63,21 @@ def parse_flags(Config, description, argv=None, **positional):
     fields = [f for f in dataclasses.fields(Config) if f.metadata]
     for f in fields:
         kind = (typing.get_args(hints[f.name]) or (hints[f.name],))[0]       # int | None -> int
+        many = dict(nargs="+") if typing.get_origin(kind) is list else {}    # list[int] -> int
+        kind = (typing.get_args(kind) or (kind,))[0]
         default = "" if f.default is None else f" [{f.default}]"
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
-               dict(type=kind, choices=f.metadata["choices"]))
+               dict(type=kind, choices=f.metadata["choices"], **many))
         parser.add_argument(f"--{f.name}", default=f.default, **how,
                             help=(f.metadata["help"] + default).replace("%", "%%"))
     args = parser.parse_args(argv)
     for f in fields:
-        value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
-        if value is not None and (low is not None and not value >= low
-                                  or high is not None and not value <= high):
-            parser.error(f"argument --{f.name}: {value} is not "
-                         + (f"between {low} and {high}" if high is not None else f"{low} or more"))
+        values, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and (low is not None and not value >= low
+                                      or high is not None and not value <= high):
+                parser.error(f"argument --{f.name}: {value} is not " + (
+                    f"between {low} and {high}" if high is not None else f"{low} or more"))
     return Config(**vars(args))
 
 

@@ -104,7 +104,8 @@ def sample(model, z, steps, mask_id, draw=categorical):
     are independent but for the shared counts. And every step knows its positions beforehand: state,
     head and draw are computed there only, a step without any calls no network (1,024 steps on 64
     tokens cost at most 64 calls), none is left masked at the end, no extra pass follows. While all
-    rows of z are the same, as in the first step of free text, one row is computed for all.
+    rows of z are the same, as in the first step of free text, one row is computed for all; and one
+    position for all of it where all is masked and the model's positions are relative.
 
     z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
     draw: logits (N, V) -> ids (N,). Returns ids (B, L). Raises ValueError on uneven rows.
@@ -117,8 +118,13 @@ def sample(model, z, steps, mask_id, draw=categorical):
     order = key.masked_fill(~masked, 2).argsort(dim=1)[:, :n]        # (B, n) positions, shuffled
     counts = torch.randint(steps, (n,)).unique(return_counts=True)[1].tolist()
     alike = bool((z == z[:1]).all())
-    for at in order.split(counts, dim=1):                            # (B, positions of this step)
-        h = (model.states(z[:1], at.reshape(1, -1)) if alike else model.states(z, at))
+    blank = n == z.shape[1] and getattr(model, "relative", False)
+    for i, at in enumerate(order.split(counts, dim=1)):              # (B, positions of this step)
+        if i == 0 and blank:
+            h = model.states(z[:1, :1], torch.zeros_like(at).view(1, -1))
+        elif i == 0 and alike:
+            h = model.states(z[:1], at.reshape(1, -1))
+        else:
+            h = model.states(z, at)
         z = z.scatter(1, at, draw_tokens(model, h, draw).view(at.shape))
-        alike = False
     return z

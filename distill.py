@@ -58,8 +58,8 @@ class DistillConfig(LoopConfig):
 
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
-ANYTIME = {"device", "out", "compile", "log_every", "save_every", "rounds", "samples", "judge",
-           "teacher", "bf16"}                # flags that may change between two runs
+ANYTIME = {"device", "out", "compile", "recompute", "log_every", "save_every", "rounds", "samples",
+           "judge", "teacher", "bf16"}       # flags that may change between two runs
 
 
 # ---- the method
@@ -221,7 +221,7 @@ def get_model(c, p, data, objective, given, kinds):
     is left of it, if need be: (model, checkpoint). Raises UserError where it does not fit data."""
     t = TrainConfig(objective=objective, dataset=c.dataset, preset=c.preset, out=c.out,
                     context=c.context, positions=c.positions, seed=c.seed, device=c.device,
-                    bf16=c.bf16, compile=c.compile)
+                    bf16=c.bf16, compile=c.compile, recompute=c.recompute)
     if not given and p.rank == 0 and not t.path.exists():
         print(f"no {t.path} yet; the same as: {as_command('train.py', t)}", flush=True)
     path = given or train(t, p, as_saved=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -35,7 +36,7 @@ PRESETS = {                      # layers, heads, width, context; small to large
 }
 
 
-CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB
+CHUNK = 2 ** 23                  # logits at a time in losses: 32 MB
 
 
 class KVCache:
@@ -62,6 +63,13 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
+def gelu(x):
+    """GELU, tanh form; a compiler makes faster code of (1 + tanh y) / 2 = sigmoid(2 y)."""
+    fast = torch.compiler.is_compiling()
+    return (x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x ** 3)) if fast else
+            F.gelu(x, approximate="tanh"))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -78,8 +86,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, mask=None, causal=False, cache=None, place=()):
-        """x (B, L, C) -> (B, L, C). mask (L, keys) bool; place: see KVCache.append, of the new
-        keys, (layer, slots, seen)."""
+        """x (B, L, C) -> same. mask (L, keys) bool; place in the cache: (layer, slots, seen)."""
         B, L, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, H, L, D)
@@ -105,8 +112,7 @@ class Block(nn.Module):
     def add(self, x, y):
         """Attention's result y (B, H, L, D) and then the MLP's, added to x (B, L, C)."""
         x = x + self.dropout(self.attn_out(y.transpose(1, 2).reshape(x.shape)))
-        h = F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh")
-        return x + self.dropout(self.mlp_out(h))
+        return x + self.dropout(self.mlp_out(gelu(self.mlp_in(self.norm2(x)))))
 
 
 class HeadSum(torch.autograd.Function):
@@ -153,7 +159,8 @@ class Transformer(nn.Module):
         if config.positions not in ("rope", "learned", "both"):
             raise ValueError(f"positions: 'rope', 'learned' or 'both', not {config.positions!r}")
         self.config = config
-        self.bf16 = False                        # True: run the blocks, and only them, in bfloat16
+        self.bf16 = False                # True: run the blocks, and only them, in bfloat16
+        self.recompute = False           # True: keep no activations for backward, make them again
         self.embed = nn.Embedding(config.vocab + 1, config.width)    # row V: the mask / the start
         if config.positions != "rope":
             self.embed_pos = nn.Embedding(config.context, config.width)
@@ -161,9 +168,8 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.lm_head = nn.Linear(config.width, config.vocab)         # V outputs: never the mask
         D = config.width // config.heads
-        freq = 10000.0 ** (-torch.arange(0, D, 2) / D)               # (D/2,)
-        angle = torch.arange(config.context)[:, None] * freq         # (context, D/2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
+        angle = torch.arange(config.context)[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)
+        self.register_buffer("cos", angle.cos(), persistent=False)   # (context, D/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -174,10 +180,8 @@ class Transformer(nn.Module):
             for layer in (block.attn_out, block.mlp_out):
                 layer.weight.data /= math.sqrt(2 * config.layers)
 
-    @property
-    def mask_id(self):
-        """The id of a masked token; for a causal model, of the start of a text."""
-        return self.config.vocab
+        self.mask_id = config.vocab              # of a causal model: the start of a text
+        self.relative = config.positions == "rope" and not config.causal     # see diffusion.sample
 
     def trunk(self, idx, pos, mask=None, causal=False, cache=None, slots=None, seen=0, at=None):
         """hidden without its checks: slots (L,) of the cache are for the new tokens, and attention
@@ -188,11 +192,13 @@ class Transformer(nn.Module):
         if self.config.positions != "learned":                       # (B or 1, 1, L, D/2)
             rope = [table[pos].view(-1, 1, *pos.shape[-1:], table.shape[1])
                     for table in (self.cos, self.sin)]
+        again = self.recompute and torch.is_grad_enabled()
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for layer, block in enumerate(self.blocks):
                 if at is not None and layer == len(self.blocks) - 1:
                     return block.forward_at(x, rope, at)
-                x = block(x, rope, mask, causal, cache, (layer, slots, seen))
+                args = x, rope, mask, causal, cache, (layer, slots, seen)
+                x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         return x
 
     def hidden(self, idx, pos=None, cache=None, at=None):
@@ -202,19 +208,18 @@ class Transformer(nn.Module):
         cache: a KVCache; its tokens are seen by the new ones, which are then added to it.
         at: positions (B, n) whose hidden states alone are wanted, (B, n, C); never causal.
         Raises ValueError for more tokens than the context or the cache holds."""
-        L, past = idx.shape[1], 0 if cache is None else cache.length
-        if past + L > self.config.context:
-            raise ValueError(f"{past + L} tokens, but the context is {self.config.context}")
-        slots = torch.arange(past, past + L, device=idx.device)
-        pos = slots if pos is None else pos
+        past, end = (cache.length if cache else 0), idx.shape[1] + (cache.length if cache else 0)
+        if end > self.config.context:
+            raise ValueError(f"{end} tokens, but the context is {self.config.context}")
+        seen = torch.arange(end, device=idx.device)
+        pos = seen[past:] if pos is None else pos
         if cache is None:
             return self.trunk(idx, pos, causal=self.config.causal, at=at)
-        if past + L > cache.size:
-            raise ValueError(f"the KV cache holds {cache.size} tokens, {past + L} were given")
-        seen = torch.arange(past + L, device=idx.device)
-        mask = seen <= slots[:, None] if self.config.causal else None        # (L, past + L)
-        cache.length += L
-        return self.trunk(idx, pos, mask, False, cache, slots, past + L)
+        if end > cache.size:
+            raise ValueError(f"the KV cache holds {cache.size} tokens, {end} were given")
+        mask = seen <= seen[past:, None] if self.config.causal else None     # (L, end)
+        cache.length = end
+        return self.trunk(idx, pos, mask, False, cache, seen[past:], end)
 
     def states(self, idx, at=None):
         """Hidden states (N, C) at the N positions of interest of idx (B, L), row by row: where the
@@ -252,10 +257,9 @@ def shifted(x, start_id):
 @torch.no_grad()
 def nll(model, x, start_id):
     """Negative log-likelihood of x (B, L) under a causal model, (B, L), in nats per token."""
-    h, target = model.states(shifted(x, start_id)), x.flatten()
-    size = max(1, CHUNK // model.config.vocab)
-    nats = [cross_entropy(model.head(a), b) for a, b in zip(h.split(size), target.split(size))]
-    return torch.cat(nats).view(x.shape)
+    h, size = model.states(shifted(x, start_id)), max(1, CHUNK // model.config.vocab)
+    parts = zip(h.split(size), x.flatten().split(size))
+    return torch.cat([cross_entropy(model.head(a), b) for a, b in parts]).view(x.shape)
 
 
 def decode(model, token, slot, cache, seen):
@@ -291,8 +295,7 @@ def generate(model, prompt, length, draw, step=decode, grain=1):
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     cache = KVCache(model.config, B, length, prompt.device, dtype)
     h = model.hidden(out[:, :min(P + 1, length)], cache=cache)       # prefill: start and prompt
-    logits = model.head(h[:, -1])                                    # last position only
-    slots = torch.arange(length, device=prompt.device)
+    logits, slots = model.head(h[:, -1]), torch.arange(length, device=prompt.device)
     for i in range(P + 1, length + 1):                               # one token a step
         out[:, i] = draw(logits)
         if i < length:

@@ -53,6 +53,7 @@ class LoopConfig:
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
     bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
     compile: bool = flag(False, "compile the blocks with torch.compile")
+    recompute: bool = flag(False, "run the blocks again in backward: less memory, a fifth slower")
     log_every: int = flag(200, "steps between log lines", low=1)
     save_every: int = flag(200, "steps between checkpoints", low=1)
 
@@ -76,7 +77,7 @@ class TrainConfig(LoopConfig):
         return self.folder / {"mdlm": "teacher.pt", "ar": "ar.pt"}[self.objective]
 
 
-FREE = {"out", "device", "bf16", "compile", "log_every", "save_every"}  # may change in a resume
+FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}  # may change
 
 
 # ---- the loop
@@ -184,10 +185,10 @@ def rewind_log(run):
 def prepare_model(model, c, p):
     """Onto the device, with bfloat16 inside the blocks and compiled blocks where asked for."""
     model = model.to(p.device)
-    model.bf16 = c.bf16 if c.bf16 is not None else p.device.type == "cuda"
-    if c.compile:
-        for block in model.blocks:               # block by block: one is compiled, all share it
-            block.compile()
+    model.bf16 = p.device.type == "cuda" if c.bf16 is None else c.bf16
+    model.recompute = c.recompute
+    for block in model.blocks if c.compile else []:      # one is compiled, all share it
+        block.compile()
     return model
 
 
@@ -223,8 +224,7 @@ def train(c, p, as_saved=False):
     ema = prepare_model(copy.deepcopy(model).eval(), c, p)
     run = Run(c.path, c.steps, model, ema, make_optimizers(model, c), dict(
         kind=c.objective, config=dataclasses.asdict(c), tokenizer=data.tokenizer.spec))
-    resume(run, c, FREE)
-    if run.step == run.steps and p.rank == 0:
+    if resume(run, c, FREE) and run.step == run.steps and p.rank == 0:
         print(f"{c.path} is there: {run.steps} steps, {run.seconds:.0f} s")
     loss = {"ar": ar_loss, "mdlm": nelbo}[c.objective]
     fit(c, p, data, run, functools.partial(loss, mask_id=model.mask_id))

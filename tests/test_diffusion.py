@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from diffusion import categorical, nelbo, q_sample, sample, sample_t, sharpen, unmask_step
-from toy import Model, all_sequences, chi_square, count, draw, exact_model, joint, nll
+from toy import (Model, all_sequences, ancestral_law, chi_square, count, draw, exact_model, joint,
+                 nll)
 
 LIMIT = 1e-6
 
@@ -52,23 +53,6 @@ def marginals(joint):
     """p(x_i = v) for each position, (L, V)."""
     L = joint.dim()
     return torch.stack([joint.sum([j for j in range(L) if j != i]) for i in range(L)])
-
-
-def ancestral_law(joint, steps):
-    """Probabilities (V^L,) of the perfect model's samples, by enumeration: each position opens in
-    one of the steps, whichever with equal chance; those of one step know the earlier ones only."""
-    V, L = joint.shape[0], joint.dim()
-    x, model = all_sequences(V, L), exact_model(joint)               # (S, L)
-    total = torch.zeros(len(x), dtype=torch.float64)
-    for when in itertools.product(range(steps), repeat=L):
-        when = torch.tensor(when)
-        p = torch.ones(len(x), dtype=torch.float64)
-        for i in set(when.tolist()):
-            at = (when == i).expand(x.shape)
-            log_p = model(torch.where(when < i, x, V), at)           # (S * opening, V)
-            p *= log_p.gather(1, x[at][:, None]).exp().view(len(x), -1).prod(1)
-        total += p
-    return total / steps ** L
 
 
 # ---- the noise
@@ -420,6 +404,23 @@ def test_one_row_is_computed_for_all_while_all_are_the_same():
         sample(model, z, 2, 5)
         assert [rows for rows, at in asked] == [first, 16]
         assert len(set(map(tuple, asked[0][1].view(16, -1).tolist()))) > 1
+
+
+def test_one_position_is_computed_for_all_where_all_looks_the_same():
+    """The first call only, of a text of masks only; then the same tokens as without. No chance
+    involved: the same seed."""
+    model, shapes = constant(torch.full((5,), 0.2)), []
+    states = model.states
+    model.states = lambda z, at: shapes.append((z.shape, at.shape[1])) or states(z, at)
+    texts, z = [], torch.full((16, 8), 5)
+    for model.relative in (True, False):
+        torch.manual_seed(1)
+        texts.append(sample(model, z, 2, 5))
+    assert [shape for shape, _ in shapes] == [(1, 1), (16, 8), (1, 8), (16, 8)]
+    assert shapes[0][1] == shapes[2][1] and torch.equal(*texts)
+    model.relative, z[:, 3] = True, 2
+    sample(model, z, 2, 5)
+    assert shapes[4][0] == (1, 8)
 
 
 def test_nothing_masked_calls_no_network():

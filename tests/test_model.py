@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from diffusion import categorical
 from model import (PRESETS, KVCache, ModelConfig, Transformer, compiled_decode, cross_entropy,
-                   decode, generate, nll, rotate)
+                   decode, gelu, generate, nll, rotate)
 from toy import all_sequences, chi_square, count
 
 CLOSE = 1e-5
@@ -217,6 +217,25 @@ def test_last_block_at_some_positions_equals_the_same_rows_of_all(positions):
     assert far(model(idx, at).view(3, 4, 11), expected) < CLOSE
     row = model(idx[:1], at.view(1, -1))                 # as of three equal rows
     assert far(row, model(idx[:1].expand(3, -1), at)) < CLOSE
+
+
+def test_where_all_is_masked_relative_positions_all_look_the_same():
+    """So one of them stands for a whole text of masks; not with learned positions, and not for a
+    causal model. No false alarm: float32's rounding."""
+    z = torch.full((1, 9), 11)
+    model = model_of(positions="rope")
+    assert model.relative and far(model(z), model(z[:, :1])) < CLOSE
+    for options in (dict(positions="learned"), dict(positions="both"), dict(causal=True)):
+        assert not model_of(**options).relative
+    assert far(model_of(positions="both")(z), model_of(positions="both")(z[:, :1])) > VISIBLE
+
+
+def test_compiled_gelu_is_the_same_function(monkeypatch):
+    """To float32's rounding, from -9 to 9. No false alarm."""
+    x = torch.linspace(-9, 9, 1001)
+    plain = gelu(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert far(gelu(x), plain) < 2e-6
 
 
 def test_sequences_in_which_nothing_is_wanted_are_not_computed():

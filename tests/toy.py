@@ -2,6 +2,8 @@
 and the exact posterior of that law in the shape of a model. The mask is
 id V. Also the chi-square test that compares counts with a law. All numbers are float64.
 """
+import itertools
+
 import torch
 
 
@@ -45,7 +47,10 @@ class Model:
     def head(self, h):
         return h
 
-    def __call__(self, z, at, f=None, *rows):
+    def __call__(self, z, at=None, f=None, *rows):
+        if at is None:
+            everywhere = torch.ones_like(z, dtype=torch.bool)
+            return self.f(z, everywhere).view(*z.shape, -1)
         logits = self.states(z, at)
         return logits if f is None else f(logits, *rows).sum()
 
@@ -63,6 +68,23 @@ def exact_model(joint):
     place = (V + 1) ** torch.arange(L - 1, -1, -1)                   # z as a number in base V + 1
 
     return Model(lambda z, at: table[(z * place).sum(1)][at])
+
+
+def ancestral_law(joint, steps):
+    """Probabilities (V^L,) of the perfect model's samples, by enumeration: each position opens in
+    one of the steps, whichever with equal chance; those of one step know the earlier ones only."""
+    V, L = joint.shape[0], joint.dim()
+    x, model = all_sequences(V, L), exact_model(joint)               # (S, L)
+    total = torch.zeros(len(x), dtype=torch.float64)
+    for when in itertools.product(range(steps), repeat=L):
+        when = torch.tensor(when)
+        p = torch.ones(len(x), dtype=torch.float64)
+        for i in set(when.tolist()):
+            at = (when == i).expand(x.shape)
+            log_p = model(torch.where(when < i, x, V), at)           # (S * opening, V)
+            p *= log_p.gather(1, x[at][:, None]).exp().view(len(x), -1).prod(1)
+        total += p
+    return total / steps ** L
 
 
 def count(x, V):

@@ -1,0 +1,300 @@
+"""Speed: autoregressive decoding with a KV cache against diffusion, and where each of them wins.
+
+    python bench.py                          # the newest checkpoints under out/, or random weights
+    python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
+    python bench.py train --preset small --batch 2           # training steps: see bench_train.py
+
+Both sides run as fast as this code can: AR with a static cache and a compiled decoding step,
+diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, word by word. Runs
+alternate and warm-up is not counted. Roofline is the share of the hardware's own limit, measured
+beside: of memory bandwidth for AR, of the rate of matrix products for diffusion.
+"""
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import shutil
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import bench_train
+import evaluate
+from common import UserError, command, flag, load_model, parse_flags, seed_all, start, write
+from diffusion import categorical, sample
+from machine import (OutOfMemory, describe, header, least_memory, limits, line, peak_bytes,
+                     prepare, roofline, room_for, seconds)
+from model import PRESETS, ModelConfig, Transformer, compiled_decode, decode, generate
+
+COLUMNS = (("engine", "<16"), ("model", "<9"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
+           ("seconds", ">9.3f"), ("seconds_min", ">12.3f"), ("seconds_max", ">12.3f"),
+           ("tokens_per_s", ">13,.0f"), ("vs_ar", ">7.2f"), ("roofline", ">9.0%"),
+           ("peak_bytes", ">15,"), ("nfe", ">5"), ("gen_ppl", ">9.2f"), ("entropy", ">8.2f"))
+ENGINES = ["ar", "diffusion", "diffusion-naive", "transformers"]
+VOCAB, GRAIN = 50257, 128            # of random weights; slots that compiled decoding looks at
+
+
+@dataclass
+class BenchConfig:
+    preset: list[str] | None = flag(None, "random weights of these sizes [checkpoints, or small]",
+                                    choices=list(PRESETS))
+    out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
+    engine: list[str] | None = flag(None, "[ar diffusion, diffusion-naive at the first batch]; "
+                                    "transformers is its GPT-2, greedy", choices=ENGINES)
+    batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4; train 2]", low=1)
+    length: list[int] | None = flag(None, "tokens of a text [the checkpoints' context; random "
+                                    "weights 128; train 1024]", low=2)
+    steps: list[int] | None = flag(None, "of diffusion [4 8 16 32 64; random to 32]", low=1)
+    repeats: int = flag(3, "timed runs of each, but of diffusion-naive one", low=1)
+    samples: int = flag(128, "texts for perplexity and entropy", low=2)
+    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    dtype: str | None = flag(None, "[float32; on a GPU bfloat16]", choices=["float32", "bfloat16"])
+    threads: int | None = flag(None, "CPU threads [PyTorch's choice]", low=1)
+    compile: bool | None = flag(None, "torch.compile for AR's decoding step and, on a GPU, "
+                                "diffusion's blocks [where there is a C++ compiler]")
+    json: str | None = flag(None, "file for the rows")
+    plot: str | None = flag(None, "picture of perplexity against latency (needs matplotlib)")
+
+
+# ---- the engines
+
+def naive_sample(model, z, steps, mask_id):
+    """Ancestral sampling as the papers' pseudo-code has it (MDLM, SDTT), z (B, L) -> ids (B, L): in
+    each step logits everywhere and one draw from {V tokens, stay masked} by float64 Gumbel noise.
+    The yardstick of speed and law."""
+    for i in range(steps):
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        p = model(z).double().softmax(-1)                            # (B, L, V)
+        joint = torch.cat((p * (t - s) / t, torch.full_like(p[..., :1], s / t)), dim=-1)
+        gumbel = -(-torch.rand_like(joint).log()).log()
+        choice = (joint.log() + gumbel).argmax(-1)                   # V, the mask's id: stay
+        z = torch.where(z == mask_id, choice, z)
+    return z
+
+
+def engine(row, model, step, steps):
+    """A function that makes row's texts in so many steps. step: AR's, see model.generate."""
+    name, B, L = row["engine"], row["batch"], row["length"]
+    device = next(model.parameters()).device
+    if name == "transformers":
+        return lambda: model.generate(torch.zeros((B, 1), dtype=torch.long, device=device),
+                                      max_new_tokens=L, min_new_tokens=L, do_sample=False,
+                                      pad_token_id=0)
+    if name == "ar":
+        prompt = torch.zeros((B, 0), dtype=torch.long, device=device)
+        return lambda: generate(model, prompt, L, categorical, step, 1 if step is decode else GRAIN)
+    z = torch.full((B, L), model.mask_id, device=device)
+    sampler = sample if name == "diffusion" else naive_sample
+    return lambda: sampler(model, z, steps, model.mask_id)
+
+
+# ---- what is measured
+
+def checkpoints(c, device):
+    """The models of a folder, {engine: {name: model}}: AR, teacher, last student."""
+    folders = {path.parent for path in Path("out").glob("*/ar.pt")}
+    folder = Path(c.out) if c.out else max(folders, key=lambda f: (f / "ar.pt").stat().st_mtime)
+    ar = load_model(folder / "ar.pt", kinds=("ar",))[0]
+    paths = [folder / "teacher.pt", *sorted(folder.glob("round*.pt"))[-1:]]
+    others = {p.stem: load_model(p, kinds=("mdlm", "sdtt"))[0] for p in paths if p.exists()}
+    if not others:
+        raise UserError(f"{folder} has no teacher.pt or round file beside ar.pt; run distill.py or "
+                        "choose another --out")
+    vocab = {name: model.config.vocab for name, model in [("ar", ar), *others.items()]}
+    if len(set(vocab.values())) > 1:
+        raise UserError(f"{folder} has models of different vocabularies, {vocab}; choose another "
+                        "--out")
+    ready = functools.partial(prepare, dtype=c.dtype, compiled=c.compile, device=device)
+    return {"ar": {"ar": ready(ar)}, "diffusion": {n: ready(model) for n, model in others.items()}}
+
+
+def random_weights(c, device, preset):
+    """The same for random weights in the size of a preset."""
+    sizes = PRESETS[preset] | {"context": max(*c.length, PRESETS[preset]["context"])}
+    seed_all("bench", preset)
+    made = {name: {"random": prepare(Transformer(ModelConfig(
+        VOCAB, causal=name == "ar", **sizes)), c.dtype, c.compile, device)} for name in ENGINES[:2]}
+    if "transformers" in c.engine:
+        from transformers import GPT2Config, GPT2LMHeadModel
+        shape = GPT2Config(n_embd=sizes["width"], n_layer=sizes["layers"], n_head=sizes["heads"],
+                           vocab_size=VOCAB, n_positions=sizes["context"] + 1)
+        model = GPT2LMHeadModel(shape).to(device, getattr(torch, c.dtype)).eval()
+        model.shape = made["ar"]["random"].config
+        made["transformers"] = {"random": model}
+    return made
+
+
+def rows_of(c, models, preset, B, L):
+    """What is to be measured at batch B and length L: [(row, model)], the rows not yet filled."""
+    rows = []
+    for name in c.engine:
+        naive = name == "diffusion-naive"    # slow: one model at one batch size is enough
+        if naive and B != c.batch[0] and len(c.engine) > 1:
+            continue
+        for label, model in list(models[name.removesuffix("-naive")].items())[-naive:]:
+            for steps in c.steps if name.startswith("diffusion") else [None]:
+                rows.append((dict(engine=name, model=label, preset=preset, steps=steps, batch=B,
+                                  length=L, params=sum(p.numel() for p in model.parameters())),
+                             model))
+    return rows
+
+
+@torch.no_grad()
+def measure(c, group, device, machine):
+    """Time the rows of a group, alternating, and fill them in."""
+    step, size = compiled_decode(device) if c.compile else decode, 2 if c.dtype == "bfloat16" else 4
+    running = []
+    for row, model in group:
+        name, steps, calls = row["engine"], row["steps"], []
+        shape = model.shape if name == "transformers" else model.config
+        row |= dict(dtype=c.dtype, device=machine["device"], threads=machine["threads"])
+        try:
+            with room_for(least_memory(row, shape, size), device):
+                engine(row, model, step, steps and min(2, steps))()              # warm-up
+                if name == "diffusion":                  # count the network's calls
+                    hook = model.embed.register_forward_hook(lambda *_: calls.append(1))
+                run, times = engine(row, model, step, steps), []
+                _, row["peak_bytes"] = peak_bytes(lambda: times.append(seconds(run, device)),
+                                                  device)
+                if name == "diffusion":
+                    hook.remove()
+            row["nfe"] = len(calls) or steps or row["length"]
+            running.append((row, shape, run, times))
+        except OutOfMemory:
+            row["error"] = "does not fit in memory"
+    for _ in range(c.repeats - 1):
+        for row, _, run, times in running:
+            if row["engine"] != "diffusion-naive":
+                times.append(seconds(run, device))
+    for row, shape, _, times in running:
+        row |= dict(seconds=statistics.median(times), seconds_min=min(times),
+                    seconds_max=max(times))
+        row["tokens_per_s"] = row["batch"] * row["length"] / row["seconds"]
+        row["roofline"] = roofline(row, shape, machine, size)
+
+
+def quality(c, models, device, name, label, steps):
+    """Perplexity under the AR model, and entropy, of a trained model's texts."""
+    x = evaluate.draw_samples(models[name][label], c.samples, steps, device, 0)
+    judge = models["ar"]["ar"]
+    return evaluate.gen_ppl(judge, x)[0], evaluate.entropy(x.cpu(), judge.config.vocab)[0]
+
+
+# ---- what is shown
+
+def overtakes(points):
+    """In words: at which batch AR overtakes, between those measured by interpolation in logarithms.
+    points: [(batch, how many times faster than AR)]."""
+    for (b0, r0), (b1, r1) in zip(points, points[1:]):
+        if r0 >= 1 > r1:
+            share = math.log(r0) / math.log(r0 / r1)
+            return f"overtakes at a batch of about {b0 * (b1 / b0) ** share:.1f}"
+    return (f"is slower up to batch {points[-1][0]}" if points[0][1] >= 1 else
+            f"is faster from batch {points[0][0]} on")
+
+
+def against_ar(rows):
+    """Fill in how many times faster than AR the rows are; say where AR overtakes, a line each."""
+    done = [row for row in rows if "error" not in row]
+    ar = {(r["preset"], r["length"], r["batch"]): r["seconds"] for r in done if r["engine"] == "ar"}
+    points = {}
+    for row in done:
+        key = row["preset"], row["length"], row["batch"]
+        row["vs_ar"] = ar[key] / row["seconds"] if key in ar else None
+        if row["engine"] == "diffusion" and key in ar:
+            points.setdefault((row["preset"], row["length"], row["model"], row["steps"]),
+                              []).append((row["batch"], row["vs_ar"]))
+    return [f"{preset}, {length} tokens: AR {overtakes(ratios)} against {model} at {steps} steps"
+            for (preset, length, model, steps), ratios in points.items()]
+
+
+def draw(rows, path):
+    """SDTT's figure: perplexity against latency, a point per number of steps; AR is a cross."""
+    from matplotlib import pyplot as plt
+    fig, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    batch = min(row["batch"] for row in rows)
+    rows = [row for row in rows if "gen_ppl" in row and row["batch"] == batch]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        x, y, labels = zip(*[(r["seconds"], r["gen_ppl"], r["steps"]) for r in rows
+                             if r["model"] == name])
+        if labels[0] is None:
+            axis.axhline(y[0], color="grey", linestyle="--", label="AR with KV cache")
+            axis.axvline(x[0], color="grey", linestyle="--")
+            continue
+        axis.plot(x, y, "o-", label=name)
+        for point in zip(labels, zip(x, y)):
+            axis.annotate(*point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axis.set(xscale="log", yscale="log", xlabel=f"seconds for {batch} x {rows[0]['length']} tokens",
+             ylabel="generative perplexity (numbers: steps)")
+    axis.legend()
+    write(Path(path), lambda f: fig.savefig(f, format="png", dpi=120))
+
+
+def settle(c, train, device):
+    """Fill in the flags that were not given. Raises UserError on what cannot be measured."""
+    trained = not (c.preset or train) and bool(c.out or list(Path("out").glob("*/ar.pt")))
+    engines = c.engine or ENGINES[:3]
+    for package in ["matplotlib"] * bool(c.plot) + ["transformers"] * ("transformers" in engines):
+        if not importlib.util.find_spec(package):
+            raise UserError(f"this needs {package}, which is not installed (pip install {package})")
+    if not trained and c.plot or trained and "transformers" in engines:
+        raise UserError("--plot is of trained weights (give --out), --engine transformers of "
+                        "random ones (give --preset)")
+    c.dtype = c.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    c.compile = bool(shutil.which("g++")) if c.compile is None else c.compile
+    c.engine, c.preset = engines, c.preset or ([] if trained else ["small"])
+    c.batch = sorted(c.batch or ([2] if train else [1, 8, 32] if trained else [1, 4]))
+    c.length = c.length or (None if trained else [1024 if train else 128])
+    c.steps = c.steps or [4, 8, 16, 32] + [64] * trained
+    if c.threads:
+        torch.set_num_threads(c.threads)
+
+
+def bench(c, device, machine):
+    """Measure and print everything that c asks for; returns the rows."""
+    rows = []
+    print(header(COLUMNS))
+    for preset in c.preset or [None]:
+        models = random_weights(c, device, preset) if preset else checkpoints(c, device)
+        judged = functools.cache(functools.partial(quality, c, models, device))
+        context = min(m.config.context for of in models.values() for m in of.values())
+        for L, B in itertools.product(c.length or [context], c.batch):
+            group = rows_of(c, models, preset, B, L)
+            measure(c, group, device, machine)
+            new = [row for row, _ in group]
+            for row in new if not preset else []:
+                if row["engine"] in models and "error" not in row:
+                    of = row["engine"], row["model"], row["steps"]
+                    row["gen_ppl"], row["entropy"] = judged(*of)
+            against_ar(new)
+            print("\n".join(line(row, COLUMNS) for row in new), flush=True)
+            rows += new
+    print("\n".join(against_ar(rows)))
+    if any((row["steps"] or 0) > row["length"] for row in rows):
+        print("more steps than tokens: steps that open nothing call no network (NFE)")
+    return rows
+
+
+def main():
+    train = sys.argv[1:2] == ["train"]
+    c = parse_flags(BenchConfig, __doc__, sys.argv[1 + train:])
+    device = start(c.device).device
+    settle(c, train, device)
+    machine = limits(device, getattr(torch, c.dtype))
+    print(describe(machine), flush=True)
+    rows = (bench_train.bench if train else bench)(c, device, machine)
+    if c.json:
+        results = {"argv": sys.argv[1:], "machine": machine, "rows": rows}
+        write(Path(c.json), lambda f: f.write(json.dumps(results, indent=1).encode()))
+    if all("error" in row for row in rows):
+        raise UserError("nothing fits in memory; choose a smaller --batch, --length or --preset")
+    if c.plot:
+        draw(rows, c.plot)
+
+
+if __name__ == "__main__":
+    command(main)

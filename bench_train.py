@@ -1,0 +1,123 @@
+"""Speed and memory of training: `python bench.py train`.
+
+One step of each objective (loss, gradient, AdamW) as train.py and distill.py do it, with chunks of
+logits at the masked positions only, against the plain form: logits and log-probabilities (B, L, V)
+everywhere, as in the papers' pseudo-code. The two forms have the same loss (tests/test_bench.py).
+"""
+import copy
+import functools
+import itertools
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+from common import seed_all
+from diffusion import categorical, nelbo, q_sample, sample_t
+from distill import divergence, sdtt_loss
+from machine import (OutOfMemory, header, line, peak_bytes, room_for, seconds,
+                     training_flop)
+from model import PRESETS, ModelConfig, Transformer, shifted
+from train import ar_loss
+
+OBJECTIVES = ["ar", "mdlm", "sdtt"]
+COLUMNS = (("objective", "<10"), ("form", "<10"), ("preset", "<8"), ("batch", ">5"),
+           ("length", ">7"), ("seconds", ">9.3f"), ("seconds_min", ">12.3f"),
+           ("seconds_max", ">12.3f"), ("tokens_per_s", ">13,.0f"), ("utilisation", ">12.0%"),
+           ("peak_bytes", ">15,"))
+VOCAB, DT, K = 50257, 1 / 1024, 2
+
+
+# ---- the plain forms
+
+def plain_ar(model, x, mask_id):
+    logits = model(shifted(x, mask_id))                              # (B, L, V)
+    return F.cross_entropy(logits.flatten(0, 1), x.flatten())
+
+
+def plain_mdlm(model, x, mask_id):
+    t = sample_t(len(x), x.device)
+    z = q_sample(x, t, mask_id)
+    log_p = F.log_softmax(model(z), dim=-1)                          # (B, L, V)
+    nll = -log_p.gather(2, x[..., None])[..., 0]                     # (B, L)
+    return ((z == mask_id) * nll / t[:, None]).sum() / x.numel()
+
+
+def plain_sdtt(student, x, teacher, dt, k, kind, mask_id):
+    """SDTT's algorithms 1 and 2 with whole tensors; the last step draws nothing here either."""
+    t = sample_t(len(x), x.device)
+    z_t = z = q_sample(x, t, mask_id)
+    target = None
+    with torch.no_grad():
+        for i in range(k):
+            log_p = F.log_softmax(teacher(z), dim=-1)                # (B, L, V)
+            masked = (z == mask_id)[..., None]
+            target = log_p if i == 0 else torch.where(masked, log_p, target)
+            if i < k - 1:
+                t_i, s_i = (t - i * dt).clamp(min=0), (t - (i + 1) * dt).clamp(min=0)
+                open_p = torch.where(t_i > 0, (t_i - s_i) / t_i, 0.0)
+                reveal = torch.rand(z.shape, device=z.device) < open_p[:, None]
+                z = torch.where((z == mask_id) & reveal, categorical(log_p), z)
+    every = divergence(F.log_softmax(student(z_t), dim=-1), target, kind)        # (B, L)
+    masked = z_t == mask_id
+    return (every * masked).sum() / masked.sum().clamp(min=1)
+
+
+# ---- what is measured
+
+def steps_of(model, teacher):
+    """{(objective, form): loss(x)}."""
+    sdtt = dict(teacher=teacher, dt=DT, k=K, kind="kld", mask_id=model.mask_id)
+    plain, chunks = "plain", "chunked"
+    losses = {("ar", chunks): ar_loss, ("ar", plain): plain_ar, ("mdlm", chunks): nelbo,
+              ("mdlm", plain): plain_mdlm, ("sdtt", chunks): sdtt_loss, ("sdtt", plain): plain_sdtt}
+    losses |= {(objective, "recompute"): losses[objective, chunks] for objective in OBJECTIVES}
+    return {(objective, form): functools.partial(
+                loss, model, **(sdtt if objective == "sdtt" else {"mask_id": model.mask_id}))
+            for (objective, form), loss in losses.items()}
+
+
+def step(model, objective, form, loss, optimizer, x):
+    """One step of training."""
+    model.config.causal, model.recompute = objective == "ar", form == "recompute"
+    loss(x).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def bench(c, device, machine):
+    """Measure and print the steps of all objectives and forms; returns the rows."""
+    rows = []
+    print(header(COLUMNS))
+    for preset, L, B in itertools.product(c.preset, c.length, c.batch):
+        sizes = PRESETS[preset] | {"context": max(L, PRESETS[preset]["context"])}
+        seed_all("bench", preset)
+        model = Transformer(ModelConfig(VOCAB, **sizes)).to(device)
+        model.bf16 = c.dtype == "bfloat16"               # autocast; the weights stay float32
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+        x, running = torch.randint(VOCAB, (B, L), device=device), []
+        for (objective, form), loss in steps_of(model, teacher).items():
+            row = dict(objective=objective, form=form, preset=preset, batch=B, length=L,
+                       params=sum(p.numel() for p in model.parameters()), dtype=c.dtype,
+                       device=machine["device"], threads=machine["threads"])
+            rows.append(row)
+            run, times = functools.partial(step, model, objective, form, loss, optimizer, x), []
+            try:
+                with room_for(4 * B * L * VOCAB * (8 if form == "plain" else 0), device):
+                    run()                                # warm-up; makes AdamW's averages too
+                    _, row["peak_bytes"] = peak_bytes(lambda: times.append(seconds(run, device)),
+                                                      device)
+                running.append((row, run, times))
+            except OutOfMemory:
+                row["error"] = "does not fit in memory"
+        for _ in range(c.repeats - 1):
+            for _, run, times in running:
+                times.append(seconds(run, device))
+        for row, _, times in running:
+            row |= dict(seconds=statistics.median(times), seconds_min=min(times),
+                        seconds_max=max(times), tokens_per_s=B * L / statistics.median(times))
+            row["utilisation"] = (training_flop(row["objective"], model.config, B, L, DT)
+                                  / row["seconds"] / machine["flop_per_s"])
+        print("\n".join(line(row, COLUMNS) for row in rows[-9:]), flush=True)
+    return rows

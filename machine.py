@@ -1,0 +1,168 @@
+"""The machine under a benchmark: a clock, a memory gauge, its limits, and what a transformer needs
+of them (C width, V tokens, B sequences of L; multiplying by a weight is 2 operations)."""
+import contextlib
+import ctypes
+import gc
+import os
+import re
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+
+def seconds(run, device):
+    """Seconds that run() takes, with all that it started on a GPU."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = perf_counter()
+    run()
+    wait()
+    return perf_counter() - began
+
+
+def peak_bytes(run, device):
+    """(result of run(), the most memory that it took beyond what was taken before).
+
+    On a GPU as its allocator counts it; on Linux the growth of the process's resident memory;
+    elsewhere None."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return run(), torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):   # give freed memory back: glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")    # the high-water mark starts anew
+    except OSError:
+        return run(), None
+    before = kilobytes("/proc/self/status", "VmRSS")
+    return run(), 1024 * (kilobytes("/proc/self/status", "VmHWM") - before)
+
+
+def kilobytes(path, name):
+    """The number that follows `name:` in one of Linux's files."""
+    return int(Path(path).read_text().split(name + ":")[1].split()[0])
+
+
+def free_bytes(device):
+    """Memory that can still be had, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return 1024 * kilobytes("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return None
+
+
+class OutOfMemory(Exception):
+    """What was to be measured does not fit."""
+
+
+@contextlib.contextmanager
+def room_for(size, device):
+    """Raises OutOfMemory before `size` bytes are tried that are not there (Linux would kill the
+    process instead of refusing them), and in place of PyTorch's own errors."""
+    if size > (free_bytes(device) or size):
+        raise OutOfMemory
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if "memory" not in str(e) + type(e).__name__:
+            raise
+        raise OutOfMemory from e
+
+
+def limits(device, dtype):
+    """What the hardware gives at this moment, the best of several tries: bytes_per_s of
+    matrix-vector products over 2 GB of float32, more than any cache holds, and flop_per_s of
+    products of large matrices in dtype; and what it is."""
+    n = 8192 if device.type == "cuda" else 2048
+    W = [torch.rand(8192, 8192, device=device) for _ in range(8)]
+    x, a = torch.rand(8192, device=device), torch.rand(n, n, device=device).to(dtype)
+    reads = min(seconds(lambda: [torch.mv(w, x) for w in W], device) for _ in range(5))
+    products = min(seconds(lambda: a @ a, device) for _ in range(10))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "dtype": str(dtype).removeprefix("torch."), "load": round(os.getloadavg()[0], 2),
+            "bytes_per_s": 8 * 4 * 8192 ** 2 / reads, "flop_per_s": 2 * n ** 3 / products}
+
+
+def describe(m):
+    """limits() in a line or two; a warning where others use the machine."""
+    text = (f"{m['device']}, {m['threads']} threads, torch {m['torch']}, {m['dtype']}, load "
+            f"{m['load']}: reads {m['bytes_per_s'] / 1e9:,.1f} GB/s, multiplies "
+            f"{m['flop_per_s'] / 1e9:,.0f} GFLOP/s")
+    if m["load"] > 0.5 * m["threads"]:
+        text += (f"\nwarning: the machine is busy (load {m['load']}); times may be several times "
+                 "too long")
+    return text
+
+
+def prepare(model, dtype, compiled, device):
+    """A model as it is timed, on a GPU and on a CPU: its matrices in dtype (autocast does the rest:
+    norms and the residual stream stay float32), diffusion's blocks compiled if asked for."""
+    model = model.to(device).eval().requires_grad_(False)
+    if dtype == "bfloat16":
+        model.bf16 = True
+        for module in [*model.blocks.modules(), model.lm_head]:
+            if isinstance(module, torch.nn.Linear):
+                module.bfloat16()
+    for block in model.blocks if compiled and not model.config.causal else []:
+        block.compile()                      # AR: generate's decoding step is compiled instead
+    return model
+
+
+# ---- what a run needs: rows are dicts with engine, batch, length, nfe, seconds
+
+def least_memory(row, config, size):
+    """Bytes without which a run cannot be, with numbers of `size` bytes."""
+    engine, B, L = row["engine"], row["batch"], row["length"]
+    if engine == "diffusion-naive":
+        return 24 * B * L * config.vocab                 # three float64 arrays (B, L, V)
+    of_one = 12 if engine == "diffusion" else 2 * config.layers      # activations, or the KV cache
+    return of_one * B * L * config.width * size
+
+
+def roofline(row, config, machine, size):
+    """The share of the machine's bandwidth (AR: weights and cache are read for every token) or of
+    its matrix rate (diffusion: each pass multiplies each token by the weights) that a run got."""
+    B, L, nfe, C, layers = row["batch"], row["length"], row["nfe"], config.width, config.layers
+    head, block = C * config.vocab, 24 * C * C + 4 * L * C           # weights; operations per token
+    if row["engine"] in ("ar", "transformers"):
+        cache = 2 * layers * C * B * L / 2                           # half full on average
+        read = L * size * (12 * layers * C * C + head + cache)
+        return read / row["seconds"] / machine["bytes_per_s"]
+    if row["engine"] == "diffusion-naive":
+        done = nfe * B * L * (layers * block + 2 * head)
+    else:                                    # tokens of all passes: the first has one row or one
+        tokens = (nfe - 1) * B * L + (1 if config.positions == "rope" else L)
+        done = (tokens * ((layers - 1) * block + 4 * C * C)          # last block: keys and values,
+                + B * L * (20 * C * C + 4 * L * C + 2 * head))       # all else once per position
+    return done / row["seconds"] / machine["flop_per_s"]
+
+
+def training_flop(objective, config, B, L, dt=1 / 1024):
+    """Operations that one step cannot do without: forward and twice that backward; half of the
+    positions are masked, and only these need a head; SDTT's teacher goes forward everywhere, and
+    once before in the rows of which a step of size dt opens something."""
+    trunk = B * L * config.layers * (24 * config.width ** 2 + 4 * L * config.width)
+    head = 2 * B * L * config.width * config.vocab
+    return {"ar": 3 * (trunk + head), "mdlm": 3 * (trunk + head / 2),
+            "sdtt": (3 + 2 - (1 - dt) ** L) * trunk + (3 + 1) * head / 2}[objective]
+
+
+# ---- tables: columns are pairs of a row's key and a format, ("seconds", ">9.3f")
+
+def header(columns):
+    return "".join(format(key, re.match(r"[<>]\d+", form)[0]) for key, form in columns)
+
+
+def line(row, columns):
+    """A row as text, with blanks where it has no value, or with its error at the end."""
+    text = ""
+    for key, form in columns:
+        blank = row.get(key) is None
+        text += format("" if blank else row[key], re.match(r"[<>]\d+", form)[0] if blank else form)
+    return text.rstrip() + "  " + row["error"] if "error" in row else text

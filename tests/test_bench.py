@@ -1,0 +1,354 @@
+"""The benchmark: that its sides do the same thing, that its yardsticks are right, what it refuses.
+That something is fast is not tested: see results/.
+"""
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import bench_train
+import common
+import distill
+import machine
+from diffusion import nelbo, sample
+from helpers import call, make_dataset, refused
+from model import PRESETS, ModelConfig, Transformer
+from toy import ancestral_law, chi_square, count, exact_model, joint
+
+LIMIT = 1e-6                     # a chi-square test fails below this chance
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def model_of(**options):
+    defaults = dict(vocab=29, context=16, layers=3, heads=2, width=32)
+    return Transformer(ModelConfig(**(defaults | options))).eval().requires_grad_(False)
+
+
+# ---- the same law
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_fast_and_naive_sampler_have_the_same_exact_law(steps):
+    """All 64 sequences of 3 positions and 4 tokens, against their probabilities by enumeration; of
+    the fast one a sequence by itself, since a batch shares counts. Chi-square: two in a million per
+    case with another seed. One and two steps are far from the joint itself."""
+    p = joint(4, 3, seed=3)
+    model, law = exact_model(p), ancestral_law(p, steps)
+    naive = bench.naive_sample(model, torch.full((12_000, 3), 4), steps, 4)
+    fast = torch.cat([sample(model, torch.full((1, 3), 4), steps, 4) for _ in range(12_000)])
+    for x in (naive, fast):
+        assert chi_square(count(x, 4), law) > LIMIT
+        assert steps > 2 or chi_square(count(x, 4), p) < LIMIT
+
+
+def test_fast_and_naive_sampler_agree_on_a_network():
+    """A random transformer with sharp predictions, 16 positions, 4 steps, 2,000 texts of each: the
+    token at one position, and whether it repeats the one before. Chi-square of two samples: two in
+    a million with another seed."""
+    model = model_of()
+    model.lm_head.weight.mul_(20)
+    z = torch.full((2, 16), 29)
+    fast = torch.cat([sample(model, z, 4, 29)[:1] for _ in range(2000)])
+    naive = bench.naive_sample(model, z[:1].expand(2000, -1), 4, 29)
+    for a, b, cells in ((fast[:, 5], naive[:, 5], 29),
+                        (fast[:, 5] == fast[:, 4], naive[:, 5] == naive[:, 4], 2)):
+        a, b = (torch.bincount(x.long(), minlength=cells).double() for x in (a, b))
+        few = a + b < 20                             # cells with few counts are put together
+        a, b = (torch.cat((x[~few], x[few].sum()[None])) for x in (a, b))
+        a, b = a[a + b > 0], b[a + b > 0]
+        x2 = ((a - b) ** 2 / (a + b)).sum()
+        chance = torch.special.gammaincc(torch.tensor((len(a) - 1) / 2).double(), x2 / 2)
+        assert len(a) >= 2 and chance > LIMIT
+
+
+def test_naive_sampler_keeps_the_prompt_and_leaves_no_mask():
+    """No chance involved."""
+    z = torch.full((3, 16), 29)
+    z[:, 2:5] = torch.randint(29, (3, 3))
+    x = bench.naive_sample(model_of(), z, 7, 29)
+    assert torch.equal(x[:, 2:5], z[:, 2:5]) and x.max() < 29
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdlm", "sdtt"])
+def test_chunked_and_plain_training_steps_have_the_same_loss_and_gradients(monkeypatch, objective):
+    """With the same noise; SDTT with dt = 0, for which nothing is drawn on the way. No false alarm:
+    1e-5 of the largest gradient is for float32 sums in another order."""
+    monkeypatch.setattr("model.CHUNK", 7 * 29)
+    monkeypatch.setattr(bench_train, "DT", 0.0)
+    model = model_of(causal=objective == "ar").requires_grad_(True)
+    teacher, x, results = model_of(), torch.randint(29, (4, 16)), []
+    losses = bench_train.steps_of(model, teacher)
+    for form in ("chunked", "plain"):
+        torch.manual_seed(1)
+        loss = losses[objective, form](x)
+        results.append((loss.item(), torch.autograd.grad(loss, list(model.parameters()))))
+    (a, grads), (b, expected) = results
+    largest = max(g.abs().max() for g in expected)
+    assert a == pytest.approx(b, rel=1e-5) and a > 0
+    assert all(torch.allclose(g, h, rtol=0, atol=1e-5 * largest) for g, h in zip(grads, expected))
+
+
+def test_plain_targets_are_drawn_as_the_chunked_ones():
+    """The mean loss over 300 draws with large dt, within 5 standard errors of each other: two in a
+    million with another seed. Without the second teacher step it would be another loss."""
+    model, teacher, x = model_of(), model_of(), torch.randint(29, (8, 16))
+    for m in (model, teacher):
+        m.lm_head.weight.mul_(20)
+    means = []
+    for loss, k in ((distill.sdtt_loss, 2), (bench_train.plain_sdtt, 2), (distill.sdtt_loss, 1)):
+        values = torch.stack([loss(model, x, teacher, 0.4, k, "kld", 29) for _ in range(300)])
+        means.append((values.mean(), values.std() / math.sqrt(300)))
+    (a, ea), (b, eb), (one, _) = means
+    assert abs(a - b) < 5 * torch.hypot(ea, eb) and abs(a - one) > 10 * ea
+
+
+# ---- the yardsticks
+
+@pytest.mark.parametrize("B, steps", [(1, 3), (4, 5)])
+def test_operations_of_diffusion_are_those_that_pytorch_counts(B, steps):
+    """By torch.utils.flop_counter, which knows matrix products and attention. Within 2 %: the first
+    step's one position has less to attend to. What is elementwise is not counted by either. No
+    false alarm."""
+    model, calls = model_of(vocab=300, width=64), []
+    model.embed.register_forward_hook(lambda *_: calls.append(1))
+    for name, run in (("diffusion", sample), ("diffusion-naive", bench.naive_sample)):
+        calls.clear()
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            with FlopCounterMode(display=False) as counter:
+                run(model, torch.full((B, 16), 300), steps, 300)
+        row = dict(engine=name, batch=B, length=16, nfe=len(calls), seconds=2.0)
+        share = machine.roofline(row, model.config, {"flop_per_s": 1e9}, 4)
+        assert share * 2e9 == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdlm", "sdtt"])
+def test_operations_of_training_are_those_that_pytorch_counts(objective):
+    """The same for a training step's loss and gradient. Within 8 %: how many positions are masked,
+    and how many rows a step opens something in, is left to chance. No false alarm with this seed."""
+    model = model_of(vocab=300, width=64, context=64, causal=objective == "ar")
+    teacher, x = model_of(vocab=300, width=64, context=64), torch.randint(300, (8, 64))
+    loss = bench_train.steps_of(model.requires_grad_(True), teacher)[objective, "chunked"]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            loss(x).backward()
+    flop = machine.training_flop(objective, model.config, 8, 64)
+    assert flop == pytest.approx(counter.get_total_flops(), rel=0.08)
+
+
+def test_bytes_of_decoding_are_weights_and_half_of_the_cache():
+    """GPT-2's shape by hand: 85 million weights in the blocks, 38.6 in the head, 4 bytes each, read
+    128 times; 37,000 numbers of the cache for each of 8 x 64 tokens. No false alarm."""
+    config = ModelConfig(50257, **PRESETS["small"])
+    row = dict(engine="ar", batch=8, length=128, nfe=128, seconds=1.0)
+    weights = 12 * 12 * 768 ** 2 + 768 * 50257
+    expected = 128 * 4 * (weights + 8 * 64 * 2 * 12 * 768)
+    assert machine.roofline(row, config, {"bytes_per_s": 1.0}, 4) == pytest.approx(expected)
+    assert weights == sum(p.numel() for n, p in Transformer(config).named_parameters()
+                          if p.ndim == 2 and "embed" not in n)
+
+
+def test_peak_memory_is_what_a_run_adds():
+    """A run that holds 200 MB and gives them back, beside 100 MB that were there before. Within 10 %.
+    Skipped where the system does not tell. No false alarm known."""
+    before = torch.ones(25_000_000)
+    result, peak = machine.peak_bytes(lambda: float(torch.ones(50_000_000)[0]), CPU)
+    if peak is None:
+        pytest.skip("no /proc/self/clear_refs")
+    assert result == 1 and peak == pytest.approx(200e6, rel=0.1) and len(before)
+
+
+def test_limits_and_the_line_about_them(monkeypatch):
+    """Positive numbers, and a warning where more than half of the threads are taken. No chance
+    involved."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.ones(
+        [min(n, 64) for n in shape]))
+    m = machine.limits(CPU, torch.float32)
+    assert m["bytes_per_s"] > 0 and m["flop_per_s"] > 0 and m["dtype"] == "float32"
+    assert "warning" not in machine.describe(m | {"load": 0.4, "threads": 1})
+    assert "warning: the machine is busy (load 0.6)" in machine.describe(m | {"load": 0.6,
+                                                                             "threads": 1})
+
+
+def test_bfloat16_is_in_the_matrices_and_logits_are_float32():
+    """Norms and embeddings stay float32; logits move by bfloat16's rounding. No false alarm."""
+    model, z = model_of(), torch.randint(30, (2, 16))
+    exact = model(z)
+    half = machine.prepare(model, "bfloat16", False, CPU)
+    types = {name: p.dtype for name, p in half.named_parameters()}
+    assert types["blocks.0.qkv.weight"] == types["lm_head.weight"] == torch.bfloat16
+    assert types["embed.weight"] == types["norm.weight"] == torch.float32
+    logits = half(z)
+    assert logits.dtype == torch.float32 and 0 < (logits - exact).abs().max() < 0.05
+    at = torch.tensor([[3, 1], [2, 7]])
+    assert (half(z, at).view(2, 2, 29) - logits[[[0], [1]], at]).abs().max() < 0.05
+
+
+# ---- what is shown
+
+@pytest.mark.parametrize("points, expected", [
+    ([(1, 4.0), (4, 0.25)], "overtakes at a batch of about 2.0"),
+    ([(1, 8.0), (2, 4.0), (32, 0.5)], "overtakes at a batch of about 12.7"),
+    ([(1, 0.9), (8, 0.5)], "is faster from batch 1 on"),
+    ([(1, 3.0), (8, 1.0)], "is slower up to batch 8")])
+def test_where_ar_overtakes(points, expected):
+    """By hand; a straight line in logarithms. No chance involved."""
+    assert bench.overtakes(points) == expected
+
+
+def test_ratio_to_ar_is_of_the_same_preset_length_and_batch():
+    """By hand; a row that did not fit has none, and neither has one without AR beside it."""
+    def row(engine, batch, seconds, **rest):
+        return dict(engine=engine, model="m", preset=None, steps=8, batch=batch, length=16,
+                    seconds=seconds) | rest
+    rows = [row("ar", 1, 2.0), row("ar", 4, 3.0), row("diffusion", 1, 1.0),
+            row("diffusion", 4, 6.0), row("diffusion", 8, 6.0),
+            row("diffusion", 16, None, error="does not fit in memory")]
+    assert bench.against_ar(rows) == ["None, 16 tokens: AR overtakes at a batch of about 2.0 "
+                                      "against m at 8 steps"]
+    assert [r.get("vs_ar") for r in rows] == [1.0, 1.0, 2.0, 0.5, None, None]
+
+
+def test_line_leaves_blanks_and_ends_in_the_error():
+    """By hand. No chance involved."""
+    columns = (("a", "<4"), ("b", ">7.2f"), ("c", ">6,"))
+    assert machine.header(columns) == "a         b     c"
+    assert machine.line(dict(a="x", b=1.5, c=1234), columns) == "x      1.50 1,234"
+    assert machine.line(dict(a="x", b=None, c=1), columns) == "x               1"
+    assert machine.line(dict(a="x", error="does not fit"), columns) == "x  does not fit"
+
+
+# ---- the command
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of tiny checkpoints, and a machine that is not measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "limits", lambda device, dtype: dict(
+        device="CPU", threads=2, torch="x", dtype="float32", load=0.0, bytes_per_s=1e9,
+        flop_per_s=1e9))
+    save(tmp_path / "out" / "tiny", 29)
+    return tmp_path / "out" / "tiny"
+
+
+def save(path, vocab, names=("ar", "teacher", "round1", "round2")):
+    for name in names:
+        model = model_of(vocab=vocab, causal=name == "ar")
+        common.save_checkpoint(
+            path / f"{name}.pt", kind={"ar": "ar", "teacher": "mdlm"}.get(name, "sdtt"),
+            model_config=dataclasses.asdict(model.config), model=model.state_dict(),
+            ema=model.state_dict(), optimizer=[], step=0, steps=0, seconds=0.0, config={},
+            tokenizer={})
+
+
+def test_checkpoints_are_compared_with_quality_beside_speed(folder, capsys):
+    """Every row has the promised keys; the naive sampler runs at the first batch only; the last
+    student is taken. No chance involved."""
+    pytest.importorskip("matplotlib")
+    call(bench, "--batch", 2, 1, "--steps", 2, 20, "--samples", 4, "--repeats", 2, "--no-compile",
+         "--json", "rows.json", "--plot", "p.png")
+    rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
+    kinds = [(r["engine"], r["model"], r["steps"], r["batch"]) for r in rows]
+    assert len(kinds) == len(set(kinds)) == 2 * (1 + 2 * 2) + 2
+    assert ("diffusion", "round2", 20, 2) in kinds and ("diffusion-naive", "round2", 2, 1) in kinds
+    for row in rows:
+        assert row.keys() >= {"engine", "preset", "params", "steps", "batch", "length", "dtype",
+                              "device", "threads", "seconds", "seconds_min", "seconds_max",
+                              "tokens_per_s", "peak_bytes", "nfe", "roofline"}
+        assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        assert row["nfe"] <= 16 or row["engine"] == "diffusion-naive"
+        assert row["engine"] == "diffusion-naive" or row["gen_ppl"] > 1 and row["entropy"] > 0
+    out = capsys.readouterr().out
+    assert out.count("AR ") == 4 and "steps that open nothing call no network" in out
+    assert (folder.parent.parent / "p.png").stat().st_size > 1000
+
+
+def test_random_weights_are_named_by_preset(folder, monkeypatch, capsys):
+    """--preset does not touch the checkpoints. No chance involved."""
+    monkeypatch.setattr(bench, "VOCAB", 50)
+    call(bench, "--preset", "nano", "--length", 8, 16, "--batch", 1, "--steps", 2, "--repeats", 1,
+         "--no-compile", "--json", "rows.json", "--dtype", "bfloat16")
+    rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
+    assert [(r["engine"], r["length"], r["preset"]) for r in rows] == [
+        (engine, L, "nano") for L in (8, 16) for engine in ("ar", "diffusion", "diffusion-naive")]
+    assert all("gen_ppl" not in r and r["dtype"] == "bfloat16" for r in rows)
+
+
+def test_training_rows(folder, monkeypatch):
+    """All objectives in all forms. No chance involved."""
+    monkeypatch.setattr(bench_train, "VOCAB", 50)
+    call(bench, "train", "--preset", "nano", "--batch", 2, "--length", 16, "--repeats", 1,
+         "--json", "rows.json")
+    rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
+    assert sorted((r["objective"], r["form"]) for r in rows) == [
+        (o, form) for o in ("ar", "mdlm", "sdtt") for form in ("chunked", "plain", "recompute")]
+    assert all(r["seconds"] > 0 and r["utilisation"] > 0 for r in rows)
+
+
+def test_what_does_not_fit_says_so_and_the_run_goes_on(folder, monkeypatch, capsys):
+    """With too little memory for the largest batch; with none for anything the command ends in one
+    sentence. No chance involved."""
+    need = machine.least_memory
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 10 ** 7)
+    monkeypatch.setattr(bench, "least_memory", lambda row, *rest: (
+        10 ** 8 if row["batch"] == 2 else need(row, *rest)))
+    flags = ["--engine", "ar", "diffusion", "--steps", "2", "--repeats", "1", "--no-compile"]
+    call(bench, *flags, "--batch", 1, 2, "--samples", 2)
+    assert capsys.readouterr().out.count("does not fit in memory") == 3
+    assert "nothing fits in memory" in refused(capsys, bench, *flags, "--batch", 2)
+
+
+def test_pytorchs_own_memory_errors_are_told_from_others():
+    """An allocation of 2^60 bytes is refused by the allocator itself. No chance involved."""
+    with pytest.raises(machine.OutOfMemory):
+        with machine.room_for(0, CPU):
+            torch.empty(2 ** 58)
+    with pytest.raises(RuntimeError, match="shape"):
+        with machine.room_for(0, CPU):
+            torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--preset", "nano", "--plot", "p.png"], ["--plot", "--out"]),
+    (["--engine", "transformers", "--out", "out/tiny"], ["transformers"]),
+    (["--out", "nowhere"], ["nowhere", "ar.pt"]),
+    (["--device", "cuda"], ["--device cuda"])])
+def test_flags_that_cannot_be_are_refused_in_one_sentence(folder, capsys, flags, words):
+    """It names the flag or the file. No chance involved."""
+    sentence = refused(capsys, bench, *flags)
+    assert all(word in sentence for word in words)
+
+
+@pytest.mark.parametrize("flags", [["--preset", "tiny"], ["--engine", "magic"], ["--batch"],
+                                   ["--steps", "0"], ["--batch", "1", "-2"], ["trian"]])
+def test_unknown_names_and_empty_lists_end_in_usage(folder, capsys, flags):
+    """Status 2, and the flag in the last line. No chance involved."""
+    with pytest.raises(SystemExit) as stop:
+        call(bench, *flags)
+    assert stop.value.code == 2
+    assert flags[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_missing_packages_are_named(folder, capsys, monkeypatch):
+    """Before anything is measured. No chance involved."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install matplotlib" in refused(capsys, bench, "--plot", "p.png")
+    assert "pip install transformers" in refused(capsys, bench, "--preset", "nano", "--engine",
+                                                 "transformers")
+
+
+def test_models_that_do_not_belong_together_are_refused(folder, capsys):
+    """Different vocabularies, and no diffusion model at all. No chance involved."""
+    save(folder, 31, ["teacher"])
+    assert "'teacher': 31" in refused(capsys, bench)
+    for path in [folder / "teacher.pt", *folder.glob("round*")]:
+        path.unlink()
+    assert "distill.py" in refused(capsys, bench)
