@@ -34,8 +34,6 @@ PRESETS = {                      # layers, heads, width, context; small to large
     "large": dict(layers=24, heads=16, width=1536, context=1024),
     "xl": dict(layers=24, heads=32, width=2048, context=1024),
 }
-
-
 CHUNK = 2 ** 23                  # logits at a time in losses: 32 MB
 
 
@@ -51,8 +49,8 @@ class KVCache:
 
     def append(self, layer, k, v, slots, seen):
         """Store k, v (B, H, n, D) of one layer in slots (n,); return its first `seen` slots."""
-        self.k[layer].index_copy_(2, slots, k.to(self.k[layer].dtype))
-        self.v[layer].index_copy_(2, slots, v.to(self.v[layer].dtype))
+        self.k[layer].index_copy_(2, slots, k)
+        self.v[layer].index_copy_(2, slots, v)
         return self.k[layer][:, :, :seen], self.v[layer][:, :, :seen]
 
 
@@ -65,9 +63,9 @@ def rotate(x, cos, sin):
 
 def gelu(x):
     """GELU, tanh form; a compiler makes faster code of (1 + tanh y) / 2 = sigmoid(2 y)."""
-    fast = torch.compiler.is_compiling()
-    return (x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x ** 3)) if fast else
-            F.gelu(x, approximate="tanh"))
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x ** 3))
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -75,8 +73,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C = config.width
-        self.heads = config.heads
+        C, self.heads = config.width, config.heads
         self.norm1 = nn.LayerNorm(C)
         self.qkv = nn.Linear(C, 3 * C)
         self.attn_out = nn.Linear(C, C)
@@ -190,8 +187,7 @@ class Transformer(nn.Module):
         if self.config.positions != "rope":
             x = x + self.embed_pos(pos)
         if self.config.positions != "learned":                       # (B or 1, 1, L, D/2)
-            rope = [table[pos].view(-1, 1, *pos.shape[-1:], table.shape[1])
-                    for table in (self.cos, self.sin)]
+            rope = [t[pos].view(-1, 1, *pos.shape[-1:], t.shape[1]) for t in (self.cos, self.sin)]
         again = self.recompute and torch.is_grad_enabled()
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for layer, block in enumerate(self.blocks):
@@ -279,7 +275,6 @@ def compiled_decode(device):
 @torch.no_grad()
 def generate(model, prompt, length, draw, step=decode, grain=1):
     """Autoregressive decoding with a KV cache: each token is forwarded once.
-
     prompt: ids (B, P), P may be 0; length: tokens of the result, prompt included;
     draw: logits (B, V) -> ids (B,), for example diffusion.categorical, or an argmax;
     step: decode or compiled_decode(device); attention looks at a multiple of `grain` slots, so
