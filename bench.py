@@ -261,8 +261,8 @@ def bench(c, device, machine):
     for preset in c.preset or [None]:
         models = random_weights(c, device, preset) if preset else checkpoints(c, device)
         judged = functools.cache(functools.partial(quality, c, models, device))
-        context = min(m.config.context for of in models.values() for m in of.values())
-        for L, B in itertools.product(c.length or [context], c.batch):
+        lengths = c.length or [min(m.config.context for of in models.values() for m in of.values())]
+        for L, B in itertools.product(lengths, c.batch):
             group = rows_of(c, models, preset, B, L)
             measure(c, group, device, machine)
             new = [row for row, _ in group]

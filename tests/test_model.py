@@ -253,7 +253,34 @@ def test_sequences_in_which_nothing_is_wanted_are_not_computed():
     assert sizes == [0, 2, 4]
 
 
-# ---- losses in chunks
+# ---- losses in chunks, activations made twice
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activations_made_again_give_the_same_gradients(dropout):
+    """Bit for bit, with the same dropout. No chance involved."""
+    model, idx = model_of(dropout=dropout).train(), torch.randint(12, (3, 9))
+    model.requires_grad_(True)
+    results = []
+    for model.recompute in (False, True):
+        torch.manual_seed(1)
+        loss = model(idx).square().mean()
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_activations_are_not_kept_when_they_are_made_again():
+    """What autograd saves of the blocks is one hidden state each. No chance involved."""
+    model, idx, saved = model_of(layers=6).train(), torch.randint(12, (3, 9)), {}
+    model.requires_grad_(True)
+    for model.recompute in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: sizes.append(t.numel() if t.shape[:2] == (3, 9) else 0) or t,
+                lambda t: t):
+            model.hidden(idx)
+        saved[model.recompute] = sum(sizes)
+    assert saved[True] <= 8 * 3 * 9 * 16 < saved[False] / 4
+
 
 def gradients(model, loss):
     """Of a scalar, by parameter; model's own stay as they were."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import common
 import distill
 import sample
@@ -103,7 +104,7 @@ def test_readme_has_no_placeholder_and_names_only_files_that_exist():
 
 
 CONFIGS = {"train": train.TrainConfig, "distill": distill.DistillConfig,
-           "sample": sample.SampleConfig}
+           "sample": sample.SampleConfig, "bench": bench.BenchConfig}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
