@@ -6,8 +6,8 @@
 
 Both sides run as fast as this code can: AR with a static cache and a compiled decoding step,
 diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, word by word. Runs
-alternate and warm-up is not counted. Roofline is the share of the hardware's own limit, measured
-beside: of memory bandwidth for AR, of the rate of matrix products for diffusion.
+alternate, warm-up apart. Roofline is a share of the bandwidth (AR) or of the rate of matrix products
+(diffusion) that the hardware shows in the same run.
 """
 import functools
 import importlib.util
@@ -136,16 +136,17 @@ def rows_of(c, models, preset, B, L):
         if naive and B != c.batch[0] and len(c.engine) > 1:
             continue
         for label, model in list(models[name.removesuffix("-naive")].items())[-naive:]:
+            params = sum(p.numel() for p in model.parameters())
             for steps in c.steps if name.startswith("diffusion") else [None]:
-                rows.append((dict(engine=name, model=label, preset=preset, steps=steps, batch=B,
-                                  length=L, params=sum(p.numel() for p in model.parameters())),
-                             model))
+                rows.append((dict(engine=name, model=label, preset=preset, params=params,
+                                  steps=steps, batch=B, length=L), model))
     return rows
 
 
 @torch.no_grad()
 def measure(c, group, device, machine):
     """Time the rows of a group, alternating, and fill them in."""
+    torch.compiler.reset()                   # other batches would make this one's size dynamic
     step, size = compiled_decode(device) if c.compile else decode, 2 if c.dtype == "bfloat16" else 4
     running = []
     for row, model in group:
@@ -240,7 +241,7 @@ def settle(c, train, device):
     engines = c.engine or ENGINES[:3]
     for package in ["matplotlib"] * bool(c.plot) + ["transformers"] * ("transformers" in engines):
         if not importlib.util.find_spec(package):
-            raise UserError(f"this needs {package}, which is not installed (pip install {package})")
+            raise UserError(f"this needs {package} (pip install {package})")
     if not trained and c.plot or trained and "transformers" in engines:
         raise UserError("--plot is of trained weights (give --out), --engine transformers of "
                         "random ones (give --preset)")
@@ -275,7 +276,7 @@ def bench(c, device, machine):
             rows += new
     print("\n".join(against_ar(rows)))
     if any((row["steps"] or 0) > row["length"] for row in rows):
-        print("more steps than tokens: steps that open nothing call no network (NFE)")
+        print("more steps than tokens: steps that open nothing call no network (nfe)")
     return rows
 
 
