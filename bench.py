@@ -6,8 +6,8 @@
 
 Both sides run as fast as this code can: AR with a static cache and a compiled decoding step,
 diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, word by word. Runs
-alternate, warm-up apart. Roofline is a share of the bandwidth (AR) or of the rate of matrix products
-(diffusion) that the hardware shows in the same run.
+alternate, warm-up apart. Roofline is a share of the bandwidth (AR) or of the rate of matrix
+products (diffusion) that the hardware shows in the same run.
 """
 import functools
 import importlib.util
@@ -27,15 +27,15 @@ import evaluate
 from common import UserError, command, flag, load_model, parse_flags, seed_all, start, write
 from diffusion import categorical, sample
 from machine import (OutOfMemory, describe, header, least_memory, limits, line, peak_bytes,
-                     prepare, roofline, room_for, seconds)
-from model import PRESETS, ModelConfig, Transformer, compiled_decode, decode, generate
+                     prepare, roofline, room_for, seconds, transformers_gpt2)
+from model import PRESETS, KVCache, ModelConfig, Transformer, compiled_decode, decode, generate
 
 COLUMNS = (("engine", "<16"), ("model", "<9"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
            ("seconds", ">9.3f"), ("seconds_min", ">12.3f"), ("seconds_max", ">12.3f"),
            ("tokens_per_s", ">13,.0f"), ("vs_ar", ">7.2f"), ("roofline", ">9.0%"),
            ("peak_bytes", ">15,"), ("nfe", ">5"), ("gen_ppl", ">9.2f"), ("entropy", ">8.2f"))
 ENGINES = ["ar", "diffusion", "diffusion-naive", "transformers"]
-VOCAB, GRAIN = 50257, 128            # of random weights; slots that compiled decoding looks at
+VOCAB, GRAIN = 50257, {"cpu": 16, "cuda": 128}       # of random weights; see model.generate
 
 
 @dataclass
@@ -85,8 +85,12 @@ def engine(row, model, step, steps):
                                       max_new_tokens=L, min_new_tokens=L, do_sample=False,
                                       pad_token_id=0)
     if name == "ar":
-        prompt = torch.zeros((B, 0), dtype=torch.long, device=device)
-        return lambda: generate(model, prompt, L, categorical, step, 1 if step is decode else GRAIN)
+        prompt, cache = torch.zeros((B, 0), dtype=torch.long, device=device), None
+        if step is not decode:               # CUDA graphs want their memory at a fixed place
+            cache = KVCache(model.config, B, L, device, torch.bfloat16 if model.bf16 else None)
+            for stored in cache.k + cache.v:
+                torch._dynamo.mark_static_address(stored)
+        return lambda: generate(model, prompt, L, categorical, step, GRAIN[device.type], cache)
     z = torch.full((B, L), model.mask_id, device=device)
     sampler = sample if name == "diffusion" else naive_sample
     return lambda: sampler(model, z, steps, model.mask_id)
@@ -119,12 +123,8 @@ def random_weights(c, device, preset):
     made = {name: {"random": prepare(Transformer(ModelConfig(
         VOCAB, causal=name == "ar", **sizes)), c.dtype, c.compile, device)} for name in ENGINES[:2]}
     if "transformers" in c.engine:
-        from transformers import GPT2Config, GPT2LMHeadModel
-        shape = GPT2Config(n_embd=sizes["width"], n_layer=sizes["layers"], n_head=sizes["heads"],
-                           vocab_size=VOCAB, n_positions=sizes["context"] + 1)
-        model = GPT2LMHeadModel(shape).to(device, getattr(torch, c.dtype)).eval()
-        model.shape = made["ar"]["random"].config
-        made["transformers"] = {"random": model}
+        shape = made["ar"]["random"].config
+        made["transformers"] = {"random": transformers_gpt2(shape, device, c.dtype)}
     return made
 
 
@@ -147,7 +147,8 @@ def rows_of(c, models, preset, B, L):
 def measure(c, group, device, machine):
     """Time the rows of a group, alternating, and fill them in."""
     torch.compiler.reset()                   # other batches would make this one's size dynamic
-    step, size = compiled_decode(device) if c.compile else decode, 2 if c.dtype == "bfloat16" else 4
+    step = compiled_decode(device, group[0][0]["batch"]) if c.compile else decode
+    size = 2 if c.dtype == "bfloat16" else 4
     running = []
     for row, model in group:
         name, steps, calls = row["engine"], row["steps"], []
@@ -172,8 +173,8 @@ def measure(c, group, device, machine):
             if row["engine"] != "diffusion-naive":
                 times.append(seconds(run, device))
     for row, shape, _, times in running:
-        row |= dict(seconds=statistics.median(times), seconds_min=min(times),
-                    seconds_max=max(times))
+        row["seconds_min"], row["seconds"], row["seconds_max"] = (
+            f(times) for f in (min, statistics.median, max))
         row["tokens_per_s"] = row["batch"] * row["length"] / row["seconds"]
         row["roofline"] = roofline(row, shape, machine, size)
 
@@ -251,8 +252,7 @@ def settle(c, train, device):
     c.batch = sorted(c.batch or ([2] if train else [1, 8, 32] if trained else [1, 4]))
     c.length = c.length or (None if trained else [1024 if train else 128])
     c.steps = c.steps or [4, 8, 16, 32] + [64] * trained
-    if c.threads:
-        torch.set_num_threads(c.threads)
+    torch.set_num_threads(c.threads or torch.get_num_threads())
 
 
 def bench(c, device, machine):

@@ -114,6 +114,16 @@ def prepare(model, dtype, compiled, device):
     return model
 
 
+def transformers_gpt2(shape, device, dtype):
+    """GPT-2 of the transformers package, random weights in the shape of a ModelConfig."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = GPT2LMHeadModel(GPT2Config(
+        n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads, vocab_size=shape.vocab,
+        n_positions=shape.context + 1))
+    model.shape = shape
+    return model.to(device, getattr(torch, dtype)).eval()
+
+
 # ---- what a run needs: rows are dicts with engine, batch, length, nfe, seconds
 
 def least_memory(row, config, size):

@@ -144,10 +144,9 @@ class HeadSum(torch.autograd.Function):
 
 
 class Transformer(nn.Module):
-    """The network. `model(z, at)` gives logits at the positions of interest only; there is no time
-    input, since a masked sequence shows how noisy it is by its masks (MDLM, arXiv 2406.07524).
-    Rotary positions alone are relative: where all is masked, every position looks the same. Text
-    that begins anywhere is like that; where each row begins a text, "both" adds learned ones."""
+    """The network. There is no time input: a masked sequence shows how noisy it is by its masks
+    (MDLM, arXiv 2406.07524). Rotary positions alone are relative: where all is masked, all look the
+    same, as in text that begins anywhere; where rows begin a text, "both" has learned ones too."""
 
     def __init__(self, config):
         super().__init__()
@@ -265,20 +264,21 @@ def decode(model, token, slot, cache, seen):
     return model.head(model.trunk(token, slot, mask[None], False, cache, slot, seen)[:, -1])
 
 
-def compiled_decode(device):
-    """decode by torch.compile: as CUDA graphs on a GPU, one for each value of `seen`; on the CPU
-    with weights packed for the matrix library, so that later changes of them are not seen."""
-    how = {"cuda": dict(mode="reduce-overhead"), "cpu": dict(options={"freezing": True})}
-    return torch.compile(decode, fullgraph=True, **how[torch.device(device).type])
+def compiled_decode(device, B):
+    """decode for B texts by torch.compile: as CUDA graphs on a GPU, one for each value of `seen`;
+    on a CPU, from 2 texts on, with weights packed anew for them (later changes are not seen)."""
+    cpu = torch.device(device).type == "cpu"
+    torch._inductor.config.freezing = cpu and B > 1
+    return torch.compile(decode, fullgraph=True, mode="default" if cpu else "reduce-overhead")
 
 
 @torch.no_grad()
-def generate(model, prompt, length, draw, step=decode, grain=1):
+def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     """Autoregressive decoding with a KV cache: each token is forwarded once.
     prompt: ids (B, P), P may be 0; length: tokens of the result, prompt included;
     draw: logits (B, V) -> ids (B,), for example diffusion.categorical, or an argmax;
-    step: decode or compiled_decode(device); attention looks at a multiple of `grain` slots, so
-    that a compiled step has few shapes. Nothing here waits for a GPU.
+    step: decode or compiled_decode(device, B); attention looks at a multiple of `grain` slots, so
+    that a compiled step has few shapes; cache: one to use again. Nothing here waits for a GPU.
     Returns ids (B, length). Raises ValueError if the prompt is longer than `length`, or `length`
     than the context (the start symbol takes the place of the last token, which is never fed)."""
     B, P = prompt.shape
@@ -288,7 +288,8 @@ def generate(model, prompt, length, draw, step=decode, grain=1):
     out = torch.full((B, length + 1), model.mask_id, device=prompt.device)
     out[:, 1:P + 1] = prompt                                         # out[:, 0] is the start
     dtype = torch.bfloat16 if model.bf16 else torch.float32
-    cache = KVCache(model.config, B, length, prompt.device, dtype)
+    cache = cache or KVCache(model.config, B, length, prompt.device, dtype)
+    cache.length = 0
     h = model.hidden(out[:, :min(P + 1, length)], cache=cache)       # prefill: start and prompt
     logits, slots = model.head(h[:, -1]), torch.arange(length, device=prompt.device)
     for i in range(P + 1, length + 1):                               # one token a step

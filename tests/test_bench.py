@@ -4,7 +4,6 @@ That something is fast is not tested: see results/.
 import dataclasses
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ import bench_train
 import common
 import distill
 import machine
-from diffusion import nelbo, sample
-from helpers import call, make_dataset, refused
+from diffusion import sample
+from helpers import call, refused
 from model import PRESETS, ModelConfig, Transformer
 from toy import ancestral_law, chi_square, count, exact_model, joint
 
@@ -133,7 +132,8 @@ def test_operations_of_diffusion_are_those_that_pytorch_counts(B, steps):
 @pytest.mark.parametrize("objective", ["ar", "mdlm", "sdtt"])
 def test_operations_of_training_are_those_that_pytorch_counts(objective):
     """The same for a training step's loss and gradient. Within 8 %: how many positions are masked,
-    and how many rows a step opens something in, is left to chance. No false alarm with this seed."""
+    and in how many rows a step opens something, is left to chance. No false alarm with this seed.
+    """
     model = model_of(vocab=300, width=64, context=64, causal=objective == "ar")
     teacher, x = model_of(vocab=300, width=64, context=64), torch.randint(300, (8, 64))
     loss = bench_train.steps_of(model.requires_grad_(True), teacher)[objective, "chunked"]
@@ -157,8 +157,8 @@ def test_bytes_of_decoding_are_weights_and_half_of_the_cache():
 
 
 def test_peak_memory_is_what_a_run_adds():
-    """A run that holds 200 MB and gives them back, beside 100 MB that were there before. Within 10 %.
-    Skipped where the system does not tell. No false alarm known."""
+    """A run that holds 200 MB and gives them back, beside 100 MB that were there before. Within
+    10 %. Skipped where the system does not tell. No false alarm known."""
     before = torch.ones(25_000_000)
     result, peak = machine.peak_bytes(lambda: float(torch.ones(50_000_000)[0]), CPU)
     if peak is None:

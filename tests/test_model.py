@@ -532,14 +532,27 @@ def test_looking_at_more_slots_than_are_filled_changes_nothing(grain):
     assert far(torch.stack(seen[0]), torch.stack(seen[1])) < CLOSE
 
 
+def test_a_cache_may_be_used_again():
+    """What an earlier text left in it is not seen. No chance involved."""
+    model, texts = model_of(causal=True), []
+    cache = KVCache(model.config, 2, 8)
+    for prompt in (3, 5):
+        prompt = torch.full((2, 3), prompt)
+        texts += [generate(model, prompt, 8, lambda logits: logits.argmax(-1), grain=4, cache=given)
+                  for given in (cache, None)]
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[2], texts[3])
+    assert not torch.equal(texts[0], texts[2])
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_decoding_is_one_graph_and_gives_the_same_tokens():
     """Greedy, at two batch sizes, for 14 tokens. The weights are random: no ties within float32's
     rounding. No chance involved."""
-    model, step = model_of(causal=True, context=16), compiled_decode("cpu")
+    model = model_of(causal=True, context=16)
     for B in (1, 3):
+        torch.compiler.reset()
         texts = [generate(model, torch.full((B, 2), 3), 16, lambda logits: logits.argmax(-1), s, 8)
-                 for s in (decode, step)]
+                 for s in (decode, compiled_decode("cpu", B))]
         assert torch.equal(*texts) and len(set(texts[0][0].tolist())) > 1
 
 
