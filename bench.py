@@ -30,10 +30,10 @@ from machine import (OutOfMemory, describe, header, least_memory, limits, line, 
                      prepare, roofline, room_for, seconds, transformers_gpt2)
 from model import PRESETS, KVCache, ModelConfig, Transformer, compiled_decode, decode, generate
 
-COLUMNS = (("engine", "<16"), ("model", "<9"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
-           ("seconds", ">9.3f"), ("seconds_min", ">12.3f"), ("seconds_max", ">12.3f"),
-           ("tokens_per_s", ">13,.0f"), ("vs_ar", ">7.2f"), ("roofline", ">9.0%"),
-           ("peak_bytes", ">15,"), ("nfe", ">5"), ("gen_ppl", ">9.2f"), ("entropy", ">8.2f"))
+COLUMNS = (("engine", "<16"), ("model", "<8"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
+           ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"),
+           ("roofline", ">9.0%"), ("peak MB", ">8,.0f"), ("nfe", ">5"), ("gen_ppl", ">8.2f"),
+           ("entropy", ">8.2f"))
 ENGINES = ["ar", "diffusion", "diffusion-naive", "transformers"]
 VOCAB, GRAIN = 50257, {"cpu": 16, "cuda": 128}       # of random weights; see model.generate
 
@@ -103,11 +103,17 @@ def checkpoints(c, device):
     folders = {path.parent for path in Path("out").glob("*/ar.pt")}
     folder = Path(c.out) if c.out else max(folders, key=lambda f: (f / "ar.pt").stat().st_mtime)
     ar = load_model(folder / "ar.pt", kinds=("ar",))[0]
-    paths = [folder / "teacher.pt", *sorted(folder.glob("round*.pt"))[-1:]]
+    rounds = sorted(folder.glob("round*.pt"), key=lambda path: (len(path.name), path.name))
+    paths = [folder / "teacher.pt", *rounds[-1:]]
     others = {p.stem: load_model(p, kinds=("mdlm", "sdtt"))[0] for p in paths if p.exists()}
     if not others:
         raise UserError(f"{folder} has no teacher.pt or round file beside ar.pt; run distill.py or "
                         "choose another --out")
+    context = min(model.config.context for model in [ar, *others.values()])
+    if max(c.length or [0]) > context:
+        raise UserError(f"--length {max(c.length)} is beyond the context of {folder}'s models, "
+                        f"{context} tokens")
+    c.length = c.length or [context]
     vocab = {name: model.config.vocab for name, model in [("ar", ar), *others.items()]}
     if len(set(vocab.values())) > 1:
         raise UserError(f"{folder} has models of different vocabularies, {vocab}; choose another "
@@ -214,28 +220,6 @@ def against_ar(rows):
             for (preset, length, model, steps), ratios in points.items()]
 
 
-def draw(rows, path):
-    """SDTT's figure: perplexity against latency, a point per number of steps; AR is a cross."""
-    from matplotlib import pyplot as plt
-    fig, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    batch = min(row["batch"] for row in rows)
-    rows = [row for row in rows if "gen_ppl" in row and row["batch"] == batch]
-    for name in dict.fromkeys(row["model"] for row in rows):
-        x, y, labels = zip(*[(r["seconds"], r["gen_ppl"], r["steps"]) for r in rows
-                             if r["model"] == name])
-        if labels[0] is None:
-            axis.axhline(y[0], color="grey", linestyle="--", label="AR with KV cache")
-            axis.axvline(x[0], color="grey", linestyle="--")
-            continue
-        axis.plot(x, y, "o-", label=name)
-        for point in zip(labels, zip(x, y)):
-            axis.annotate(*point, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axis.set(xscale="log", yscale="log", xlabel=f"seconds for {batch} x {rows[0]['length']} tokens",
-             ylabel="generative perplexity (numbers: steps)")
-    axis.legend()
-    write(Path(path), lambda f: fig.savefig(f, format="png", dpi=120))
-
-
 def settle(c, train, device):
     """Fill in the flags that were not given. Raises UserError on what cannot be measured."""
     trained = not (c.preset or train) and bool(c.out or list(Path("out").glob("*/ar.pt")))
@@ -258,12 +242,12 @@ def settle(c, train, device):
 def bench(c, device, machine):
     """Measure and print everything that c asks for; returns the rows."""
     rows = []
-    print(header(COLUMNS))
+    columns = COLUMNS[:-2] if c.preset else COLUMNS
+    print(header(columns))
     for preset in c.preset or [None]:
         models = random_weights(c, device, preset) if preset else checkpoints(c, device)
         judged = functools.cache(functools.partial(quality, c, models, device))
-        lengths = c.length or [min(m.config.context for of in models.values() for m in of.values())]
-        for L, B in itertools.product(lengths, c.batch):
+        for L, B in itertools.product(c.length, c.batch):
             group = rows_of(c, models, preset, B, L)
             measure(c, group, device, machine)
             new = [row for row, _ in group]
@@ -272,7 +256,7 @@ def bench(c, device, machine):
                     of = row["engine"], row["model"], row["steps"]
                     row["gen_ppl"], row["entropy"] = judged(*of)
             against_ar(new)
-            print("\n".join(line(row, COLUMNS) for row in new), flush=True)
+            print("\n".join(line(row, columns) for row in new), flush=True)
             rows += new
     print("\n".join(against_ar(rows)))
     if any((row["steps"] or 0) > row["length"] for row in rows):
@@ -294,7 +278,7 @@ def main():
     if all("error" in row for row in rows):
         raise UserError("nothing fits in memory; choose a smaller --batch, --length or --preset")
     if c.plot:
-        draw(rows, c.plot)
+        evaluate.draw_latency(rows, c.plot)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ from train import ar_loss
 
 OBJECTIVES = ["ar", "mdlm", "sdtt"]
 COLUMNS = (("objective", "<10"), ("form", "<10"), ("preset", "<8"), ("batch", ">5"),
-           ("length", ">7"), ("seconds", ">9.3f"), ("seconds_min", ">12.3f"),
-           ("seconds_max", ">12.3f"), ("tokens_per_s", ">13,.0f"), ("utilisation", ">12.0%"),
-           ("peak_bytes", ">15,"))
+           ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"),
+           ("utilisation", ">12.0%"), ("peak MB", ">8,.0f"))
 VOCAB, DT, K = 50257, 1 / 1024, 2
 
 

@@ -6,6 +6,7 @@ without entropy: a model that repeats itself pleases the judge. Token draws are 
 import json
 import math
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -178,6 +179,32 @@ def draw_curve(rows, path):
     write(path, lambda f: fig.savefig(f, format="png", dpi=120))
     plt.close(fig)
     return True
+
+
+def draw_latency(rows, path):
+    """bench.py's rows as SDTT's figure, a PNG file: generative perplexity against latency, a point
+    for each number of steps; AR is a cross of lines. The smallest batch; needs matplotlib."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    fig, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    batch = min(row["batch"] for row in rows)
+    rows = [row for row in rows if "gen_ppl" in row and row["batch"] == batch]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        x, y, labels = zip(*[(r["seconds"], r["gen_ppl"], r["steps"]) for r in rows
+                             if r["model"] == name])
+        if labels[0] is None:
+            axis.axhline(y[0], color="grey", linestyle="--", label="AR with KV cache")
+            axis.axvline(x[0], color="grey", linestyle="--")
+            continue
+        axis.plot(x, y, "o-", label=name)
+        for point in zip(labels, zip(x, y)):
+            axis.annotate(*point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axis.set(xscale="log", yscale="log", xlabel=f"seconds for {batch} x {rows[0]['length']} tokens",
+             ylabel="generative perplexity (numbers: steps)")
+    axis.legend()
+    write(Path(path), lambda f: fig.savefig(f, format="png", dpi=120))
+    plt.close(fig)
 
 
 def write_results(path, results):

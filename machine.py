@@ -163,16 +163,28 @@ def training_flop(objective, config, B, L, dt=1 / 1024):
             "sdtt": (3 + 2 - (1 - dt) ** L) * trunk + (3 + 1) * head / 2}[objective]
 
 
-# ---- tables: columns are pairs of a row's key and a format, ("seconds", ">9.3f")
+# ---- tables: columns are pairs of what is shown of a row and a format, ("seconds", ">8.3f")
+
+def shown(row, name):
+    """The value of a column: a row's own, or one made of them; None where there is none."""
+    if name == "peak MB" and row.get("peak_bytes") is not None:
+        return row["peak_bytes"] / 1e6
+    if name == "spread":
+        return (row["seconds_max"] - row["seconds_min"]) / row["seconds"]
+    return row.get({"tokens/s": "tokens_per_s", "vs AR": "vs_ar"}.get(name, name))
+
 
 def header(columns):
-    return "".join(format(key, re.match(r"[<>]\d+", form)[0]) for key, form in columns)
+    return "".join(format(name, re.match(r"[<>]\d+", form)[0]) for name, form in columns)
 
 
 def line(row, columns):
     """A row as text, with blanks where it has no value, or with its error at the end."""
+    if "error" in row:
+        columns = [(name, form) for name, form in columns if row.get(name) is not None]
     text = ""
-    for key, form in columns:
-        blank = row.get(key) is None
-        text += format("" if blank else row[key], re.match(r"[<>]\d+", form)[0] if blank else form)
-    return text.rstrip() + "  " + row["error"] if "error" in row else text
+    for name, form in columns:
+        value = shown(row, name)
+        text += (format("", re.match(r"[<>]\d+", form)[0]) if value is None else
+                 format(value, form))
+    return f"{text}  {row['error']}" if "error" in row else text.rstrip()

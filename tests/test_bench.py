@@ -223,7 +223,10 @@ def test_line_leaves_blanks_and_ends_in_the_error():
     assert machine.header(columns) == "a         b     c"
     assert machine.line(dict(a="x", b=1.5, c=1234), columns) == "x      1.50 1,234"
     assert machine.line(dict(a="x", b=None, c=1), columns) == "x               1"
-    assert machine.line(dict(a="x", error="does not fit"), columns) == "x  does not fit"
+    assert machine.line(dict(a="x", error="does not fit"), columns) == "x     does not fit"
+    row = dict(seconds=2.0, seconds_min=1.0, seconds_max=4.0, peak_bytes=3_000_000, tokens_per_s=7)
+    columns = (("spread", ">7.0%"), ("peak MB", ">8,.0f"), ("tokens/s", ">9,.0f"))
+    assert machine.line(row, columns) == "   150%       3        7"
 
 
 # ---- the command
@@ -320,7 +323,7 @@ def test_pytorchs_own_memory_errors_are_told_from_others():
     (["--preset", "nano", "--plot", "p.png"], ["--plot", "--out"]),
     (["--engine", "transformers", "--out", "out/tiny"], ["transformers"]),
     (["--out", "nowhere"], ["nowhere", "ar.pt"]),
-    (["--device", "cuda"], ["--device cuda"])])
+    (["--length", "17"], ["--length 17", "16"]), (["--device", "cuda"], ["--device cuda"])])
 def test_flags_that_cannot_be_are_refused_in_one_sentence(folder, capsys, flags, words):
     """It names the flag or the file. No chance involved."""
     sentence = refused(capsys, bench, *flags)
