@@ -98,33 +98,38 @@ def sample(model, z, steps, mask_id, draw=categorical):
     """Ancestral sampling in `steps` equal steps: fill every mask of z (B, L).
 
     Over the whole way each mask opens in a step drawn uniformly from the `steps`, independently of
-    the others and of the network. So all of that is drawn before the network is asked: how many
-    masks open in each step (a multinomial, shared by the batch), and for each sequence in which
-    order. For a sequence by itself that is the ancestral law, exactly; the sequences of a batch
-    are independent but for the shared counts. And every step knows its positions beforehand: state,
-    head and draw are computed there only, a step without any calls no network (1,024 steps on 64
-    tokens cost at most 64 calls), none is left masked at the end, no extra pass follows. While all
-    rows of z are the same, as in the first step of free text, one row is computed for all; and one
-    position for all of it where all is masked and the model's positions are relative.
+    the others and of the network. So all of that is drawn before the network is asked, and every
+    step knows its positions: state, head and draw are computed there only, none is left masked at
+    the end, no extra pass follows. With more steps than masks the sequences of a batch share how
+    many open in each step (not which), and a step without any calls no network: 1,024 steps on 64
+    tokens cost at most 64 calls. For a sequence by itself that is the same law. With fewer steps
+    they share nothing: their quality would go together, and the mean of a batch vary much more.
+    While all rows of z are the same, as in the first step of free text, one row is computed for
+    all; and one position for all of it where all is masked and model.relative is true.
 
     z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
     draw: logits (N, V) -> ids (N,). Returns ids (B, L). Raises ValueError on uneven rows.
     """
-    masked = z == mask_id
-    n = int(masked[0].sum())
+    masked = (z == mask_id).cpu()
+    B, n = len(z), int(masked[0].sum())
     if bool((masked.sum(1) != n).any()):
         raise ValueError("every sequence of a batch must have the same number of masks")
-    key = torch.rand(z.shape, dtype=torch.float64, device=z.device)
-    order = key.masked_fill(~masked, 2).argsort(dim=1)[:, :n]        # (B, n) positions, shuffled
-    counts = torch.randint(steps, (n,)).unique(return_counts=True)[1].tolist()
-    alike = bool((z == z[:1]).all())
-    blank = n == z.shape[1] and getattr(model, "relative", False)
-    for i, at in enumerate(order.split(counts, dim=1)):              # (B, positions of this step)
+    key = torch.rand(z.shape, dtype=torch.float64).masked_fill(~masked, 2)
+    order = key.argsort(dim=1)[:, :n]                                # (B, n) positions, shuffled
+    when = torch.randint(steps, (1 if steps > n else B, n)).unique(return_inverse=True)[1]
+    when = when.sort(dim=1).values.expand(B, n)                      # the step of order[b, j]
+    alike, blank = bool((z == z[:1]).all()), n == z.shape[1] and getattr(model, "relative", False)
+    for i in range(int(when.max()) + 1 if n else 0):
+        first, end = ((when < k).sum(1, keepdim=True) for k in (i, i + 1))
+        j = first + torch.arange(int((end - first).max()))           # (B, m) places in the order,
+        row, col = (j < end).nonzero(as_tuple=True)                  # N of which open now
+        at = order.gather(1, j.clamp(max=n - 1))                     # (B, m)
         if i == 0 and blank:
-            h = model.states(z[:1, :1], torch.zeros_like(at).view(1, -1))
+            h = model.states(z[:1, :1], torch.zeros_like(at, device=z.device).view(1, -1))
         elif i == 0 and alike:
-            h = model.states(z[:1], at.reshape(1, -1))
+            h = model.states(z[:1], at.to(z.device).view(1, -1))
         else:
-            h = model.states(z, at)
-        z = z.scatter(1, at, draw_tokens(model, h, draw).view(at.shape))
+            h = model.states(z, at.to(z.device))                     # (B m, C)
+        z = z.clone()
+        z[row, at[row, col]] = draw_tokens(model, h[row * j.shape[1] + col], draw)
     return z

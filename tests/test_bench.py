@@ -38,8 +38,8 @@ def model_of(**options):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_fast_and_naive_sampler_have_the_same_exact_law(steps):
     """All 64 sequences of 3 positions and 4 tokens, against their probabilities by enumeration; of
-    the fast one a sequence by itself, since a batch shares counts. Chi-square: two in a million per
-    case with another seed. One and two steps are far from the joint itself."""
+    the fast one a sequence by itself: with 5 steps a batch shares counts. Chi-square: two in a
+    million per case with another seed. One and two steps are far from the joint itself."""
     p = joint(4, 3, seed=3)
     model, law = exact_model(p), ancestral_law(p, steps)
     naive = bench.naive_sample(model, torch.full((12_000, 3), 4), steps, 4)
@@ -115,8 +115,8 @@ def test_plain_targets_are_drawn_as_the_chunked_ones():
 @pytest.mark.parametrize("B, steps", [(1, 3), (4, 5)])
 def test_operations_of_diffusion_are_those_that_pytorch_counts(B, steps):
     """By torch.utils.flop_counter, which knows matrix products and attention. Within 2 %: the first
-    step's one position has less to attend to. What is elementwise is not counted by either. No
-    false alarm."""
+    step's one position has less to attend to. In a batch within 10 %: where others open more, the
+    last block is computed at a few positions in vain. No false alarm."""
     model, calls = model_of(vocab=300, width=64), []
     model.embed.register_forward_hook(lambda *_: calls.append(1))
     for name, run in (("diffusion", sample), ("diffusion-naive", bench.naive_sample)):
@@ -126,7 +126,8 @@ def test_operations_of_diffusion_are_those_that_pytorch_counts(B, steps):
                 run(model, torch.full((B, 16), 300), steps, 300)
         row = dict(engine=name, batch=B, length=16, nfe=len(calls), seconds=2.0)
         share = machine.roofline(row, model.config, {"flop_per_s": 1e9}, 4)
-        assert share * 2e9 == pytest.approx(counter.get_total_flops(), rel=0.02)
+        assert share * 2e9 == pytest.approx(counter.get_total_flops(),
+                                              rel=0.02 if B == 1 else 0.1)
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdlm", "sdtt"])
