@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         pos: positions of the tokens, (L,) or (B, L); 0..L-1 unless given. Attention follows the
         order of idx, not of pos: a causal model's token sees those before it in idx.
         cache: a KVCache; its tokens are seen by the new ones, which are then added to it.
-        at: positions (B, n) whose hidden states alone are wanted, (B, n, C); never causal.
+        at: positions (B, n) whose states alone are wanted, (B, n, C); not causal, one pos for all.
         Raises ValueError for more tokens than the context or the cache holds."""
         past, end = (cache.length if cache else 0), idx.shape[1] + (cache.length if cache else 0)
         if end > self.config.context:
