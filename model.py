@@ -34,7 +34,7 @@ PRESETS = {                      # layers, heads, width, context; small to large
     "large": dict(layers=24, heads=16, width=1536, context=1024),
     "xl": dict(layers=24, heads=32, width=2048, context=1024),
 }
-CHUNK = 2 ** 23                  # logits at a time in losses: 32 MB
+CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB
 
 
 class KVCache:
