@@ -216,7 +216,8 @@ def against_ar(rows):
         if row["engine"] == "diffusion" and key in ar:
             points.setdefault((row["preset"], row["length"], row["model"], row["steps"]),
                               []).append((row["batch"], row["vs_ar"]))
-    return [f"{preset}, {length} tokens: AR {overtakes(ratios)} against {model} at {steps} steps"
+    return [f"{preset or 'trained'}, {length} tokens: AR {overtakes(ratios)} against {model} at "
+            f"{steps} steps"
             for (preset, length, model, steps), ratios in points.items()]
 
 
