@@ -225,12 +225,12 @@ def settle(c, train, device):
     """Fill in the flags that were not given. Raises UserError on what cannot be measured."""
     trained = not (c.preset or train) and bool(c.out or list(Path("out").glob("*/ar.pt")))
     engines = c.engine or ENGINES[:3]
-    for package in ["matplotlib"] * bool(c.plot) + ["transformers"] * ("transformers" in engines):
-        if not importlib.util.find_spec(package):
-            raise UserError(f"this needs {package} (pip install {package})")
     if not trained and c.plot or trained and "transformers" in engines:
         raise UserError("--plot is of trained weights (give --out), --engine transformers of "
                         "random ones (give --preset)")
+    for package in ["matplotlib"] * bool(c.plot) + ["transformers"] * ("transformers" in engines):
+        if not importlib.util.find_spec(package):
+            raise UserError(f"this needs {package} (pip install {package})")
     c.dtype = c.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     c.compile = bool(shutil.which("g++")) if c.compile is None else c.compile
     c.engine, c.preset = engines, c.preset or ([] if trained else ["small"])
