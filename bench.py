@@ -54,8 +54,8 @@ class BenchConfig:
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
     dtype: str | None = flag(None, "[float32; on a GPU bfloat16]", choices=["float32", "bfloat16"])
     threads: int | None = flag(None, "CPU threads [PyTorch's choice]", low=1)
-    compile: bool | None = flag(None, "torch.compile for AR's decoding step and, on a GPU, "
-                                "diffusion's blocks [where there is a C++ compiler]")
+    compile: bool | None = flag(None, "torch.compile for AR's decoding step and diffusion's blocks "
+                                "[where there is a C++ compiler]")
     json: str | None = flag(None, "file for the rows")
     plot: str | None = flag(None, "picture of perplexity against latency (needs matplotlib)")
 

@@ -175,7 +175,6 @@ class Transformer(nn.Module):
         for block in self.blocks:                # residual stream of constant size at any depth
             for layer in (block.attn_out, block.mlp_out):
                 layer.weight.data /= math.sqrt(2 * config.layers)
-
         self.mask_id = config.vocab              # of a causal model: the start of a text
         self.relative = config.positions == "rope" and not config.causal     # see diffusion.sample
 
