@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import shutil
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ import bench_train
 import evaluate
 from common import UserError, command, flag, load_model, parse_flags, seed_all, start, write
 from diffusion import categorical, sample
-from machine import (OutOfMemory, describe, header, least_memory, limits, line, peak_bytes,
-                     prepare, roofline, room_for, seconds, transformers_gpt2)
+from machine import (describe, fill_times, first_run, header, least_memory, limits, line, prepare,
+                     roofline, seconds, transformers_gpt2)
 from model import PRESETS, KVCache, ModelConfig, Transformer, compiled_decode, decode, generate
 
 COLUMNS = (("engine", "<16"), ("model", "<8"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
@@ -160,28 +159,22 @@ def measure(c, group, device, machine):
         name, steps, calls = row["engine"], row["steps"], []
         shape = model.shape if name == "transformers" else model.config
         row |= dict(dtype=c.dtype, device=machine["device"], threads=machine["threads"])
-        try:
-            with room_for(least_memory(row, shape, size), device):
-                engine(row, model, step, steps and min(2, steps))()              # warm-up
-                if name == "diffusion":                  # count the network's calls
-                    hook = model.embed.register_forward_hook(lambda *_: calls.append(1))
-                run, times = engine(row, model, step, steps), []
-                _, row["peak_bytes"] = peak_bytes(lambda: times.append(seconds(run, device)),
-                                                  device)
-                if name == "diffusion":
-                    hook.remove()
+        short, run = (engine(row, model, step, s) for s in (steps and min(2, steps), steps))
+        if name == "diffusion":                          # count the calls of the last run
+            hook = model.embed.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        times = first_run(row, run, lambda: (short(), calls.clear()),
+                          least_memory(row, shape, size), device)
+        if name == "diffusion":
+            hook.remove()
+        if times:
             row["nfe"] = len(calls) or steps or row["length"]
             running.append((row, shape, run, times))
-        except OutOfMemory:
-            row["error"] = "does not fit in memory"
     for _ in range(c.repeats - 1):
         for row, _, run, times in running:
             if row["engine"] != "diffusion-naive":
                 times.append(seconds(run, device))
     for row, shape, _, times in running:
-        row["seconds_min"], row["seconds"], row["seconds_max"] = (
-            f(times) for f in (min, statistics.median, max))
-        row["tokens_per_s"] = row["batch"] * row["length"] / row["seconds"]
+        fill_times(row, times)
         row["roofline"] = roofline(row, shape, machine, size)
 
 

@@ -7,7 +7,6 @@ everywhere, as in the papers' pseudo-code. The two forms have the same loss (tes
 import copy
 import functools
 import itertools
-import statistics
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,7 @@ import torch.nn.functional as F
 from common import seed_all
 from diffusion import categorical, nelbo, q_sample, sample_t
 from distill import divergence, sdtt_loss
-from machine import (OutOfMemory, header, line, peak_bytes, room_for, seconds,
-                     training_flop)
+from machine import fill_times, first_run, header, line, seconds, training_flop
 from model import PRESETS, ModelConfig, Transformer, shifted
 from train import ar_loss
 
@@ -101,21 +99,16 @@ def bench(c, device, machine):
                        params=sum(p.numel() for p in model.parameters()), dtype=c.dtype,
                        device=machine["device"], threads=machine["threads"])
             rows.append(row)
-            run, times = functools.partial(step, model, objective, form, loss, optimizer, x), []
-            try:
-                with room_for(4 * B * L * VOCAB * (8 if form == "plain" else 0), device):
-                    run()                                # warm-up; makes AdamW's averages too
-                    _, row["peak_bytes"] = peak_bytes(lambda: times.append(seconds(run, device)),
-                                                      device)
+            run = functools.partial(step, model, objective, form, loss, optimizer, x)
+            least = 4 * B * L * VOCAB * (8 if form == "plain" else 0)
+            times = first_run(row, run, run, least, device)      # warm-up makes AdamW's averages
+            if times:
                 running.append((row, run, times))
-            except OutOfMemory:
-                row["error"] = "does not fit in memory"
         for _ in range(c.repeats - 1):
             for _, run, times in running:
                 times.append(seconds(run, device))
         for row, _, times in running:
-            row |= dict(seconds=statistics.median(times), seconds_min=min(times),
-                        seconds_max=max(times), tokens_per_s=B * L / statistics.median(times))
+            fill_times(row, times)
             row["utilisation"] = (training_flop(row["objective"], model.config, B, L, DT)
                                   / row["seconds"] / machine["flop_per_s"])
         print("\n".join(line(row, COLUMNS) for row in rows[-9:]), flush=True)

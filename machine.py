@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import re
+import statistics
 from pathlib import Path
 from time import perf_counter
 
@@ -24,21 +25,31 @@ def seconds(run, device):
 def peak_bytes(run, device):
     """(result of run(), the most memory that it took beyond what was taken before).
 
-    On a GPU as its allocator counts it; on Linux the growth of the process's resident memory;
-    elsewhere None."""
+    On a GPU as its allocator counts it; on Linux the growth of the process's resident memory, for
+    which glibc gives blocks of 1 MB and more back at once, where it usually keeps those up to 32
+    MB; elsewhere None."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         return run(), torch.cuda.max_memory_allocated() - before
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):   # give freed memory back: glibc only
-        ctypes.CDLL(None).malloc_trim(0)
+    keep_blocks_below(2 ** 20)
     try:
         Path("/proc/self/clear_refs").write_text("5")    # the high-water mark starts anew
+        before = kilobytes("/proc/self/status", "VmRSS")
+        return run(), 1024 * (kilobytes("/proc/self/status", "VmHWM") - before)
     except OSError:
         return run(), None
-    before = kilobytes("/proc/self/status", "VmRSS")
-    return run(), 1024 * (kilobytes("/proc/self/status", "VmHWM") - before)
+    finally:
+        keep_blocks_below(2 ** 25)
+
+
+def keep_blocks_below(size):
+    """Have glibc give freed blocks of `size` bytes and more back to the system, now and later."""
+    with contextlib.suppress(OSError, AttributeError):   # another C library
+        libc, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
+        libc.mallopt(M_MMAP_THRESHOLD, size)
+        libc.malloc_trim(0)
 
 
 def kilobytes(path, name):
@@ -72,6 +83,25 @@ def room_for(size, device):
         if "memory" not in str(e) + type(e).__name__:
             raise
         raise OutOfMemory from e
+
+
+def first_run(row, run, warm_up, least, device):
+    """Warm up, then run once, for which `least` bytes must be there: returns [its seconds] and puts
+    its peak_bytes into the row; where memory is short, returns None and the row says so."""
+    times = []
+    try:
+        with room_for(least, device):
+            warm_up()
+            _, row["peak_bytes"] = peak_bytes(lambda: times.append(seconds(run, device)), device)
+        return times
+    except OutOfMemory:
+        row["error"] = "does not fit in memory"
+
+
+def fill_times(row, times):
+    """Median, least and most seconds, and tokens per second, into the row."""
+    row |= dict(seconds=statistics.median(times), seconds_min=min(times), seconds_max=max(times))
+    row["tokens_per_s"] = row["batch"] * row["length"] / row["seconds"]
 
 
 def limits(device, dtype):

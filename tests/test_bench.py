@@ -271,7 +271,7 @@ def test_checkpoints_are_compared_with_quality_beside_speed(folder, capsys):
         assert row["nfe"] <= 16 or row["engine"] == "diffusion-naive"
         assert row["engine"] == "diffusion-naive" or row["gen_ppl"] > 1 and row["entropy"] > 0
     out = capsys.readouterr().out
-    assert out.count("AR ") == 4 and "steps that open nothing call no network" in out
+    assert out.count("tokens: AR ") == 4 and "steps that open nothing call no network" in out
     assert (folder.parent.parent / "p.png").stat().st_size > 1000
 
 
