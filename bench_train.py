@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from common import seed_all
 from diffusion import categorical, nelbo, q_sample, sample_t
 from distill import divergence, sdtt_loss
-from machine import fill_times, first_run, header, line, seconds, training_flop
+from machine import (fill_times, first_run, header, in_new_process, line, peak_bytes, seconds,
+                     training_flop)
 from model import PRESETS, ModelConfig, Transformer, shifted
 from train import ar_loss
 
@@ -82,28 +83,47 @@ def step(model, objective, form, loss, optimizer, x):
     optimizer.zero_grad()
 
 
+def runs(preset, L, B, vocab, dtype, device):
+    """A model, and {(objective, form): function that makes a step of training}."""
+    sizes = PRESETS[preset] | {"context": max(L, PRESETS[preset]["context"])}
+    seed_all("bench", preset)
+    model = Transformer(ModelConfig(vocab, **sizes)).to(device)
+    model.bf16 = dtype == "bfloat16"                     # autocast; the weights stay float32
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+    x = torch.randint(vocab, (B, L), device=device)
+    return model, {(objective, form): functools.partial(
+        step, model, objective, form, loss, optimizer, x)
+        for (objective, form), loss in steps_of(model, teacher).items()}
+
+
+def peak_alone(of, *sizes):
+    """peak_bytes of a step in a process in which no other form has run: what the C library keeps
+    of one's memory would hide how much the next needs."""
+    run = runs(*sizes)[1][of]
+    run()                                                # makes AdamW's averages
+    return peak_bytes(run, sizes[-1])[1]
+
+
 def bench(c, device, machine):
     """Measure and print the steps of all objectives and forms; returns the rows."""
     rows = []
     print(header(COLUMNS))
     for preset, L, B in itertools.product(c.preset, c.length, c.batch):
-        sizes = PRESETS[preset] | {"context": max(L, PRESETS[preset]["context"])}
-        seed_all("bench", preset)
-        model = Transformer(ModelConfig(VOCAB, **sizes)).to(device)
-        model.bf16 = c.dtype == "bfloat16"               # autocast; the weights stay float32
-        teacher = copy.deepcopy(model).requires_grad_(False)
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-        x, running = torch.randint(VOCAB, (B, L), device=device), []
-        for (objective, form), loss in steps_of(model, teacher).items():
-            row = dict(objective=objective, form=form, preset=preset, batch=B, length=L,
-                       params=sum(p.numel() for p in model.parameters()), dtype=c.dtype,
+        sizes = preset, L, B, VOCAB, c.dtype, device
+        model, steps = runs(*sizes)
+        running = []
+        for of, run in steps.items():
+            row = dict(objective=of[0], form=of[1], preset=preset, batch=B, length=L, dtype=c.dtype,
+                       params=sum(p.numel() for p in model.parameters()),
                        device=machine["device"], threads=machine["threads"])
             rows.append(row)
-            run = functools.partial(step, model, objective, form, loss, optimizer, x)
-            least = 4 * B * L * VOCAB * (8 if form == "plain" else 0)
-            times = first_run(row, run, run, least, device)      # warm-up makes AdamW's averages
+            least = 4 * B * L * VOCAB * (8 if of[1] == "plain" else 0)
+            times = first_run(row, run, run, least, device)
             if times:
                 running.append((row, run, times))
+            if times and device.type == "cpu":
+                row["peak_bytes"] = in_new_process(peak_alone, of, *sizes)
         for _ in range(c.repeats - 1):
             for _, run, times in running:
                 times.append(seconds(run, device))

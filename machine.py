@@ -1,8 +1,10 @@
 """The machine under a benchmark: a clock, a memory gauge, its limits, and what a transformer needs
 of them (C width, V tokens, B sequences of L; multiplying by a weight is 2 operations)."""
+import concurrent.futures
 import contextlib
 import ctypes
 import gc
+import multiprocessing
 import os
 import re
 import statistics
@@ -10,6 +12,8 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+
+from model import decode
 
 
 def seconds(run, device):
@@ -50,6 +54,15 @@ def keep_blocks_below(size):
         libc, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
         libc.mallopt(M_MMAP_THRESHOLD, size)
         libc.malloc_trim(0)
+
+
+def in_new_process(f, *args):
+    """f(*args), computed by another process that has computed nothing before; None if it dies."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f.__module__])
+    with (concurrent.futures.ProcessPoolExecutor(1, context) as pool,
+          contextlib.suppress(concurrent.futures.BrokenExecutor)):
+        return pool.submit(f, *args).result()
 
 
 def kilobytes(path, name):
@@ -142,6 +155,14 @@ def prepare(model, dtype, compiled, device):
     for block in model.blocks if compiled and not model.config.causal else []:
         block.compile()                      # AR: generate's decoding step is compiled instead
     return model
+
+
+def compiled_decode(device, B):
+    """model.decode for B texts by torch.compile: as CUDA graphs on a GPU, one for each value of
+    `seen`; on a CPU, from 2 texts on, with weights packed anew (later changes are not seen)."""
+    cpu = torch.device(device).type == "cpu"
+    torch._inductor.config.freezing = cpu and B > 1
+    return torch.compile(decode, fullgraph=True, mode="default" if cpu else "reduce-overhead")
 
 
 def transformers_gpt2(shape, device, dtype):

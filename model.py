@@ -68,6 +68,15 @@ def gelu(x):
     return F.gelu(x, approximate="tanh")
 
 
+class Linear(nn.Linear):
+    """nn.Linear; compiled, its bias is added by generated loops instead of being copied before."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling():
+            return F.linear(x, self.weight) + self.bias
+        return super().forward(x)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -75,11 +84,11 @@ class Block(nn.Module):
         super().__init__()
         C, self.heads = config.width, config.heads
         self.norm1 = nn.LayerNorm(C)
-        self.qkv = nn.Linear(C, 3 * C)
-        self.attn_out = nn.Linear(C, C)
+        self.qkv = Linear(C, 3 * C)
+        self.attn_out = Linear(C, C)
         self.norm2 = nn.LayerNorm(C)
-        self.mlp_in = nn.Linear(C, 4 * C)
-        self.mlp_out = nn.Linear(4 * C, C)
+        self.mlp_in = Linear(C, 4 * C)
+        self.mlp_out = Linear(4 * C, C)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, mask=None, causal=False, cache=None, place=()):
@@ -263,20 +272,12 @@ def decode(model, token, slot, cache, seen):
     return model.head(model.trunk(token, slot, mask[None], False, cache, slot, seen)[:, -1])
 
 
-def compiled_decode(device, B):
-    """decode for B texts by torch.compile: as CUDA graphs on a GPU, one for each value of `seen`;
-    on a CPU, from 2 texts on, with weights packed anew for them (later changes are not seen)."""
-    cpu = torch.device(device).type == "cpu"
-    torch._inductor.config.freezing = cpu and B > 1
-    return torch.compile(decode, fullgraph=True, mode="default" if cpu else "reduce-overhead")
-
-
 @torch.no_grad()
 def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     """Autoregressive decoding with a KV cache: each token is forwarded once.
     prompt: ids (B, P), P may be 0; length: tokens of the result, prompt included;
     draw: logits (B, V) -> ids (B,), for example diffusion.categorical, or an argmax;
-    step: decode or compiled_decode(device, B); attention looks at a multiple of `grain` slots, so
+    step: decode or machine.compiled_decode(); attention looks at a multiple of `grain` slots, so
     that a compiled step has few shapes; cache: one to use again. Nothing here waits for a GPU.
     Returns ids (B, length). Raises ValueError if the prompt is longer than `length`, or `length`
     than the context (the start symbol takes the place of the last token, which is never fed)."""

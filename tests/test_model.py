@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from diffusion import categorical
-from model import (PRESETS, KVCache, ModelConfig, Transformer, compiled_decode, cross_entropy,
+from machine import compiled_decode
+from model import (PRESETS, KVCache, ModelConfig, Transformer, cross_entropy,
                    decode, gelu, generate, nll, rotate)
 from toy import all_sequences, chi_square, count
 
