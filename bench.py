@@ -10,7 +10,6 @@ alternate, warm-up apart. Roofline is a share of the bandwidth (AR) or of the ra
 products (diffusion) that the hardware shows in the same run.
 """
 import functools
-import importlib.util
 import itertools
 import json
 import math
@@ -23,13 +22,14 @@ import torch
 
 import bench_train
 import evaluate
-from common import UserError, command, flag, load_model, parse_flags, seed_all, start, write
+from common import (UserError, command, flag, load_model, package, parse_flags, seed_all, start,
+                    write)
 from diffusion import categorical, sample
 from machine import (compiled_decode, describe, fill_times, first_run, header, least_memory, limits,
                      line, prepare, roofline, seconds, transformers_gpt2)
 from model import PRESETS, KVCache, ModelConfig, Transformer, decode, generate
 
-COLUMNS = (("engine", "<16"), ("model", "<8"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
+COLUMNS = (("engine", "<16"), ("model", "<12"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
            ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"),
            ("roofline", ">9.0%"), ("peak MB", ">8,.0f"), ("nfe", ">5"), ("gen_ppl", ">8.2f"),
            ("entropy", ">8.2f"))
@@ -41,6 +41,7 @@ VOCAB, GRAIN = 50257, {"cpu": 16, "cuda": 128}       # of random weights; see mo
 class BenchConfig:
     preset: list[str] | None = flag(None, "random weights of these sizes [checkpoints, or small]",
                                     choices=list(PRESETS))
+    checkpoint: list[str] | None = flag(None, "files to compare, such as convert.py's [see --out]")
     out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
     engine: list[str] | None = flag(None, "[ar diffusion, diffusion-naive at the first batch]; "
                                     "transformers is its GPT-2, greedy", choices=ENGINES)
@@ -98,28 +99,36 @@ def engine(row, model, step, steps):
 
 # ---- what is measured
 
-def checkpoints(c, device):
-    """The models of a folder, {engine: {name: model}}: AR, teacher, last student."""
+def files(c):
+    """The checkpoints to compare: --checkpoint, or AR, teacher and last student of a folder."""
+    if c.checkpoint:
+        return [Path(path) for path in c.checkpoint]
     folders = {path.parent for path in Path("out").glob("*/ar.pt")}
     folder = Path(c.out) if c.out else max(folders, key=lambda f: (f / "ar.pt").stat().st_mtime)
-    ar = load_model(folder / "ar.pt", kinds=("ar",))[0]
     rounds = sorted(folder.glob("round*.pt"), key=lambda path: (len(path.name), path.name))
-    paths = [folder / "teacher.pt", *rounds[-1:]]
-    others = {p.stem: load_model(p, kinds=("mdlm", "sdtt"))[0] for p in paths if p.exists()}
-    if not others:
+    others = [path for path in (folder / "teacher.pt", *rounds[-1:]) if path.exists()]
+    if not others and (folder / "ar.pt").exists():
         raise UserError(f"{folder} has no teacher.pt or round file beside ar.pt; run distill.py or "
                         "choose another --out")
-    context = min(model.config.context for model in [ar, *others.values()])
+    return [folder / "ar.pt", *others]
+
+
+def checkpoints(c, device):
+    """The models of files(c), {engine: {name: model}}."""
+    models = {path.stem: load_model(path)[0] for path in files(c)}
+    context = min(model.config.context for model in models.values())
     if max(c.length or [0]) > context:
-        raise UserError(f"--length {max(c.length)} is beyond the context of {folder}'s models, "
+        raise UserError(f"--length {max(c.length)} is beyond the context of the checkpoints, "
                         f"{context} tokens")
     c.length = c.length or [context]
-    vocab = {name: model.config.vocab for name, model in [("ar", ar), *others.items()]}
+    vocab = {name: model.config.vocab for name, model in models.items()}
     if len(set(vocab.values())) > 1:
-        raise UserError(f"{folder} has models of different vocabularies, {vocab}; choose another "
-                        "--out")
-    ready = functools.partial(prepare, dtype=c.dtype, compiled=c.compile, device=device)
-    return {"ar": {"ar": ready(ar)}, "diffusion": {n: ready(model) for n, model in others.items()}}
+        raise UserError(f"checkpoints of different vocabularies, {vocab}, cannot be compared; "
+                        "choose another --out")
+    for model in models.values():
+        prepare(model, c.dtype, c.compile, device)
+    return {engine: {name: model for name, model in models.items()
+                     if model.config.causal == (engine == "ar")} for engine in ENGINES[:2]}
 
 
 def random_weights(c, device, preset):
@@ -182,8 +191,9 @@ def measure(c, group, device, machine):
 def quality(c, models, device, name, label, steps):
     """Perplexity under the AR model, and entropy, of a trained model's texts."""
     x = evaluate.draw_samples(models[name][label], c.samples, steps, device, 0)
-    judge = models["ar"]["ar"]
-    return evaluate.gen_ppl(judge, x)[0], evaluate.entropy(x.cpu(), judge.config.vocab)[0]
+    judge, = list(models["ar"].values())[:1]
+    return (evaluate.gen_ppl(evaluate.make_judge(judge), x)[0],
+            evaluate.entropy(x.cpu(), judge.config.vocab)[0])
 
 
 # ---- what is shown
@@ -217,14 +227,14 @@ def against_ar(rows):
 
 def settle(c, train, device):
     """Fill in the flags that were not given. Raises UserError on what cannot be measured."""
-    trained = not (c.preset or train) and bool(c.out or list(Path("out").glob("*/ar.pt")))
+    trained = not (c.preset or train) and bool(
+        c.checkpoint or c.out or list(Path("out").glob("*/ar.pt")))
     engines = c.engine or ENGINES[:3]
     if not trained and c.plot or trained and "transformers" in engines:
         raise UserError("--plot is of trained weights (give --out), --engine transformers of "
                         "random ones (give --preset)")
-    for package in ["matplotlib"] * bool(c.plot) + ["transformers"] * ("transformers" in engines):
-        if not importlib.util.find_spec(package):
-            raise UserError(f"this needs {package} (pip install {package})")
+    for name in ["matplotlib"] * bool(c.plot) + ["transformers"] * ("transformers" in engines):
+        package(name)
     c.dtype = c.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     c.compile = bool(shutil.which("g++")) if c.compile is None else c.compile
     c.engine, c.preset = engines, c.preset or ([] if trained else ["small"])
@@ -244,9 +254,11 @@ def bench(c, device, machine):
         judged = functools.cache(functools.partial(quality, c, models, device))
         for L, B in itertools.product(c.length, c.batch):
             group = rows_of(c, models, preset, B, L)
+            if not group:
+                raise UserError(f"no checkpoint here is for --engine {' '.join(c.engine)}")
             measure(c, group, device, machine)
             new = [row for row, _ in group]
-            for row in new if not preset else []:
+            for row in new if models["ar"] and not preset else []:
                 if row["engine"] in models and "error" not in row:
                     of = row["engine"], row["model"], row["steps"]
                     row["gen_ppl"], row["entropy"] = judged(*of)

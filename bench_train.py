@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from common import seed_all
 from diffusion import categorical, nelbo, q_sample, sample_t
 from distill import divergence, sdtt_loss
-from machine import (fill_times, first_run, header, in_new_process, line, peak_bytes, seconds,
-                     training_flop)
+from machine import (fill_times, first_run, header, in_new_process, keep_blocks_below, line,
+                     peak_bytes, seconds, training_flop)
 from model import PRESETS, ModelConfig, Transformer, shifted
 from train import ar_loss
 
@@ -100,6 +100,7 @@ def runs(preset, L, B, vocab, dtype, device):
 def peak_alone(of, *sizes):
     """peak_bytes of a step in a process in which no other form has run: what the C library keeps
     of one's memory would hide how much the next needs."""
+    keep_blocks_below(2 ** 20)
     run = runs(*sizes)[1][of]
     run()                                                # makes AdamW's averages
     return peak_bytes(run, sizes[-1])[1]

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import importlib
 import math
 import os
 import sys
@@ -42,6 +43,14 @@ def command(main):
             dist.destroy_process_group()
 
 
+def package(name):
+    """An optional package, imported. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError("this needs {0} (pip install {0})".format(name.split(".")[0]))
+
+
 # ---- flags: a dataclass whose fields are made by flag() is a script's command line
 
 def flag(default, help, choices=None, low=None, high=None):
@@ -52,9 +61,7 @@ def flag(default, help, choices=None, low=None, high=None):
 
 def parse_flags(Config, description, argv=None, **positional):
     """argv (sys.argv unless given) -> a Config. positional: name=help of arguments without --.
-
-    Exits with usage and status 2 on an unknown, ill-typed or out-of-range flag.
-    """
+    Exits with usage and status 2 on an unknown, ill-typed or out-of-range flag."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, text in positional.items():

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import platform
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -26,10 +25,10 @@ from common import (Run, UserError, command, flag, load_model, make_optimizers, 
 from data.dataset import load_data
 from diffusion import q_sample, sample_t, unmask_step
 from model import Transformer
-from train import LoopConfig, TrainConfig, as_command, fit, prepare_model, train
+from train import FREE, LoopConfig, TrainConfig, as_command, fit, prepare_model, train
 
 
-@dataclass
+@dataclasses.dataclass
 class DistillConfig(LoopConfig):
     rounds: int = flag(7, "rounds; each divides the sampling steps by k", low=1)
     teacher_steps: int | None = flag(None, "steps of the first teacher, dt = 1/teacher_steps "
@@ -58,8 +57,7 @@ class DistillConfig(LoopConfig):
 
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
-ANYTIME = {"device", "out", "compile", "recompute", "log_every", "save_every", "rounds", "samples",
-           "judge", "teacher", "bf16"}       # flags that may change between two runs
+ANYTIME = FREE | {"rounds", "samples", "judge", "teacher"}   # flags that may change between runs
 
 
 # ---- the method
@@ -172,7 +170,7 @@ def distill_round(c, p, data, r, student, ema, optimizers, origin):
 
 # ---- the results
 
-def fill_rows(c, p, data, results, name, model, judge, digest):
+def fill_rows(c, p, data, results, name, model, judge, digest, context):
     """Measure what results["rows"] lacks of one model (None: the data), and save it, row by row.
 
     Rows of an earlier run are kept only if they came from the same weights, judge and settings.
@@ -186,7 +184,7 @@ def fill_rows(c, p, data, results, name, model, judge, digest):
         if not any(row["model"] == name and row["steps"] == steps for row in results["rows"]):
             n = c.samples if (steps or 0) <= 32 else max(2, c.samples // 2)
             results["rows"].append(evaluate.evaluate(name, model, judge, data, steps, n, p.device,
-                                                     c.seed))
+                                                     c.seed, context))
             evaluate.write_results(path, results)
     shown = [row for row in results["rows"] if row["model"] == name and row["steps"] in (None, 8)]
     print(f"{name}{', 8 steps' * diffusion}: {evaluate.summary(shown[0])}", flush=True)
@@ -226,11 +224,11 @@ def get_model(c, p, data, objective, given, kinds):
         print(f"no {t.path} yet; the same as: {as_command('train.py', t)}", flush=True)
     path = given or train(t, p, as_saved=True)
     model, content = load_model(path, p.device, kinds)
-    vocab, context = data.tokenizer.vocab, model.config.context
-    if model.config.vocab != vocab:
-        raise UserError(f"{path} knows {model.config.vocab} tokens, the dataset {data.folder} has "
-                        f"{vocab}; give the --dataset it was trained on")
-    if data.context(context) != context:
+    context, known = model.config.context, content["tokenizer"] == data.tokenizer.spec
+    if not known and objective == "mdlm":
+        raise UserError(f"{path} knows {model.config.vocab} tokens, {data.folder} other ones "
+                        f"({data.tokenizer.vocab}); give the --dataset it was trained on")
+    if known and data.context(context) != context:
         raise UserError(f"{path} writes {context} tokens, a text of {data.folder} has "
                         f"{data.stride}; give the --dataset it was trained on")
     return model, content
@@ -238,15 +236,14 @@ def get_model(c, p, data, objective, given, kinds):
 
 def judge_and_teacher(c, p, data):
     """Both, as get_model does; the given ones first, so that a mistake shows before training."""
-    wanted = {"ar": (c.judge, ("ar",)), "mdlm": (c.teacher, ("mdlm", "sdtt"))}
-    found = {}
-    for objective in sorted(wanted, key=lambda objective: wanted[objective][0] is None):
-        found[objective] = get_model(c, p, data, objective, *wanted[objective])
-    judge, teacher = found["ar"], found["mdlm"]
-    if judge[0].config.context < teacher[0].config.context:
-        raise UserError(f"the judge reads at most {judge[0].config.context} tokens, the teacher "
-                        f"writes {teacher[0].config.context}; give a longer --judge")
-    return judge, teacher
+    wanted = [("ar", c.judge, ("ar",)), ("mdlm", c.teacher, ("mdlm", "sdtt"))]
+    found = {one[0]: get_model(c, p, data, *one)
+             for one in sorted(wanted, key=lambda one: one[1] is None)}
+    reads, writes = (found[objective][0].config.context for objective in ("ar", "mdlm"))
+    if found["ar"][1]["tokenizer"] == data.tokenizer.spec and reads < writes:
+        raise UserError(f"the judge reads at most {reads} tokens, the teacher writes {writes}; "
+                        "give a longer --judge")
+    return found["ar"], found["mdlm"]
 
 
 def main():
@@ -256,17 +253,21 @@ def main():
     data = load_data(c.dataset, p)
     (judge, judge_file), (teacher, teacher_file) = judge_and_teacher(c, p, data)
     results, origin, judged_by = open_results(c), fingerprint(teacher), fingerprint(judge)
-    seconds = results["seconds"]
+    seconds, foreign = results["seconds"], judge_file["tokenizer"] != data.tokenizer.spec
     seconds |= {"ar": judge_file["seconds"], "teacher": teacher_file["seconds"]}
+    results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
+    judged = evaluate.make_judge(judge, judge_file["tokenizer"], data.tokenizer)
 
     def report(name, model, digest):
         if p.rank == 0:
-            fill_rows(c, p, data, results, name, model, judge, f"{digest} {judged_by}")
+            fill_rows(c, p, data, results, name, model, judged, f"{digest} {judged_by}",
+                      teacher.config.context)
         if p.world > 1:
             dist.barrier()
 
     report("data", None, "")
-    report("ar", judge, judged_by)
+    if not foreign:
+        report("ar", judge, judged_by)
     report("teacher", teacher, origin)
     student = prepare_model(Transformer(dataclasses.replace(teacher.config, dropout=c.dropout)),
                             c, p)
@@ -284,10 +285,10 @@ def main():
         results["rows"] = [row for name in order for row in results["rows"]
                            if row["model"] == name]
         evaluate.write_results(c.folder / "results.json", results)
-        print("\ngenerative perplexity and entropy"
+        print(f"\ngenerative perplexity and entropy (judged: {results['judged']})"
               + "\nshare of valid texts, contradictions per text" * bool(data.oracle)
               + "\nentropy of all texts together"
-              + ", share that are training texts" * bool(data.stride))
+              + ", share that are training texts" * data.texts)
         print(evaluate.table(results["rows"]))
         show_samples(c, p, data, {"teacher": teacher, f"round {c.rounds}": ema})
         if not evaluate.draw_curve(results["rows"], c.folder / "curve.png"):

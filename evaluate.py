@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import UserError, seed_all, write
+from common import seed_all, write
+from data.dataset import make_tokenizer
 from diffusion import categorical, sample
 from model import generate, nll
 
@@ -24,11 +25,31 @@ def mean_se(values):
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
 
 
-@torch.no_grad()
+def make_judge(model, spec=None, tokenizer=None):
+    """An AR model as a judge: f(x (n, L)) -> nats (n,), tokens (n,), what each text costs it and of
+    how many of its tokens that is. spec: of the judge's tokenizer; where `tokenizer`, the texts',
+    is another, they are decoded and encoded anew, and judged up to the judge's context."""
+    same = tokenizer is None or spec == tokenizer.spec
+    encode = None if same else make_tokenizer(spec).encode
+
+    @torch.no_grad()
+    def judge(x):
+        rows = x.tolist() if same else [encode(tokenizer.decode(row))[:model.config.context]
+                                        for row in x.tolist()]
+        counts = torch.tensor([len(row) for row in rows], device=x.device)
+        width = max(1, int(counts.max()))                # what stands beyond a text's end is
+        y = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=x.device)
+        within = torch.arange(width, device=x.device) < counts[:, None]      # not seen from it
+        nats = [nll(model, part, model.mask_id) for part in y.split(BATCH)]
+        return (torch.cat(nats) * within).sum(1).double(), counts
+    return judge
+
+
 def gen_ppl(judge, x):
-    """Generative perplexity of x (n, L): exp of the AR judge's mean nats per token, and its SE."""
-    nats = torch.cat([nll(judge, part, judge.mask_id).mean(1) for part in x.split(BATCH)])
-    mean, se = mean_se(nats)
+    """Generative perplexity of x (n, L): exp of the judge's mean nats per token, and its SE."""
+    nats, tokens = judge(x)
+    mean = (nats.sum() / tokens.sum()).item()
+    se = mean_se((nats - mean * tokens) / tokens.double().mean())[1]
     return math.exp(mean), math.exp(mean) * se
 
 
@@ -58,7 +79,7 @@ def contradictions(x, data):
 def copies(x, data):
     """Which of x (n, L) are training texts word for word, (n,) bool; None where a text may begin
     anywhere."""
-    if data.stride != x.shape[1]:
+    if not data.texts or data.stride != x.shape[1]:
         return None
     samples = [row.astype(data.train.dtype).tobytes() for row in x.numpy()]
     rows = data.train[:len(data.train) // data.stride * data.stride].reshape(-1, data.stride)
@@ -97,15 +118,13 @@ def draw_samples(model, n, steps, device, seed, title=None):
     return torch.cat(out)
 
 
-def evaluate(name, model, judge, data, steps, n, device, seed):
-    """One row of results: n samples of a model (None: n texts of the validation data) measured."""
-    if judge.config.vocab != data.tokenizer.vocab:
-        raise UserError(f"the judge has {judge.config.vocab} tokens, the data "
-                        f"{data.tokenizer.vocab}; judge with a model of the same dataset")
+def evaluate(name, model, judge, data, steps, n, device, seed, context):
+    """One row of results: n samples of a model (None: n texts of the validation data, of `context`
+    tokens) measured."""
     began = time.time()
     if model is None:
         seed_all(seed, "data")
-        x = data.batch("val", n, judge.config.context, device)
+        x = data.batch("val", n, context, device)
     else:
         x = draw_samples(model, n, steps, device, seed, f"{name}, {steps} steps")
     return {"model": name, "steps": steps, **measure(x, judge, data),

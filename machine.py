@@ -59,7 +59,7 @@ def keep_blocks_below(size):
 def in_new_process(f, *args):
     """f(*args), computed by another process that has computed nothing before; None if it dies."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f.__module__])
+    context.set_forkserver_preload(["torch", f.__module__])
     with (concurrent.futures.ProcessPoolExecutor(1, context) as pool,
           contextlib.suppress(concurrent.futures.BrokenExecutor)):
         return pool.submit(f, *args).result()
@@ -161,8 +161,9 @@ def compiled_decode(device, B):
     """model.decode for B texts by torch.compile: as CUDA graphs on a GPU, one for each value of
     `seen`; on a CPU, from 2 texts on, with weights packed anew (later changes are not seen)."""
     cpu = torch.device(device).type == "cpu"
-    torch._inductor.config.freezing = cpu and B > 1
-    return torch.compile(decode, fullgraph=True, mode="default" if cpu else "reduce-overhead")
+    step = torch.compile(decode, fullgraph=True, mode="default" if cpu else "reduce-overhead")
+    packed = torch._inductor.config.patch(freezing=True)         # for this function alone
+    return packed(step) if cpu and B > 1 else step
 
 
 def transformers_gpt2(shape, device, dtype):

@@ -14,7 +14,6 @@ import functools
 import json
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from diffusion import nelbo
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 
 
-@dataclass
+@dataclasses.dataclass
 class LoopConfig:
     """What train.py and distill.py share."""
     dataset: str = flag("stories", "a folder under data/, or the path of one")
@@ -62,7 +61,7 @@ class LoopConfig:
         return Path(self.out or Path("out") / f"{Path(self.dataset).name}-{self.preset}")
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainConfig(LoopConfig):
     objective: str = flag("mdlm", "mdlm: masked diffusion; ar: next token",
                           choices=["mdlm", "ar"])
@@ -139,8 +138,7 @@ def backward(c, p, data, run, net, loss, micro, count):
     for i in range(count):
         seed_all(c.seed, run.path.stem, run.step, i * p.world + p.rank)
         x = data.batch("train", micro, run.model.config.context, p.device)       # (micro, L)
-        alone = p.world == 1 or i == count - 1
-        with contextlib.nullcontext() if alone else net.no_sync():
+        with contextlib.nullcontext() if p.world == 1 or i == count - 1 else net.no_sync():
             value = loss(net, x) / count
             value.backward()
         total += value.detach()
@@ -187,6 +185,8 @@ def prepare_model(model, c, p):
     model = model.to(p.device)
     model.bf16 = p.device.type == "cuda" if c.bf16 is None else c.bf16
     model.recompute = c.recompute
+    for block in model.blocks if model.relative else []:         # as in MDLM: see convert.export
+        block.qkv.bias.requires_grad = block.attn_out.bias.requires_grad = False
     for block in model.blocks if c.compile else []:      # one is compiled, all share it
         block.compile()
     return model
@@ -219,15 +219,15 @@ def train(c, p, as_saved=False):
     sizes = PRESETS[c.preset] | {"context": data.context(c.context or PRESETS[c.preset]["context"])}
     seed_all(c.seed, c.objective)
     config = ModelConfig(data.tokenizer.vocab, causal=c.objective == "ar", dropout=c.dropout,
-                         positions=c.positions or ("both" if data.stride else "rope"), **sizes)
+                         positions=c.positions or ("both" if data.texts else "rope"), **sizes)
     model = prepare_model(Transformer(config), c, p)
     ema = prepare_model(copy.deepcopy(model).eval(), c, p)
     run = Run(c.path, c.steps, model, ema, make_optimizers(model, c), dict(
         kind=c.objective, config=dataclasses.asdict(c), tokenizer=data.tokenizer.spec))
     if resume(run, c, FREE) and run.step == run.steps and p.rank == 0:
         print(f"{c.path} is there: {run.steps} steps, {run.seconds:.0f} s")
-    loss = {"ar": ar_loss, "mdlm": nelbo}[c.objective]
-    fit(c, p, data, run, functools.partial(loss, mask_id=model.mask_id))
+    fit(c, p, data, run, functools.partial({"ar": ar_loss, "mdlm": nelbo}[c.objective],
+                                           mask_id=model.mask_id))
     return c.path
 
 

@@ -65,7 +65,8 @@ class Data:
     train: np.ndarray                # all tokens in a row, on disk (memmap)
     val: np.ndarray
     tokenizer: Tokenizer
-    stride: int | None               # a text begins at each multiple of it; None: anywhere
+    stride: int | None               # a row begins at each multiple of it; None: anywhere
+    texts: bool                      # each row is a text
     oracle: str | None               # "stories": its texts can be checked without error
 
     def context(self, context):
@@ -129,19 +130,32 @@ def _load_data(name):
         raise
     except Exception as e:           # json, pickle and tiktoken fail in many ways
         raise UserError(f"{path} describes no tokenizer ({type(e).__name__}); prepare it again")
-    dtype = np.uint16 if tokenizer.vocab <= 65536 else np.uint32
     try:
-        train, val = (np.memmap(folder / f"{s}.bin", dtype, "r") for s in ("train", "val"))
+        train, val = (np.memmap(folder / f"{s}.bin", id_type(tokenizer.vocab), "r")
+                      for s in ("train", "val"))
     except (ValueError, OSError) as e:
         raise UserError(f"{folder}: train.bin and val.bin cannot be read ({e}); prepare it again")
-    return Data(folder, train, val, tokenizer, meta.get("stride"), meta.get("oracle"))
+    stride = meta.get("stride")
+    return Data(folder, train, val, tokenizer, stride, meta.get("texts", stride is not None),
+                meta.get("oracle"))
+
+
+def id_type(vocab):
+    """The numpy type of ids below vocab on the disk."""
+    return np.uint16 if vocab <= 65536 else np.uint32
 
 
 def write_data(folder, train, val, **meta):
     """Write ids train and val (lists) and meta (with a tokenizer's spec) as a dataset folder."""
-    dtype = np.uint16 if make_tokenizer(meta["tokenizer"]).vocab <= 65536 else np.uint32
+    write_blocks(folder, [train], [val], **meta)
+
+
+def write_blocks(folder, train, val, **meta):
+    """The same of blocks of ids (iterables of lists or arrays), which may be more than memory."""
+    dtype = id_type(make_tokenizer(meta["tokenizer"]).vocab)
     with contextlib.suppress(OSError):                               # else write() below says why
         (folder / "val.bin").unlink()        # first and last: where it is, the rest fits to it
     write(folder / "meta.json", lambda f: f.write(json.dumps(meta).encode()))
-    for name, ids in (("train", train), ("val", val)):
-        write(folder / f"{name}.bin", lambda f: f.write(np.array(ids, dtype).tobytes()))
+    for name, blocks in (("train", train), ("val", val)):
+        write(folder / f"{name}.bin",
+              lambda f: [f.write(np.asarray(ids, dtype).tobytes()) for ids in blocks])

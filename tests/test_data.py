@@ -25,6 +25,7 @@ import torch
 
 import common
 from data import corpus, dataset
+from data.openwebtext import prepare as openwebtext
 from data.pydoc import prepare as pydoc
 from data.shakespeare_char import prepare as shakespeare
 from data.stories import language
@@ -462,7 +463,7 @@ def top(tmp_path, monkeypatch):
         (tmp_path / "data" / script.parent.name).mkdir(parents=True)
         shutil.copy(script, tmp_path / "data" / script.parent.name)
     monkeypatch.setattr(dataset, "ROOT", tmp_path)
-    for module in (pydoc, shakespeare, stories, text):
+    for module in (openwebtext, pydoc, shakespeare, stories, text):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "data" / module.FOLDER.name)
     return tmp_path
 
@@ -585,6 +586,7 @@ LONG = "This docstring of {} is long enough to be kept.\n\nIt has a second part.
 def source(folder, path, content):
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder / path
 
 
 def test_docstrings_are_found_in_modules_classes_and_functions(tmp_path):
@@ -684,10 +686,22 @@ def test_read_gives_a_file_or_all_files_below_a_folder_by_their_paths(tmp_path):
     """Whatever their endings. Exact, no false alarm."""
     for path, words in {"b.txt": "bé", "a/c.md": "c", "a/b/d": "d\n", "z": "z"}.items():
         source(tmp_path, path, words)
-    assert text.read(tmp_path / "b.txt") == ["bé"] == text.read(str(tmp_path / "b.txt"))
-    assert text.read(tmp_path) == ["d\n", "c", "bé", "z"]
+    def read(path):
+        return list(text.read(path))
+    assert read(tmp_path / "b.txt") == ["bé"] == read(str(tmp_path / "b.txt"))
+    assert read(tmp_path) == ["d\n", "c", "bé", "z"]
     (tmp_path / "none").mkdir()
-    assert text.read(tmp_path / "none") == []
+    assert read(tmp_path / "none") == []
+
+
+def test_a_large_file_is_read_in_pieces_that_end_with_a_line(tmp_path, monkeypatch):
+    """Of 20 characters read at a time, or of more where a line is longer; together they are the
+    file. Exact."""
+    monkeypatch.setattr(text, "LARGE", 20)
+    words = "".join(f"line {i}{'x' * (30 * (i == 7))}\n" for i in range(30)) + "no line end"
+    found = list(text.read(source(tmp_path, "large.txt", words)))
+    assert "".join(found) == words and len(found) > 8 and max(map(len, found)) <= 60
+    assert sum(not piece.endswith("\n") for piece in found[:-1]) <= 2       # in the long line
 
 
 @pytest.mark.parametrize("kind", ["chars", "bpe", pytest.param("gpt2", marks=needs_gpt2)])
@@ -731,3 +745,144 @@ def test_text_does_not_take_the_name_of_a_dataset_with_a_script(top, capsys, nam
     assert "--name" in message and name in message
     for folder in (top / "data").iterdir():
         assert os.listdir(folder) == ["prepare.py"]
+
+
+# ---- corpora larger than memory, and the published chunks
+
+def rows_of(data):
+    return [data.train.reshape(-1, data.stride), data.val.reshape(-1, data.stride)]
+
+
+@pytest.mark.parametrize("block", [1, 100, corpus.BLOCK])
+@pytest.mark.parametrize("kind", ["bpe", pytest.param("gpt2", marks=needs_gpt2)])
+def test_chunks_are_the_row_of_tokens_with_an_end_on_both_sides(tmp_path, monkeypatch, kind, block):
+    """Rows of 16: <end>, 14 tokens of the row of both splits, <end>; less than a row is left out.
+    Whatever the size of the blocks in which they are written. Exact."""
+    documents = DOCUMENTS * 20
+    corpus.write_corpus(tmp_path / "flat", documents, kind, 300)
+    monkeypatch.setattr(corpus, "BLOCK", block)
+    corpus.write_corpus(tmp_path / "rows", documents, kind, 300, chunk=16)
+    flat, data = load(tmp_path / "flat"), load(tmp_path / "rows")
+    assert (data.stride, data.texts) == (16, False) and data.context(1024) == 16
+    for tokens, rows in zip((flat.train, flat.val), rows_of(data)):
+        assert (rows[:, [0, -1]] == data.tokenizer.vocab - 1).all()
+        assert len(rows) == len(tokens) // 14 > 5
+        assert rows[:, 1:-1].flatten().tolist() == tokens[:len(rows) * 14].tolist()
+    assert (data.batch("train", 50, 16, "cpu")[:, [0, -1]] == data.tokenizer.vocab - 1).all()
+
+
+def test_chunks_of_characters_are_refused(tmp_path):
+    """Which have no <end>. No false alarm."""
+    assert "--chunk" in sentence(corpus.write_corpus, tmp_path, DOCUMENTS, "chars", 0, 16)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["chars", "bpe", pytest.param("gpt2", marks=needs_gpt2)])
+def test_a_corpus_is_never_held_whole(tmp_path, monkeypatch, kind):
+    """A stream of documents, of which no more than a batch and its encoding is alive at a time; the
+    folder is the same as from a list. Exact."""
+    monkeypatch.setattr(corpus, "BLOCK", 2 ** 16)
+    monkeypatch.setattr(corpus, "SAMPLE", 2 ** 16)
+    alive, most = set(), [0]
+
+    class Document(str):
+        def __del__(self):
+            alive.discard(id(self))
+
+    def documents():
+        for i in range(400):
+            document = Document(f"page {i} " + "of a long book, and so on " * 100)
+            alive.add(id(document))
+            most[0] = max(most[0], len(alive))
+            yield document
+    corpus.write_corpus(tmp_path / "stream", documents, kind, 300)
+    corpus.write_corpus(tmp_path / "list", [str(d) for d in documents()], kind, 300)
+    assert most[0] < 100                                 # of 400
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "stream" / name).read_bytes() == (tmp_path / "list" / name).read_bytes()
+
+
+@pytest.fixture
+def web(tmp_path):
+    """3,000 short documents as JSON lines in two files, in a folder that `datasets` reads."""
+    pytest.importorskip("datasets")
+    (tmp_path / "web").mkdir()
+    pages = [f"page {i}: " + "lorem ipsum " * (i % 7) for i in range(3000)]
+    for name, part in (("a", pages[:1000]), ("b", pages[1000:])):
+        (tmp_path / "web" / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": page}) + "\n" for page in part))
+    return tmp_path / "web", pages
+
+
+@needs_gpt2
+@pytest.mark.parametrize("chunk", [None, 32])
+def test_openwebtext_goes_on_after_a_stop_as_if_nothing_had_been(top, web, monkeypatch, chunk):
+    """Stopped while it encodes, and with a torn last write; the files are those of one run; the
+    last documents are validation. Exact."""
+    folder, pages = web
+    flags = ["--source", folder, "--val_documents", 300] + (["--chunk", chunk] if chunk else [])
+    target, seen = top / "data" / "openwebtext", []
+
+    def stopped(spec, made=dataset.make_tokenizer(openwebtext.GPT2)):
+        def encode(document):
+            seen.append(document)
+            if len(seen) == 1700:
+                raise KeyboardInterrupt
+            return made.encode(document)
+        return dataset.Tokenizer(spec, made.vocab, encode, made.decode)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "make_tokenizer", stopped)
+        with pytest.raises(SystemExit):
+            call(openwebtext, *flags)
+    assert not (target / "val.bin").exists()
+    tokens = target / corpus.PARTS[0]
+    done = (target / corpus.PARTS[1]).stat().st_size // 8
+    assert 500 < done < 2000
+    with open(tokens, "ab") as f:
+        f.write(b"torn")
+    call(openwebtext, *flags)
+    assert sorted(os.listdir(target)) == ["meta.json", "prepare.py", "train.bin", "val.bin"]
+    data = load("openwebtext")
+    encoder, end = data.tokenizer, [50256]
+    row = [[i for page in part for i in encoder.encode(page) + end]
+           for part in (pages[:-300], pages[-300:])]
+    if not chunk:
+        assert [data.train.tolist(), data.val.tolist()] == row
+    else:
+        for part, rows in zip(row, rows_of(data)):
+            assert rows[:, 1:-1].flatten().tolist() == part[:len(part) // 30 * 30]
+
+
+@needs_gpt2
+def test_openwebtext_refuses_what_cannot_be(top, web, capsys, monkeypatch, tmp_path):
+    """Another column, no network, too many validation documents, another source than was begun,
+    a missing package: one sentence, and no val.bin. No false alarm."""
+    folder, _ = web
+    flags = ["--source", folder, "--documents", 10]
+    assert "--val_documents" in refused(capsys, openwebtext, *flags, "--val_documents", 10)
+    other = refused(capsys, openwebtext, "--source", tmp_path / "elsewhere")
+    assert "another --source" in other and corpus.PARTS[0] in other
+    for name in corpus.PARTS:
+        (top / "data" / "openwebtext" / name).unlink()
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no\nnetwork")
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.load_dataset", load_dataset)
+        message = refused(capsys, openwebtext, "--source", "owner/none")
+    assert "owner/none" in message and "connect" in message
+    (folder / "a.jsonl").write_text('{"words": "x"}\n')
+    (folder / "b.jsonl").unlink()
+    assert "column 'text'" in refused(capsys, openwebtext, *flags)
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    assert "pip install datasets" in refused(capsys, openwebtext, *flags)
+    assert not (top / "data" / "openwebtext" / "val.bin").exists()
+
+
+@needs_gpt2
+def test_openwebtext_can_be_a_trial(top, web):
+    """--documents: the first so many. Exact."""
+    folder, pages = web
+    call(openwebtext, "--source", folder, "--documents", 50, "--val_documents", 5)
+    text = load("openwebtext").tokenizer.decode(everything(load("openwebtext")))
+    assert text.split("<|endoftext|>") == pages[:50] + [""]

@@ -14,6 +14,8 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 from common import UserError, command, flag, parse_flags             # noqa: E402
 from data.corpus import write_corpus                                 # noqa: E402
 
+LARGE = 2 ** 24                              # characters read at a time
+
 
 @dataclass
 class Config:
@@ -22,21 +24,28 @@ class Config:
     tokenizer: str = flag("bpe", "chars: one token per character; bpe: trained here; gpt2",
                           choices=["chars", "bpe", "gpt2"])
     vocab_size: int = flag(4096, "tokens of bpe, the 256 bytes and <end> included", low=257)
+    chunk: int | None = flag(None, "rows of so many tokens, <end> at both ends, as MDLM and SDTT "
+                             "have them (1024) [a text may be cut anywhere]", low=3)
 
 
 def read(source):
-    """The texts of a file, or of all files below a folder. Raises UserError."""
+    """The texts of a file, or of all files below a folder, one after the other; a larger file than
+    LARGE characters in pieces that end with a line. Raises UserError."""
     source = Path(source)
     paths = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-    texts = []
     for path in paths:
         try:
-            texts.append(path.read_text("utf-8"))
+            with open(path, encoding="utf-8") as f:
+                text = f.read(LARGE)
+                while text:
+                    more = f.read(LARGE)
+                    end = text.rfind("\n") + 1 if more else len(text)
+                    yield text[:end or len(text)]
+                    text = text[end or len(text):] + more
         except FileNotFoundError:
             raise UserError(f"{source}: no such file or folder; name one that holds text")
         except (UnicodeDecodeError, OSError) as e:
             raise UserError(f"{path} cannot be read as UTF-8 text ({e}); convert or remove it")
-    return texts
 
 
 def main(argv=None):
@@ -45,7 +54,7 @@ def main(argv=None):
     folder = FOLDER.parent / c.name if c.name.isidentifier() else Path(c.name)
     if (folder / "prepare.py").exists() and folder != FOLDER:
         raise UserError(f"--name {c.name} is a dataset with a script of its own; take another")
-    write_corpus(folder, read(c.source), c.tokenizer, c.vocab_size)
+    write_corpus(folder, lambda: read(c.source), c.tokenizer, c.vocab_size, c.chunk)
 
 
 if __name__ == "__main__":
