@@ -275,7 +275,7 @@ def export(path, folder):
 
 
 def tokenizer_of(config, V):
-    """The tokenizer's spec that an export kept; else GPT-2's, or numbers where V is not its size."""
+    """The tokenizer's spec: what an export kept, GPT-2's, or numbers where V is another."""
     return config.get("nanosdtt", {}).get("tokenizer") or (
         {"kind": "gpt2"} if V == 50257 else {"kind": "words", "items": [str(i) for i in range(V)]})
 

@@ -145,7 +145,8 @@ def publish(folder, config, tensors, prefix="", dtype=None, files=1):
         return folder
     where = {}
     for i in range(files):
-        part, file = dict(list(named.items())[i::files]), f"model-{i + 1:05}-of-{files:05}.safetensors"
+        part = dict(list(named.items())[i::files])
+        file = f"model-{i + 1:05}-of-{files:05}.safetensors"
         safetensors.save_file(part, folder / file)
         where |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
@@ -457,7 +458,8 @@ def test_files_that_cannot_be_read_are_refused(mdlm, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("error, words", [
-    ("RepositoryNotFoundError", "no such repository"), ("RevisionNotFoundError", "no revision 'v1'"),
+    ("RepositoryNotFoundError", "no such repository"),
+    ("RevisionNotFoundError", "no revision 'v1'"),
     ("HFValidationError", "neither a folder nor an id"), ("ConnectionError", "cannot be reached")])
 def test_what_the_hub_does_not_give_is_refused(monkeypatch, capsys, tmp_path, error, words):
     """By the name of its error. No chance involved."""
