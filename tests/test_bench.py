@@ -4,6 +4,7 @@ That something is fast is not tested: see results/.
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -343,7 +344,8 @@ def test_unknown_names_and_empty_lists_end_in_usage(folder, capsys, flags):
 
 def test_missing_packages_are_named(folder, capsys, monkeypatch):
     """Before anything is measured. No chance involved."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("matplotlib", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert "pip install matplotlib" in refused(capsys, bench, "--plot", "p.png")
     assert "pip install transformers" in refused(capsys, bench, "--preset", "nano", "--engine",
                                                  "transformers")
