@@ -33,7 +33,8 @@ COLUMNS = (("engine", "<16"), ("model", "<12"), ("steps", ">5"), ("batch", ">6")
            ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"),
            ("roofline", ">9.0%"), ("peak MB", ">8,.0f"), ("nfe", ">5"), ("gen_ppl", ">8.2f"),
            ("entropy", ">8.2f"))
-ENGINES = ["ar", "diffusion", "diffusion-naive", "transformers"]
+ENGINES = ["ar", "diffusion", "diffusion-kv", "diffusion-naive", "transformers"]
+KINDS = {"ar": "causal", "diffusion": "full", "diffusion-kv": "reveal"}      # whose attention is
 VOCAB, GRAIN = 50257, {"cpu": 16, "cuda": 128}       # of random weights; see model.generate
 
 
@@ -43,8 +44,9 @@ class BenchConfig:
                                     choices=list(PRESETS))
     checkpoint: list[str] | None = flag(None, "files to compare, such as convert.py's [see --out]")
     out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
-    engine: list[str] | None = flag(None, "[ar diffusion, diffusion-naive at the first batch]; "
-                                    "transformers is its GPT-2, greedy", choices=ENGINES)
+    engine: list[str] | None = flag(None, "[ar diffusion diffusion-kv, diffusion-naive at the "
+                                    "first batch]; transformers is its GPT-2, greedy",
+                                    choices=ENGINES)
     batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4; train 2]", low=1)
     length: list[int] | None = flag(None, "tokens of a text [the checkpoints' context; random "
                                     "weights 128; train 1024]", low=2)
@@ -93,7 +95,7 @@ def engine(row, model, step, steps):
                 torch._dynamo.mark_static_address(stored)
         return lambda: generate(model, prompt, L, categorical, step, GRAIN[device.type], cache)
     z = torch.full((B, L), model.mask_id, device=device)
-    sampler = sample if name == "diffusion" else naive_sample
+    sampler = naive_sample if name == "diffusion-naive" else sample
     return lambda: sampler(model, z, steps, model.mask_id)
 
 
@@ -128,7 +130,7 @@ def checkpoints(c, device):
     for model in models.values():
         prepare(model, c.dtype, c.compile, device)
     return {engine: {name: model for name, model in models.items()
-                     if model.config.causal == (engine == "ar")} for engine in ENGINES[:2]}
+                     if model.config.attention == attention} for engine, attention in KINDS.items()}
 
 
 def random_weights(c, device, preset):
@@ -136,7 +138,8 @@ def random_weights(c, device, preset):
     sizes = PRESETS[preset] | {"context": max(*c.length, PRESETS[preset]["context"])}
     seed_all("bench", preset)
     made = {name: {"random": prepare(Transformer(ModelConfig(
-        VOCAB, causal=name == "ar", **sizes)), c.dtype, c.compile, device)} for name in ENGINES[:2]}
+        VOCAB, attention=attention, **sizes)), c.dtype, c.compile, device)}
+        for name, attention in KINDS.items() if name in c.engine or name == "diffusion"}
     if "transformers" in c.engine:
         shape = made["ar"]["random"].config
         made["transformers"] = {"random": transformers_gpt2(shape, device, c.dtype)}
@@ -170,11 +173,11 @@ def measure(c, group, device, machine):
         shape = model.shape if name == "transformers" else model.config
         row |= dict(dtype=c.dtype, device=machine["device"], threads=machine["threads"])
         short, run = (engine(row, model, step, s) for s in (steps and min(2, steps), steps))
-        if name == "diffusion":                          # count the calls of the last run
+        if name in ("diffusion", "diffusion-kv"):        # count the calls of the last run
             hook = model.embed.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         times = first_run(row, run, lambda: (short(), calls.clear()),
                           least_memory(row, shape, size), device)
-        if name == "diffusion":
+        if name in ("diffusion", "diffusion-kv"):
             hook.remove()
         if times:
             row["nfe"] = len(calls) or steps or row["length"]
@@ -217,8 +220,9 @@ def against_ar(rows):
     for row in done:
         key = row["preset"], row["length"], row["batch"]
         row["vs_ar"] = ar[key] / row["seconds"] if key in ar else None
-        if row["engine"] == "diffusion" and key in ar:
-            points.setdefault((row["preset"], row["length"], row["model"], row["steps"]),
+        if row["engine"] in ("diffusion", "diffusion-kv") and key in ar:
+            name = row["model"] + "'s KV cache" * (row["engine"] == "diffusion-kv")
+            points.setdefault((row["preset"], row["length"], name, row["steps"]),
                               []).append((row["batch"], row["vs_ar"]))
     return [f"{preset or 'trained'}, {length} tokens: AR {overtakes(ratios)} against {model} at "
             f"{steps} steps"
@@ -229,7 +233,7 @@ def settle(c, train, device):
     """Fill in the flags that were not given. Raises UserError on what cannot be measured."""
     trained = not (c.preset or train) and bool(
         c.checkpoint or c.out or list(Path("out").glob("*/ar.pt")))
-    engines = c.engine or ENGINES[:3]
+    engines = c.engine or ENGINES[:4]
     if not trained and c.plot or trained and "transformers" in engines:
         raise UserError("--plot is of trained weights (give --out), --engine transformers of "
                         "random ones (give --preset)")
@@ -258,7 +262,7 @@ def bench(c, device, machine):
                 raise UserError(f"no checkpoint here is for --engine {' '.join(c.engine)}")
             measure(c, group, device, machine)
             new = [row for row, _ in group]
-            for row in new if models["ar"] and not preset else []:
+            for row in new if models.get("ar") and not preset else []:
                 if row["engine"] in models and "error" not in row:
                     of = row["engine"], row["model"], row["steps"]
                     row["gen_ppl"], row["entropy"] = judged(*of)

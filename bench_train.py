@@ -77,7 +77,8 @@ def steps_of(model, teacher):
 
 def step(model, objective, form, loss, optimizer, x):
     """One step of training."""
-    model.config.causal, model.recompute = objective == "ar", form == "recompute"
+    model.config.attention = "causal" if objective == "ar" else "full"
+    model.recompute = form == "recompute"
     loss(x).backward()
     optimizer.step()
     optimizer.zero_grad()

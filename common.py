@@ -72,11 +72,11 @@ def parse_flags(Config, description, argv=None, **positional):
         kind = (typing.get_args(hints[f.name]) or (hints[f.name],))[0]       # int | None -> int
         many = dict(nargs="+") if typing.get_origin(kind) is list else {}    # list[int] -> int
         kind = (typing.get_args(kind) or (kind,))[0]
-        default = "" if f.default is None else f" [{f.default}]"
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
                dict(type=kind, choices=f.metadata["choices"], **many))
         parser.add_argument(f"--{f.name}", default=f.default, **how,
-                            help=(f.metadata["help"] + default).replace("%", "%%"))
+                            help=(f.metadata["help"] + f" [{f.default}]" * (f.default is not None)
+                                  ).replace("%", "%%"))
     args = parser.parse_args(argv)
     for f in fields:
         values, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
@@ -188,6 +188,8 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
     except Exception as e:           # torch.load fails in many ways on what is not a checkpoint
         raise UserError(f"{path} is not a whole checkpoint of this project "
                         f"({type(e).__name__}); delete it to have it made again")
+    if "causal" in (sizes := content["model_config"]):       # of checkpoints before `attention`
+        sizes["attention"] = "causal" if sizes.pop("causal") else "full"
     if content["kind"] not in kinds:
         raise UserError(f"{path} holds a model of kind {content['kind']!r}, but "
                         f"{' or '.join(kinds)} is needed here")

@@ -217,7 +217,7 @@ def from_gpt2(config, take):
         if config.get(key) not in (None, usual):
             raise ValueError(f"{key} is {config[key]!r}, not {usual!r}")
     size = ModelConfig(config["vocab_size"], context, config["n_layer"], config["n_head"], C,
-                       causal=True, positions="learned")
+                       attention="causal", positions="learned")
     model = Transformer(size)
     embed = take("wte.weight", (size.vocab, C))
     state = {"embed.weight": torch.cat((embed, embed[-1:])),
@@ -244,6 +244,9 @@ def export(path, folder):
     positions are rotary alone: none for a model of train.py --positions rope."""
     content = load_checkpoint(path, kinds=("mdlm", "sdtt"))
     size, state = ModelConfig(**content["model_config"]), content["ema"]
+    if size.attention != "full":
+        raise UserError(f"{path} has attention {size.attention!r}, for which MDLM's code has no "
+                        "place; export a model with full attention")
     C, out, extra = size.width, {"rotary_emb.inv_freq": inv_freq(size)}, []
     for layer, n in ((0, FREQUENCIES), (2, COND)):
         out[f"sigma_map.mlp.{layer}.weight"] = torch.zeros(COND, n)

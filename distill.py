@@ -58,6 +58,8 @@ class DistillConfig(LoopConfig):
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
 ANYTIME = FREE | {"rounds", "samples", "judge", "teacher"}   # flags that may change between runs
+SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "seed", "device", "bf16",
+          "compile", "recompute")            # flags for what is trained on the way
 
 
 # ---- the method
@@ -76,14 +78,15 @@ def schedule(teacher_steps, rounds, k=2):
 
 
 @torch.no_grad()
-def sdtt_targets(teacher, z, t, dt, k, mask_id):
+def sdtt_targets(teacher, z, t, dt, k, mask_id, order=None):
     """What the student shall predict at each mask of z_t (SDTT, algorithm 1).
 
     The teacher takes k reverse steps of size dt from t; a position revealed in a step keeps that
     step's prediction, and those still masked at the end take the last step's. In the last step
     both are the same prediction, so nothing is drawn in it.
-    z (B, L), t (B,). Returns the teacher's states (N, C) in the order of z[z == mask_id], from
-    which teacher.head makes the N predictions: with V = 50,257 those take 65 times the memory.
+    z (B, L), t (B,); order (B, L), numbers below 1: see model.seen_by. Returns the teacher's states
+    (N, C) in the order of z[z == mask_id], from which teacher.head makes the N predictions: with
+    V = 50,257 those take 65 times the memory.
     """
     masked = z == mask_id                                            # (B, L), N of them
     target = None
@@ -91,9 +94,10 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id):
         at = z == mask_id
         if i < k - 1:                        # a step from t - i dt to t - (i + 1) dt, not below 0
             t_i, s_i = (t - i * dt).clamp(min=0), (t - (i + 1) * dt).clamp(min=0)
-            z, at, h = unmask_step(teacher, z, t_i, s_i, mask_id)
+            z, at, h = unmask_step(teacher, z, t_i, s_i, mask_id, order)
+            order = None if order is None else order + (i + 1) * at  # the new ones come last
         else:
-            h = teacher.states(z, at)                                # (still masked, C)
+            h = teacher.states(z, at, *[order] * (order is not None))    # (still masked, C)
         if target is None:
             target = h.new_empty(int(masked.sum()), h.shape[1])
         target[at[masked]] = h
@@ -125,13 +129,16 @@ def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
     averaged over them. x (B, L) clean tokens; student and teacher are models f(z, at)."""
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id)
-    target = sdtt_targets(teacher, z, t, dt, k, mask_id)             # (N, C)
+    order = {}                               # of reveal, the same for both, where attention has one
+    if getattr(teacher, "reveal", False):
+        order = {"order": torch.rand(z.shape, device=z.device)}
+    target = sdtt_targets(teacher, z, t, dt, k, mask_id, **order)    # (N, C)
 
     def compare(logits, h):                  # a chunk: (n, V) of the student, (n, C) of the teacher
         with torch.no_grad():
             wanted = F.log_softmax(teacher.head(h), dim=-1)
         return divergence(F.log_softmax(logits, dim=-1), wanted, kind)
-    return student(z, z == mask_id, compare, target) / max(1, len(target))
+    return student(z, z == mask_id, compare, target, **order) / max(1, len(target))
 
 
 # ---- the rounds
@@ -217,12 +224,13 @@ def show_samples(c, p, data, models):
 def get_model(c, p, data, objective, given, kinds):
     """The model of a checkpoint that is given, or else of the one in --out, trained now, or what
     is left of it, if need be: (model, checkpoint). Raises UserError where it does not fit data."""
-    t = TrainConfig(objective=objective, dataset=c.dataset, preset=c.preset, out=c.out,
-                    context=c.context, positions=c.positions, seed=c.seed, device=c.device,
-                    bf16=c.bf16, compile=c.compile, recompute=c.recompute)
-    if not given and p.rank == 0 and not t.path.exists():
+    adapt = given and objective == "mdlm" and c.attention not in (
+        None, load_model(given, kinds=kinds)[0].config.attention)
+    t = TrainConfig(objective=objective, init=given if adapt else None, **{
+        name: getattr(c, name) for name in SHARED})
+    if (adapt or not given) and p.rank == 0 and not t.path.exists():
         print(f"no {t.path} yet; the same as: {as_command('train.py', t)}", flush=True)
-    path = given or train(t, p, as_saved=True)
+    path = given if given and not adapt else train(t, p, as_saved=not adapt)
     model, content = load_model(path, p.device, kinds)
     context, known = model.config.context, content["tokenizer"] == data.tokenizer.spec
     if not known and objective == "mdlm":

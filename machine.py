@@ -154,7 +154,8 @@ def prepare(model, dtype, compiled, device):
                 module.bfloat16()
     for block in model.blocks if compiled and not model.config.causal else []:
         block.compile()                      # AR: generate's decoding step is compiled instead
-    return model
+        block.read = torch.compile(block.read, dynamic=True)     # of a cache: no step has the same
+    return model                                                 # number of tokens
 
 
 def compiled_decode(device, B):
@@ -183,7 +184,7 @@ def least_memory(row, config, size):
     engine, B, L = row["engine"], row["batch"], row["length"]
     if engine == "diffusion-naive":
         return 24 * B * L * config.vocab                 # three float64 arrays (B, L, V)
-    of_one = 12 if engine == "diffusion" else 2 * config.layers      # activations, or the KV cache
+    of_one = 12 if engine == "diffusion" else 2 * config.layers      # activations, or a KV cache
     return of_one * B * L * config.width * size
 
 
@@ -196,7 +197,9 @@ def roofline(row, config, machine, size):
         cache = 2 * layers * C * B * L / 2                           # half full on average
         read = L * size * (12 * layers * C * C + head + cache)
         return read / row["seconds"] / machine["bytes_per_s"]
-    if row["engine"] == "diffusion-naive":
+    if row["engine"] == "diffusion-kv":      # each position twice, and half the others seen
+        done = B * L * (2 * layers * (24 * C * C + 2 * L * C) - 18 * C * C + 2 * head)
+    elif row["engine"] == "diffusion-naive":
         done = nfe * B * L * (layers * block + 2 * head)
     else:                                    # tokens of all passes: the first has one row or one
         tokens = (nfe - 1) * B * L + (1 if config.positions == "rope" else L)

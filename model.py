@@ -1,5 +1,5 @@
-"""One transformer for three jobs: masked diffusion (bidirectional), its distilled students (the
-same), and the autoregressive baseline (causal, with a KV cache).
+"""One transformer for three jobs: masked diffusion (bidirectional, or in the order of reveal with a
+KV cache), its distilled students (the same), and the autoregressive baseline (causal, with one).
 
 Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H. The vocabulary has V real
 tokens; id V is the mask for a diffusion model and the start symbol for an autoregressive one. The
@@ -22,9 +22,13 @@ class ModelConfig:
     layers: int = 4
     heads: int = 4
     width: int = 128             # C
-    causal: bool = False         # True: autoregressive, False: every position sees every other
+    attention: str = "full"      # "full", "causal" (autoregressive) or "reveal", see Transformer
     positions: str = "rope"      # "rope" (rotary), "learned" (GPT-2) or "both", see Transformer
     dropout: float = 0.0         # on each block's two outputs, in training only
+
+    @property
+    def causal(self):
+        return self.attention == "causal"
 
 
 PRESETS = {                      # layers, heads, width, context; small to large are SDTT's sizes
@@ -34,6 +38,7 @@ PRESETS = {                      # layers, heads, width, context; small to large
     "large": dict(layers=24, heads=16, width=1536, context=1024),
     "xl": dict(layers=24, heads=32, width=2048, context=1024),
 }
+KINDS = {"positions": ("rope", "learned", "both"), "attention": ("full", "causal", "reveal")}
 CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB
 
 
@@ -100,9 +105,10 @@ class Block(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(place[0], k, v, *place[1:])          # (B, H, seen, D)
-        return self.add(x, F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)      # (B, H, L, D)
+        return self.add(x, y.transpose(1, 2).reshape(x.shape))
 
-    def forward_at(self, x, rope, at):
+    def forward_at(self, x, rope, at, mask=None):
         """forward at the positions at (B, n) only: x (B, L, C) -> (B, n, C). Keys and values are
         needed everywhere, queries and MLP, five sixths of a block's work, are not."""
         B, L, C = x.shape
@@ -113,11 +119,27 @@ class Block(nn.Module):
         if rope is not None:                                         # tables (1, 1, L, D/2)
             k = rotate(k, *rope)
             q = rotate(q, *[table[0, 0][at][:, None] for table in rope])
-        return self.add(x[row, at], F.scaled_dot_product_attention(q, k, v))
+        mask = None if mask is None else mask[row, :, at].transpose(1, 2)        # (B, 1, n, L)
+        y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+        return self.add(x[row, at], y.reshape(*at.shape, C))
+
+    def read(self, x, rope, keys, values, row, col, slot, mask, first=0):
+        """forward of the tokens of several texts at once, x (N, C): each is the col-th here of text
+        `row`, and its key and value go to `slot` of that text's cache, all (N,). mask (B, 1, most
+        of a text, slots) bool. Returns those from number `first` on."""
+        q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.heads, -1).unbind(1)  # (N, H, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        B, _, most, seen = mask.shape
+        keys[row, :, slot], values[row, :, slot] = k, v
+        padded = q.new_zeros(B, self.heads, most, q.shape[-1])
+        padded[row, :, col] = q
+        y = F.scaled_dot_product_attention(padded, keys[:, :, :seen], values[:, :, :seen], mask)
+        return self.add(x[first:], y[row[first:], :, col[first:]].flatten(1))
 
     def add(self, x, y):
-        """Attention's result y (B, H, L, D) and then the MLP's, added to x (B, L, C)."""
-        x = x + self.dropout(self.attn_out(y.transpose(1, 2).reshape(x.shape)))
+        """Attention's result y and then the MLP's, added to x, all (..., C)."""
+        x = x + self.dropout(self.attn_out(y))
         return x + self.dropout(self.mlp_out(gelu(self.mlp_in(self.norm2(x)))))
 
 
@@ -155,14 +177,19 @@ class HeadSum(torch.autograd.Function):
 class Transformer(nn.Module):
     """The network. There is no time input: a masked sequence shows how noisy it is by its masks
     (MDLM, arXiv 2406.07524). Rotary positions alone are relative: where all is masked, all look the
-    same, as in text that begins anywhere; where rows begin a text, "both" has learned ones too."""
+    same, as in text that begins anywhere; where rows begin a text, "both" has learned ones too.
+
+    attention: "full", every position sees every other; "causal"; or "reveal": a token sees those
+    revealed before it, a mask all tokens and no other mask. What a revealed token's key and value
+    are then never changes, whatever is revealed after it: a KV cache of diffusion is exact."""
 
     def __init__(self, config):
         super().__init__()
         if config.width % (2 * config.heads):
             raise ValueError(f"width {config.width} is not a multiple of 2 x {config.heads} heads")
-        if config.positions not in ("rope", "learned", "both"):
-            raise ValueError(f"positions: 'rope', 'learned' or 'both', not {config.positions!r}")
+        for name, known in KINDS.items():
+            if getattr(config, name) not in known:
+                raise ValueError(f"{name}: one of {known}, not {getattr(config, name)!r}")
         self.config = config
         self.bf16 = False                # True: run the blocks, and only them, in bfloat16
         self.recompute = False           # True: keep no activations for backward, make them again
@@ -186,30 +213,45 @@ class Transformer(nn.Module):
                 layer.weight.data /= math.sqrt(2 * config.layers)
         self.mask_id = config.vocab              # of a causal model: the start of a text
         self.relative = config.positions == "rope" and not config.causal     # see diffusion.sample
+        self.reveal = config.attention == "reveal"                           # the same
+
+    def embedded(self, idx, pos):
+        """Embeddings of ids at positions pos, and those positions' rotary tables, or None."""
+        x = self.embed(idx)
+        if self.config.positions != "rope":
+            x = x + self.embed_pos(pos)
+        return x, None if self.config.positions == "learned" else [self.cos[pos], self.sin[pos]]
 
     def trunk(self, idx, pos, mask=None, causal=False, cache=None, slots=None, seen=0, at=None):
         """hidden without its checks: slots (L,) of the cache are for the new tokens, and attention
         looks at the first `seen`. Nothing but `seen` is a number that changes from call to call."""
-        x, rope = self.embed(idx), None                              # (B, L, C)
-        if self.config.positions != "rope":
-            x = x + self.embed_pos(pos)
-        if self.config.positions != "learned":                       # (B or 1, 1, L, D/2)
-            rope = [t[pos].view(-1, 1, *pos.shape[-1:], t.shape[1]) for t in (self.cos, self.sin)]
+        x, rope = self.embedded(idx, pos)                            # (B, L, C)
+        if rope is not None:                                         # (B or 1, 1, L, D/2)
+            rope = [t.view(-1, 1, *t.shape[-2:]) for t in rope]
         again = self.recompute and torch.is_grad_enabled()
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for layer, block in enumerate(self.blocks):
                 if at is not None and layer == len(self.blocks) - 1:
-                    return block.forward_at(x, rope, at)
+                    return block.forward_at(x, rope, at, mask)
                 args = x, rope, mask, causal, cache, (layer, slots, seen)
                 x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         return x
 
-    def hidden(self, idx, pos=None, cache=None, at=None):
+    def seen_by(self, idx, order):
+        """Who sees whom with attention "reveal", bool (B, 1, L, L), of ids (B, L): a token those
+        with smaller numbers in order (B, L), random unless given, a mask all, and each itself."""
+        order = torch.rand(idx.shape, device=idx.device) if order is None else order
+        key = order.double().masked_fill(idx == self.mask_id, torch.inf)
+        itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
+        return (itself | (key[:, None] < key[:, :, None]))[:, None]
+
+    def hidden(self, idx, pos=None, cache=None, at=None, order=None):
         """Run the blocks: ids (B, L) in 0..V -> hidden states (B, L, C), before the last norm.
         pos: positions of the tokens, (L,) or (B, L); 0..L-1 unless given. Attention follows the
         order of idx, not of pos: a causal model's token sees those before it in idx.
         cache: a KVCache; its tokens are seen by the new ones, which are then added to it.
         at: positions (B, n) whose states alone are wanted, (B, n, C); not causal, one pos for all.
+        order: in which tokens were revealed, see seen_by.
         Raises ValueError for more tokens than the context or the cache holds."""
         past, end = (cache.length if cache else 0), idx.shape[1] + (cache.length if cache else 0)
         if end > self.config.context:
@@ -217,36 +259,61 @@ class Transformer(nn.Module):
         seen = torch.arange(end, device=idx.device)
         pos = seen[past:] if pos is None else pos
         if cache is None:
-            return self.trunk(idx, pos, causal=self.config.causal, at=at)
+            mask = self.seen_by(idx, order) if self.reveal else None
+            return self.trunk(idx, pos, mask, self.config.causal, at=at)
         if end > cache.size:
             raise ValueError(f"the KV cache holds {cache.size} tokens, {end} were given")
         mask = seen <= seen[past:, None] if self.config.causal else None     # (L, end)
         cache.length = end
         return self.trunk(idx, pos, mask, False, cache, seen[past:], end)
 
-    def states(self, idx, at=None):
+    def cache(self, B, size):
+        """An empty KVCache for B texts of `size` tokens."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return KVCache(self.config, B, size, self.embed.weight.device, dtype)
+
+    def read(self, cache, idx, pos, row, col, slot, limit, first):
+        """With attention "reveal" and a cache: N tokens, and masks from number `first` on, of the
+        texts in the cache, ids idx at positions pos -> hidden states (N - first, C) of the masks.
+        Each sees the slots below limit and its own, see Block.read; all (N,), row to limit on the
+        CPU. A mask's slot is the one that its token will have, which writes over it."""
+        seen = torch.arange(int(slot.max()) + 1)
+        mask = torch.ones(len(cache.k[0]), int(col.max()) + 1, len(seen), dtype=torch.bool)
+        mask[row, col] = (seen < limit[:, None]) | (seen == slot[:, None])       # (N, seen)
+        row, col, slot, mask = (t.to(idx.device) for t in (row, col, slot, mask[:, None]))
+        x, rope = self.embedded(idx, pos)                            # (N, C)
+        if rope is not None:
+            rope = [t[:, None] for t in rope]                        # (N, 1, D/2)
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
+            for block, k, v in zip(self.blocks, cache.k, cache.v):
+                last = block is self.blocks[-1]
+                x = block.read(x, rope, k, v, row, col, slot, mask, first if last else 0)
+        return x
+
+    def states(self, idx, at=None, order=None):
         """Hidden states (N, C) at the N positions of interest of idx (B, L), row by row: where the
         bool at (B, L) is true (sequences without any are not computed), or at positions at (B, n),
         N = B n (the last block is computed only there), or, without at, everywhere."""
         if at is None or at.dtype == torch.bool:
             some = slice(None) if at is None else at.any(1)          # (B,)
-            h = self.hidden(idx[some])
+            h = self.hidden(idx[some], order=None if order is None else order[some])
             return h.flatten(0, 1) if at is None else h[at[some]]
-        return self.hidden(idx, at=at).flatten(0, 1)
+        return self.hidden(idx, at=at, order=order).flatten(0, 1)
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
         return self.lm_head(self.norm(h.float()).to(self.lm_head.weight.dtype)).float()
 
-    def forward(self, idx, at=None, f=None, *rows):
+    def forward(self, idx, at=None, f=None, *rows, order=None):
         """Logits (B, L, V) of ids (B, L), or (N, V) at the N positions that `at` says, see states;
         the selection comes before the head, which is most of the work with V = 50,257. With f, a
         loss f(logits (n, V), *rows (n, ...)) -> (n,): its sum over the N positions, a scalar, for
         which no more than CHUNK logits exist at a time."""
         if f is not None:
-            h = self.norm(self.states(idx, at).float())
+            h = self.norm(self.states(idx, at, order).float())
             return HeadSum.apply(f, h, self.lm_head.weight, self.lm_head.bias, *rows)
-        return self.head(self.hidden(idx) if at is None else self.states(idx, at))
+        return self.head(self.hidden(idx, order=order) if at is None else
+                         self.states(idx, at, order))
 
 
 cross_entropy = functools.partial(F.cross_entropy, reduction="none")     # (n, V), (n,) -> (n,)
@@ -287,8 +354,7 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
                          f"with a context of {model.config.context}")
     out = torch.full((B, length + 1), model.mask_id, device=prompt.device)
     out[:, 1:P + 1] = prompt                                         # out[:, 0] is the start
-    dtype = torch.bfloat16 if model.bf16 else torch.float32
-    cache = cache or KVCache(model.config, B, length, prompt.device, dtype)
+    cache = cache or model.cache(B, length)
     cache.length = 0
     h = model.hidden(out[:, :min(P + 1, length)], cache=cache)       # prefill: start and prompt
     logits, slots = model.head(h[:, -1]), torch.arange(length, device=prompt.device)

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (Run, UserError, command, ema_update, flag, load_checkpoint, lr_factor,
-                    make_optimizers, parse_flags, resume, save, seed_all, start, write)
+from common import (Run, UserError, command, ema_update, flag, load_checkpoint, load_model,
+                    lr_factor, make_optimizers, parse_flags, resume, save, seed_all, start, write)
 from data.dataset import load_data
 from diffusion import nelbo
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
@@ -36,6 +36,9 @@ class LoopConfig:
     context: int | None = flag(None, "positions [the preset's, or a row of the dataset]", low=2)
     positions: str | None = flag(None, "rope, learned or both [rope; both where each row of the "
                                  "dataset begins a text]", choices=["rope", "learned", "both"])
+    attention: str | None = flag(None, "full, or reveal: in the order of reveal, with an exact KV "
+                                 "cache [full; of a given teacher its own]",
+                                 choices=["full", "reveal"])
     out: str | None = flag(None, "folder of the results [out/DATASET-PRESET]")
     batch: int = flag(32, "sequences per step, over all processes", low=1)
     micro_batch: int | None = flag(None, "sequences per forward pass [batch / processes]", low=1)
@@ -58,7 +61,8 @@ class LoopConfig:
 
     @property
     def folder(self):
-        return Path(self.out or Path("out") / f"{Path(self.dataset).name}-{self.preset}")
+        name = f"{Path(self.dataset).name}-{self.preset}" + "-reveal" * (self.attention == "reveal")
+        return Path(self.out or Path("out") / name)
 
 
 @dataclasses.dataclass
@@ -66,10 +70,11 @@ class TrainConfig(LoopConfig):
     objective: str = flag("mdlm", "mdlm: masked diffusion; ar: next token",
                           choices=["mdlm", "ar"])
     steps: int | None = flag(None, "optimizer steps [mdlm 1500, ar 300; on text 6000, 1000]", low=1)
+    init: str | None = flag(None, "checkpoint whose weights, and sizes, training begins with")
 
     def __post_init__(self):
         usual = (1500, 300) if self.dataset == "stories" else (6000, 1000)
-        self.steps = self.steps or usual[self.objective == "ar"]
+        self.steps = self.steps or usual[self.objective == "ar"] // (3 if self.init else 1)
 
     @property
     def path(self):
@@ -218,9 +223,18 @@ def train(c, p, as_saved=False):
     data = load_data(c.dataset, p)
     sizes = PRESETS[c.preset] | {"context": data.context(c.context or PRESETS[c.preset]["context"])}
     seed_all(c.seed, c.objective)
-    config = ModelConfig(data.tokenizer.vocab, causal=c.objective == "ar", dropout=c.dropout,
+    attention = "causal" if c.objective == "ar" else c.attention or "full"
+    config = ModelConfig(data.tokenizer.vocab, attention=attention, dropout=c.dropout,
                          positions=c.positions or ("both" if data.texts else "rope"), **sizes)
+    if c.init:
+        first, old = load_model(c.init, kinds=("ar",) if c.objective == "ar" else ("mdlm", "sdtt"))
+        if old["tokenizer"] != data.tokenizer.spec:
+            raise UserError(f"--init {c.init} knows other tokens than {data.folder}; give the "
+                            "--dataset it was trained on")
+        config = dataclasses.replace(first.config, attention=attention, dropout=c.dropout)
     model = prepare_model(Transformer(config), c, p)
+    if c.init:
+        model.load_state_dict(first.state_dict())
     ema = prepare_model(copy.deepcopy(model).eval(), c, p)
     run = Run(c.path, c.steps, model, ema, make_optimizers(model, c), dict(
         kind=c.objective, config=dataclasses.asdict(c), tokenizer=data.tokenizer.spec))

@@ -84,7 +84,7 @@ def test_chunked_and_plain_training_steps_have_the_same_loss_and_gradients(monke
     1e-5 of the largest gradient is for float32 sums in another order."""
     monkeypatch.setattr("model.CHUNK", 7 * 29)
     monkeypatch.setattr(bench_train, "DT", 0.0)
-    model = model_of(causal=objective == "ar").requires_grad_(True)
+    model = model_of(attention="causal" if objective == "ar" else "full").requires_grad_(True)
     teacher, x, results = model_of(), torch.randint(29, (4, 16)), []
     losses = bench_train.steps_of(model, teacher)
     for form in ("chunked", "plain"):
@@ -136,7 +136,8 @@ def test_operations_of_training_are_those_that_pytorch_counts(objective):
     """The same for a training step's loss and gradient. Within 8 %: how many positions are masked,
     and in how many rows a step opens something, is left to chance. No false alarm with this seed.
     """
-    model = model_of(vocab=300, width=64, context=64, causal=objective == "ar")
+    model = model_of(vocab=300, width=64, context=64,
+                     attention="causal" if objective == "ar" else "full")
     teacher, x = model_of(vocab=300, width=64, context=64), torch.randint(300, (8, 64))
     loss = bench_train.steps_of(model.requires_grad_(True), teacher)[objective, "chunked"]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -246,7 +247,7 @@ def folder(tmp_path, monkeypatch):
 
 def save(path, vocab, names=("ar", "teacher", "round1", "round2")):
     for name in names:
-        model = model_of(vocab=vocab, causal=name == "ar")
+        model = model_of(vocab=vocab, attention="causal" if name == "ar" else "full")
         common.save_checkpoint(
             path / f"{name}.pt", kind={"ar": "ar", "teacher": "mdlm"}.get(name, "sdtt"),
             model_config=dataclasses.asdict(model.config), model=model.state_dict(),

@@ -338,7 +338,7 @@ def test_a_judge_with_other_tokens_reads_text(tmp_path, monkeypatch, capsys):
     write_data(tmp_path / "d", [i * i % 10 for i in range(400)], [1, 2, 3] * 40,
                tokenizer=dict(kind="words", items=words))
     teacher, _ = ours(tmp_path, words)
-    model = Transformer(ModelConfig(11, 12, 1, 2, 16, causal=True)).eval()
+    model = Transformer(ModelConfig(11, 12, 1, 2, 16, attention="causal")).eval()
     torch.nn.init.normal_(model.lm_head.weight)
     spec = dict(kind="chars", items=list("abcdefghij "))
     common.save_checkpoint(

@@ -24,6 +24,8 @@ import tiktoken._educational
 import torch
 
 import common
+import distill
+import train
 from data import corpus, dataset
 from data.openwebtext import prepare as openwebtext
 from data.pydoc import prepare as pydoc
@@ -386,6 +388,22 @@ def test_gpt2_tokens_prepared_by_nanogpt_load(tmp_path):
     assert data.tokenizer.vocab == 50257
     assert data.tokenizer.decode(data.train.tolist()) == DOCUMENTS[0] + "<|endoftext|>"
     assert data.tokenizer.decode(data.val.tolist()) == DOCUMENTS[2] + "<|endoftext|>"
+
+
+@needs_gpt2
+def test_a_folder_prepared_by_nanogpt_trains_and_distils(tmp_path, monkeypatch):
+    """GPT-2's tokens without meta, through both scripts; text comes out. No chance involved."""
+    monkeypatch.chdir(tmp_path)
+    ids = tiktoken.get_encoding("gpt2").encode_ordinary("the cat sat on the mat, and so on. " * 30)
+    nanogpt(tmp_path / "x", ids, ids)
+    flags = ["--dataset", "x", "--batch", 2, "--context", 8]
+    for objective in ("ar", "mdlm"):
+        call(train, *flags, "--objective", objective, "--steps", 1)
+    call(distill, *flags, "--rounds", 1, "--teacher_steps", 2, "--steps_per_round", 1,
+         "--samples", 2)
+    content = common.load_checkpoint("out/x-nano/round1.pt")
+    assert content["tokenizer"] == {"kind": "gpt2"} and content["model_config"]["vocab"] == 50257
+    assert (tmp_path / "out/x-nano/samples.txt").stat().st_size > 100
 
 
 def bad_pickles(path):

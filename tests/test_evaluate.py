@@ -24,7 +24,7 @@ def dataset(rows, oracle=None, tokenizer=WORDS):
 
 def judge(vocab=4, context=6, seed=0):
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(vocab, context, 1, 2, 16, causal=True)).eval()
+    model = Transformer(ModelConfig(vocab, context, 1, 2, 16, attention="causal")).eval()
     for w in model.parameters():                     # far from uniform
         w.data *= 10
     return model
@@ -105,12 +105,12 @@ def test_oracle_grades_stories():
     assert row["samples"] == 5 and row["copies"] == 0
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_samples_depend_on_the_seed_alone(causal):
+@pytest.mark.parametrize("attention", ["full", "causal", "reveal"])
+def test_samples_depend_on_the_seed_alone(attention):
     """Also on how many are asked for only beyond whole batches. Exact; two sets of 40 random texts
     are never equal by chance."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(4, 6, 1, 2, 16, causal=causal)).eval()
+    model = Transformer(ModelConfig(4, 6, 1, 2, 16, attention=attention)).eval()
     one, two, other = (evaluate.draw_samples(model, 40, 3, torch.device("cpu"), seed)
                        for seed in (0, 0, 1))
     assert one.shape == (40, 6) and int(one.max()) < 4

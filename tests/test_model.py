@@ -103,7 +103,7 @@ def reference(model, idx):
 @pytest.mark.parametrize("causal", [True, False])
 def test_logits_equal_those_of_a_plain_float64_network(causal, positions):
     """To CLOSE, and for each sequence of a batch, so that sequences do not mix. No false alarm."""
-    model = model_of(causal=causal, positions=positions)
+    model = model_of(attention="causal" if causal else "full", positions=positions)
     idx = torch.randint(12, (3, 9))
     logits = model(idx)
     for row in range(3):
@@ -115,7 +115,8 @@ def test_logits_equal_those_of_a_plain_float64_network(causal, positions):
 def test_causal_logits_ignore_the_future_and_bidirectional_ones_see_everything(causal, positions):
     """One token after the other is changed: which positions' logits move? Of 40 seeds, none had an
     input that moved a logit it should by less than 2.7 times VISIBLE."""
-    model, idx = model_of(causal=causal, positions=positions), torch.randint(11, (1, 8))
+    model = model_of(attention="causal" if causal else "full", positions=positions)
+    idx = torch.randint(11, (1, 8))
     logits = model(idx)[0]
     for j in range(8):
         other = idx.clone()
@@ -166,7 +167,7 @@ def test_bidirectional_logits_move_with_their_tokens(positions):
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_each_sequence_may_have_its_own_positions(positions):
     """pos (B, L) equals one forward per row with pos (L,). No false alarm."""
-    model, idx = model_of(causal=True, positions=positions), torch.randint(11, (3, 7))
+    model, idx = model_of(attention="causal", positions=positions), torch.randint(11, (3, 7))
     pos = torch.stack([torch.randperm(16)[:7] for _ in range(3)])
     together = model.hidden(idx, pos=pos)
     for row in range(3):
@@ -226,7 +227,7 @@ def test_where_all_is_masked_relative_positions_all_look_the_same():
     z = torch.full((1, 9), 11)
     model = model_of(positions="rope")
     assert model.relative and far(model(z), model(z[:, :1])) < CLOSE
-    for options in (dict(positions="learned"), dict(positions="both"), dict(causal=True)):
+    for options in (dict(positions="learned"), dict(positions="both"), dict(attention="causal")):
         assert not model_of(**options).relative
     assert far(model_of(positions="both")(z), model_of(positions="both")(z[:, :1])) > VISIBLE
 
@@ -396,7 +397,7 @@ def test_blocks_add_as_little_at_the_start_at_any_depth():
 def test_any_split_into_chunks_gives_the_logits_of_one_forward(positions):
     """All 32 ways to split 6 tokens: token by token, one prefill, a prefill of any length and then
     one by one, and others. At every position, to CLOSE. No false alarm."""
-    model, idx = model_of(causal=True, positions=positions), torch.randint(12, (2, 6))
+    model, idx = model_of(attention="causal", positions=positions), torch.randint(12, (2, 6))
     full = model(idx)
     for split in range(32):
         cuts = [0] + [i for i in range(1, 6) if split >> (i - 1) & 1] + [6]
@@ -409,7 +410,7 @@ def test_any_split_into_chunks_gives_the_logits_of_one_forward(positions):
 def test_cache_may_be_filled_in_any_order_of_positions(positions, per_row):
     """Tokens of scattered positions, one by one and in chunks, equal one forward of the same order
     with the same `pos`, which is also other than without it. No false alarm."""
-    model, idx = model_of(causal=True, positions=positions), torch.randint(12, (3, 7))
+    model, idx = model_of(attention="causal", positions=positions), torch.randint(12, (3, 7))
     pos = torch.stack([torch.randperm(16)[:7] for _ in range(3)])
     pos = pos if per_row else pos[0]
     full = model.head(model.hidden(idx, pos=pos))
@@ -428,7 +429,7 @@ def test_new_tokens_of_a_bidirectional_model_see_the_cache_and_each_other():
 def test_cache_works_in_bf16():
     """Chunks against one forward in bfloat16, within what its rounding does (see above). No false
     alarm."""
-    model, idx = model_of(causal=True), torch.randint(12, (2, 8))
+    model, idx = model_of(attention="causal"), torch.randint(12, (2, 8))
     model.bf16 = True
     cache = KVCache(model.config, 2, 8, dtype=torch.bfloat16)
     parts = [model.head(model.hidden(part, cache=cache)) for part in idx.split((4, 1, 3), dim=1)]
@@ -438,7 +439,7 @@ def test_cache_works_in_bf16():
 
 def test_more_tokens_than_the_cache_holds_are_refused():
     """ValueError, at once or with those before; what is stored stays of use. No false alarm."""
-    model, idx = model_of(causal=True), torch.randint(12, (2, 5))
+    model, idx = model_of(attention="causal"), torch.randint(12, (2, 5))
     with pytest.raises(ValueError, match="holds 4 tokens, 5 were given"):
         model.hidden(idx, cache=KVCache(model.config, 2, 4))
     cache = KVCache(model.config, 2, 4)
@@ -452,7 +453,7 @@ def test_more_tokens_than_the_cache_holds_are_refused():
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_more_tokens_than_the_context_are_refused(positions):
     """ValueError, with and without a cache, which has room; 16 are taken. No chance involved."""
-    model, idx = model_of(causal=True, positions=positions), torch.randint(12, (2, 17))
+    model, idx = model_of(attention="causal", positions=positions), torch.randint(12, (2, 17))
     with pytest.raises(ValueError, match="17 tokens, but the context is 16"):
         model(idx)
     cache = KVCache(model.config, 2, 30)
@@ -467,7 +468,7 @@ def test_more_tokens_than_the_context_are_refused(positions):
 def test_nll_is_minus_the_log_probability_of_each_token_after_its_prefix():
     """By one forward of each prefix alone, the start symbol before it; nats, to CLOSE. No false
     alarm."""
-    model, x = model_of(causal=True), torch.randint(11, (3, 7))
+    model, x = model_of(attention="causal"), torch.randint(11, (3, 7))
     result = nll(model, x, 11)
     assert result.shape == (3, 7)
     for row in range(3):
@@ -480,7 +481,7 @@ def test_nll_is_minus_the_log_probability_of_each_token_after_its_prefix():
 def test_generated_texts_have_the_probabilities_that_nll_gives():
     """All 27 texts of 3 tokens: exp(-nll) sums to 1, and 20,000 generated ones follow it.
     Chi-square: one in a million with another seed (whose weights must leave each text a chance)."""
-    model = model_of(causal=True, vocab=3)
+    model = model_of(attention="causal", vocab=3)
     model.lm_head.weight /= 3                                        # no text is too rare to count
     p = (-nll(model, all_sequences(3, 3), 3).sum(1)).double().exp()
     assert float(p.sum()) == pytest.approx(1, abs=CLOSE)
@@ -493,7 +494,7 @@ def test_generated_texts_have_the_probabilities_that_nll_gives():
 def test_greedy_generation_equals_decoding_without_a_cache(positions, P):
     """One full forward for each token; the prompt is kept; up to the whole context. A false alarm
     would need two best logits closer than 1e-6."""
-    model, prompt = model_of(causal=True, positions=positions), torch.randint(11, (3, P))
+    model, prompt = model_of(attention="causal", positions=positions), torch.randint(11, (3, P))
     expected = torch.cat((torch.full((3, 1), 11), prompt), dim=1)    # the start symbol first
     while expected.shape[1] < 17:
         best = model(expected)[:, -1].argmax(-1, keepdim=True)
@@ -506,14 +507,14 @@ def test_greedy_generation_equals_decoding_without_a_cache(positions, P):
 def test_texts_that_do_not_fit_are_refused(P, length):
     """A prompt longer than the text, a text longer than the context. ValueError; no chance
     involved."""
-    model = model_of(causal=True)
+    model = model_of(attention="causal")
     with pytest.raises(ValueError, match=f"prompt of {P} tokens in a text of {length}"):
         generate(model, torch.zeros(2, P, dtype=torch.long), length, lambda logits: logits[:, 0])
 
 
 def test_generation_forwards_each_token_once_and_the_last_never():
     """The start symbol and the prompt together, then one at a time. No chance involved."""
-    model, sizes = model_of(causal=True), []
+    model, sizes = model_of(attention="causal"), []
 
     def trunk(idx, *args, trunk=model.trunk, **kwargs):
         sizes.append(idx.shape[1])
@@ -526,7 +527,7 @@ def test_generation_forwards_each_token_once_and_the_last_never():
 @pytest.mark.parametrize("grain", [2, 3, 5, 100])
 def test_looking_at_more_slots_than_are_filled_changes_nothing(grain):
     """The empty ones are masked: the same logits in every step. No chance involved."""
-    model, seen = model_of(causal=True), [[], []]
+    model, seen = model_of(attention="causal"), [[], []]
     for logits, g in zip(seen, (1, grain)):
         generate(model, torch.zeros(2, 2, dtype=torch.long), 8,
                  lambda new: logits.append(new) or new.argmax(-1), grain=g)
@@ -535,7 +536,7 @@ def test_looking_at_more_slots_than_are_filled_changes_nothing(grain):
 
 def test_a_cache_may_be_used_again():
     """What an earlier text left in it is not seen. No chance involved."""
-    model, texts = model_of(causal=True), []
+    model, texts = model_of(attention="causal"), []
     cache = KVCache(model.config, 2, 8)
     for prompt in (3, 5):
         prompt = torch.full((2, 3), prompt)
@@ -549,7 +550,7 @@ def test_a_cache_may_be_used_again():
 def test_compiled_decoding_is_one_graph_and_gives_the_same_tokens():
     """Greedy, at two batch sizes, for 14 tokens. The weights are random: no ties within float32's
     rounding. No chance involved."""
-    model = model_of(causal=True, context=16)
+    model = model_of(attention="causal", context=16)
     for B in (1, 3):
         torch.compiler.reset()
         texts = [generate(model, torch.full((B, 2), 3), 16, lambda logits: logits.argmax(-1), s, 8)
@@ -561,7 +562,7 @@ def test_compiled_decoding_is_one_graph_and_gives_the_same_tokens():
 def test_generation_stores_as_many_keys_as_it_needs_in_the_type_of_the_blocks(monkeypatch, bf16,
                                                                               dtype):
     """One slot per token of the text (the start symbol has that of the last). No false alarm."""
-    made, model = [], model_of(causal=True)
+    made, model = [], model_of(attention="causal")
     monkeypatch.setattr("model.KVCache", lambda *args: made.append(KVCache(*args)) or made[0])
     model.bf16 = bf16
     generate(model, torch.zeros(2, 4, dtype=torch.long), 8, lambda logits: logits.argmax(-1))

@@ -60,7 +60,7 @@ def test_every_weight_is_in_one_optimizer_and_muon_has_the_blocks_matrices(optim
 
 def test_ar_loss_is_the_mean_next_token_loss():
     """Against the logits of a full pass, the start symbol first. float32: 1e-5."""
-    model, x = small(causal=True), torch.arange(14).view(2, 7) % 7
+    model, x = small(attention="causal"), torch.arange(14).view(2, 7) % 7
     log_p = model(torch.cat((torch.full((2, 1), 7), x[:, :-1]), 1)).log_softmax(-1)
     expected = -log_p.gather(2, x[:, :, None]).mean()
     assert train.ar_loss(model, x, 7).item() == pytest.approx(expected.item(), rel=1e-5)
