@@ -98,7 +98,6 @@ class Processes(typing.NamedTuple):
 
 def start(device):
     """Device and processes: 'auto' | 'cpu' | 'cuda' -> Processes.
-
     Under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK) the processes are joined, by NCCL on
     GPUs and gloo on the CPU. Raises UserError if CUDA is asked for and absent.
     """

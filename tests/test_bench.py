@@ -284,7 +284,8 @@ def test_random_weights_are_named_by_preset(folder, monkeypatch, capsys):
          "--no-compile", "--json", "rows.json", "--dtype", "bfloat16")
     rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
     assert [(r["engine"], r["length"], r["preset"]) for r in rows] == [
-        (engine, L, "nano") for L in (8, 16) for engine in ("ar", "diffusion", "diffusion-naive")]
+        (engine, L, "nano") for L in (8, 16)
+        for engine in ("ar", "diffusion", "diffusion-kv", "diffusion-naive")]
     assert all("gen_ppl" not in r and r["dtype"] == "bfloat16" for r in rows)
 
 

@@ -75,9 +75,9 @@ def test_teacher_steps_are_contiguous_and_fall_by_dt_but_not_below_0(monkeypatch
     No false alarm: 1e-6 is for the rounding of float32."""
     pairs = []
 
-    def unmask_step(model, z, t, s, mask_id, step=diffusion.unmask_step):
+    def unmask_step(model, z, t, s, mask_id, order, step=diffusion.unmask_step):
         pairs.append((t, s))
-        return step(model, z, t, s, mask_id)
+        return step(model, z, t, s, mask_id, order)
     monkeypatch.setattr(distill, "unmask_step", unmask_step)
     t, dt = torch.tensor([1.0, 0.9, 0.5, 0.3, 0.125, 0.03]), 0.125
     distill.sdtt_targets(recorder([]), noisy(6, 8, 0.5, seed=0), t, dt, k, MASK)
