@@ -38,7 +38,7 @@ PRESETS = {                      # layers, heads, width, context; small to large
     "large": dict(layers=24, heads=16, width=1536, context=1024),
     "xl": dict(layers=24, heads=32, width=2048, context=1024),
 }
-KINDS = {"positions": ("rope", "learned", "both"), "attention": ("full", "causal", "reveal")}
+CHOICES = {"positions": ("rope", "learned", "both"), "attention": ("full", "causal", "reveal")}
 CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB
 
 
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
         super().__init__()
         if config.width % (2 * config.heads):
             raise ValueError(f"width {config.width} is not a multiple of 2 x {config.heads} heads")
-        for name, known in KINDS.items():
+        for name, known in CHOICES.items():
             if getattr(config, name) not in known:
                 raise ValueError(f"{name}: one of {known}, not {getattr(config, name)!r}")
         self.config = config
