@@ -11,7 +11,6 @@ products (diffusion) that the hardware shows in the same run.
 """
 import functools
 import itertools
-import json
 import math
 import shutil
 import sys
@@ -22,17 +21,19 @@ import torch
 
 import bench_train
 import evaluate
-from common import (UserError, command, flag, load_model, package, parse_flags, seed_all, start,
-                    write)
-from diffusion import categorical, sample
+import figures
+import metrics
+from common import (Processes, UserError, command, flag, load_model, names, package,
+                    parse_flags, seed_all, start)
+from diffusion import categorical, sample, sample_joint
 from machine import (compiled_decode, describe, fill_times, first_run, header, least_memory, limits,
                      line, prepare, roofline, seconds, transformers_gpt2)
 from model import PRESETS, KVCache, ModelConfig, Transformer, decode, generate
 
-COLUMNS = (("engine", "<16"), ("model", "<12"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
+COLUMNS = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
            ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"),
            ("roofline", ">9.0%"), ("peak MB", ">8,.0f"), ("nfe", ">5"), ("gen_ppl", ">8.2f"),
-           ("entropy", ">8.2f"))
+           ("entropy", ">8.2f"), ("of all", ">7.2f"))
 ENGINES = ["ar", "diffusion", "diffusion-kv", "diffusion-naive", "transformers"]
 KINDS = {"ar": "causal", "diffusion": "full", "diffusion-kv": "reveal"}      # whose attention is
 VOCAB, GRAIN = 50257, {"cpu": 16, "cuda": 128}       # of random weights; see model.generate
@@ -64,21 +65,6 @@ class BenchConfig:
 
 # ---- the engines
 
-@torch.compiler.set_stance("force_eager")
-def naive_sample(model, z, steps, mask_id):
-    """Ancestral sampling as the papers' pseudo-code has it (MDLM, SDTT), z (B, L) -> ids (B, L): in
-    each step logits everywhere and one draw from {V tokens, stay masked} by float64 Gumbel noise.
-    The yardstick of speed and law; not compiled, as public code runs it."""
-    for i in range(steps):
-        t, s = 1 - i / steps, 1 - (i + 1) / steps
-        p = model(z).double().softmax(-1)                            # (B, L, V)
-        joint = torch.cat((p * (t - s) / t, torch.full_like(p[..., :1], s / t)), dim=-1)
-        gumbel = -(-torch.rand_like(joint).log()).log()
-        choice = (joint.log() + gumbel).argmax(-1)                   # V, the mask's id: stay
-        z = torch.where(z == mask_id, choice, z)
-    return z
-
-
 def engine(row, model, step, steps):
     """A function that makes row's texts in so many steps. step: AR's, see model.generate."""
     name, B, L = row["engine"], row["batch"], row["length"]
@@ -95,7 +81,7 @@ def engine(row, model, step, steps):
                 torch._dynamo.mark_static_address(stored)
         return lambda: generate(model, prompt, L, categorical, step, GRAIN[device.type], cache)
     z = torch.full((B, L), model.mask_id, device=device)
-    sampler = naive_sample if name == "diffusion-naive" else sample
+    sampler = sample_joint if name == "diffusion-naive" else sample
     return lambda: sampler(model, z, steps, model.mask_id)
 
 
@@ -117,7 +103,7 @@ def files(c):
 
 def checkpoints(c, device):
     """The models of files(c), {engine: {name: model}}."""
-    models = {path.stem: load_model(path)[0] for path in files(c)}
+    models = {name: load_model(path)[0] for name, path in names(files(c)).items()}
     context = min(model.config.context for model in models.values())
     if max(c.length or [0]) > context:
         raise UserError(f"--length {max(c.length)} is beyond the context of the checkpoints, "
@@ -192,11 +178,11 @@ def measure(c, group, device, machine):
 
 
 def quality(c, models, device, name, label, steps):
-    """Perplexity under the AR model, and entropy, of a trained model's texts."""
-    x = evaluate.draw_samples(models[name][label], c.samples, steps, device, 0)
+    """Perplexity under the AR model, and both entropies, of a trained model's texts."""
+    x = evaluate.draw_samples(models[name][label], c.samples, steps, Processes(device), 0)
     judge, = list(models["ar"].values())[:1]
-    return (evaluate.gen_ppl(evaluate.make_judge(judge), x)[0],
-            evaluate.entropy(x.cpu(), judge.config.vocab)[0])
+    return (metrics.gen_ppl(metrics.make_judge(judge), x.to(device))[0],
+            *(f(x, judge.config.vocab)[0] for f in (metrics.entropy, metrics.pooled_entropy)))
 
 
 # ---- what is shown
@@ -251,7 +237,7 @@ def settle(c, train, device):
 def bench(c, device, machine):
     """Measure and print everything that c asks for; returns the rows."""
     rows = []
-    columns = COLUMNS[:-2] if c.preset else COLUMNS
+    columns = COLUMNS[:-3] if c.preset else COLUMNS
     print(header(columns))
     for preset in c.preset or [None]:
         models = random_weights(c, device, preset) if preset else checkpoints(c, device)
@@ -265,7 +251,7 @@ def bench(c, device, machine):
             for row in new if models.get("ar") and not preset else []:
                 if row["engine"] in models and "error" not in row:
                     of = row["engine"], row["model"], row["steps"]
-                    row["gen_ppl"], row["entropy"] = judged(*of)
+                    row["gen_ppl"], row["entropy"], row["of all"] = judged(*of)
             against_ar(new)
             print("\n".join(line(row, columns) for row in new), flush=True)
             rows += new
@@ -285,11 +271,11 @@ def main():
     rows = (bench_train.bench if train else bench)(c, device, machine)
     if c.json:
         results = {"argv": sys.argv[1:], "machine": machine, "rows": rows}
-        write(Path(c.json), lambda f: f.write(json.dumps(results, indent=1).encode()))
+        figures.write_results(c.json, results)
     if all("error" in row for row in rows):
         raise UserError("nothing fits in memory; choose a smaller --batch, --length or --preset")
     if c.plot:
-        evaluate.draw_latency(rows, c.plot)
+        figures.draw_latency(rows, c.plot)
 
 
 if __name__ == "__main__":

@@ -64,9 +64,10 @@ def parse_flags(Config, description, argv=None, **positional):
     Exits with usage and status 2 on an unknown, ill-typed or out-of-range flag."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, text in positional.items():
-        parser.add_argument(name, help=text)
     hints = typing.get_type_hints(Config)
+    for name, text in positional.items():
+        many = dict(nargs="+") if typing.get_origin(hints[name]) is list else {}
+        parser.add_argument(name, help=text, **many)
     fields = [f for f in dataclasses.fields(Config) if f.metadata]
     for f in fields:
         kind = (typing.get_args(hints[f.name]) or (hints[f.name],))[0]       # int | None -> int
@@ -193,6 +194,13 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
         raise UserError(f"{path} holds a model of kind {content['kind']!r}, but "
                         f"{' or '.join(kinds)} is needed here")
     return content
+
+
+def names(paths):
+    """{name: path} of files: their stems, with the folder before it where two have the same."""
+    paths = [Path(path) for path in paths]
+    alike = len({path.stem for path in paths}) < len(paths)
+    return {f"{path.parent.name}/{path.stem}" if alike else path.stem: path for path in paths}
 
 
 def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):

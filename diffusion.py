@@ -49,16 +49,16 @@ def weighted_nll(logits, x, weight):
     return weight * F.cross_entropy(logits, x, reduction="none")
 
 
-def categorical(logits):
+def categorical(logits, dtype=torch.float64):
     """One exact draw per row: logits (..., V) -> ids (...).
 
     By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be out of
     reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The exponentials
     may be float32: that is a relative error, 1e-7 of each probability.
     """
-    cdf = (logits - logits.amax(-1, keepdim=True)).exp_().double()
+    cdf = (logits - logits.amax(-1, keepdim=True)).exp_().to(dtype)
     torch.cumsum(cdf, -1, out=cdf)           # with dtype=float64 instead, 7 times as long
-    u = torch.rand(cdf.shape[:-1] + (1,), dtype=torch.float64, device=cdf.device) * cdf[..., -1:]
+    u = torch.rand(cdf.shape[:-1] + (1,), dtype=dtype, device=cdf.device) * cdf[..., -1:]
     ids = torch.searchsorted(cdf, u, right=True)[..., 0]             # first entry above u
     return ids.clamp(max=cdf.shape[-1] - 1)                          # u may round up to the total
 
@@ -172,4 +172,23 @@ def sample_cached(model, z, order, when, draw):
         else:
             h = model.read(cache, z[at], at[1].to(z.device), row, col, slot, limit, len(tokens))
         z[row[len(tokens):], at[1][len(tokens):]] = draw_tokens(model, h, draw)
+    return z
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0):
+    """Ancestral sampling as the papers' pseudo-code has it (MDLM, SDTT), z (B, L) -> ids (B, L): in
+    each step logits everywhere and one draw from {V tokens, stay masked} by Gumbel noise. The same
+    law as sample's, and the yardstick of its speed; not compiled, as public code runs it. In
+    float32, as public code has it, the law is another: a token that would be drawn in a step with
+    less than 6e-8 never is, as noise of 24 bits ends at 16.6 (arXiv 2409.02908).
+    """
+    for i in range(steps):
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        p = sharpen(model(z), temperature).to(dtype).softmax(-1)     # (B, L, V)
+        joint = torch.cat((p * (t - s) / t, torch.full_like(p[..., :1], s / t)), dim=-1)
+        gumbel = -(-torch.rand_like(joint).log()).log()
+        choice = (joint.log() + gumbel).argmax(-1)                   # V, the mask's id: stay
+        z = torch.where(z == mask_id, choice, z)
     return z

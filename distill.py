@@ -20,10 +20,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import evaluate
-from common import (Run, UserError, command, flag, load_model, make_optimizers, parse_flags,
-                    resume, start, write)
+import figures
+from common import (Processes, Run, UserError, command, flag, load_model, make_optimizers,
+                    parse_flags, resume, start, write)
 from data.dataset import load_data
 from diffusion import q_sample, sample_t, unmask_step
+from metrics import make_judge
 from model import Transformer
 from train import FREE, LoopConfig, TrainConfig, as_command, fit, prepare_model, train
 
@@ -46,7 +48,7 @@ class DistillConfig(LoopConfig):
     batch: int = flag(32, "sequences per step, over all processes", low=1)
     warmup: int = flag(10, "steps of linear warm-up in each round", low=0)
     samples: int = flag(256, "samples for each number of a table with up to 32 steps; half as "
-                        "many beyond", low=2)
+                        "many beyond; 0: no judge, no table, only the rounds", low=0)
     teacher: str | None = flag(None, "checkpoint of the teacher [teacher.pt of --out, trained if "
                                "it is missing]")
     judge: str | None = flag(None, "checkpoint of the AR judge [ar.pt of --out, likewise]")
@@ -54,6 +56,8 @@ class DistillConfig(LoopConfig):
     def __post_init__(self):
         self.teacher_steps = self.teacher_steps or {"nano": 256}.get(self.preset, 1024)
         self.steps_per_round = self.steps_per_round or (150 if self.dataset == "stories" else 600)
+        if self.samples == 1:
+            raise UserError("--samples 1 has no standard error; give 2 or more, or 0 for none")
 
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
@@ -190,11 +194,11 @@ def fill_rows(c, p, data, results, name, model, judge, digest, context):
     for steps in COLUMNS if diffusion else [None]:
         if not any(row["model"] == name and row["steps"] == steps for row in results["rows"]):
             n = c.samples if (steps or 0) <= 32 else max(2, c.samples // 2)
-            results["rows"].append(evaluate.evaluate(name, model, judge, data, steps, n, p.device,
-                                                     c.seed, context))
-            evaluate.write_results(path, results)
+            results["rows"].append(evaluate.evaluate(name, model, judge, data, steps, n,
+                                                     Processes(p.device), c.seed, context))
+            figures.write_results(path, results)
     shown = [row for row in results["rows"] if row["model"] == name and row["steps"] in (None, 8)]
-    print(f"{name}{', 8 steps' * diffusion}: {evaluate.summary(shown[0])}", flush=True)
+    print(f"{name}{', 8 steps' * diffusion}: {figures.summary(shown[0])}", flush=True)
 
 
 def open_results(c):
@@ -214,7 +218,7 @@ def show_samples(c, p, data, models):
     text = ""
     for steps in (8, 32):
         for name, model in models.items():
-            rows = evaluate.draw_samples(model, 3, steps, p.device, c.seed).tolist()
+            rows = evaluate.draw_samples(model, 3, steps, Processes(p.device), c.seed).tolist()
             texts = [data.tokenizer.decode(row).strip().replace("\n", "\n    ") for row in rows]
             text += f"\n{name}, {steps} steps:\n" + "".join(f"  * {one}\n" for one in texts)
     write(c.folder / "samples.txt", lambda f: f.write(text.encode()))
@@ -243,10 +247,13 @@ def get_model(c, p, data, objective, given, kinds):
 
 
 def judge_and_teacher(c, p, data):
-    """Both, as get_model does; the given ones first, so that a mistake shows before training."""
+    """Both, as get_model does; the given ones first, so that a mistake shows before training. The
+    judge is (None, None) where nothing is measured."""
     wanted = [("ar", c.judge, ("ar",)), ("mdlm", c.teacher, ("mdlm", "sdtt"))]
-    found = {one[0]: get_model(c, p, data, *one)
-             for one in sorted(wanted, key=lambda one: one[1] is None)}
+    found = {one[0]: get_model(c, p, data, *one) for one in sorted(
+        wanted[c.samples == 0:], key=lambda one: one[1] is None)}
+    if not c.samples:
+        return (None, None), found["mdlm"]
     reads, writes = (found[objective][0].config.context for objective in ("ar", "mdlm"))
     if found["ar"][1]["tokenizer"] == data.tokenizer.spec and reads < writes:
         raise UserError(f"the judge reads at most {reads} tokens, the teacher writes {writes}; "
@@ -254,27 +261,29 @@ def judge_and_teacher(c, p, data):
     return found["ar"], found["mdlm"]
 
 
-def main():
-    c = parse_flags(DistillConfig, __doc__)
+def distill(c, p):
+    """The whole path that DistillConfig c describes, or what is left of it, in processes p."""
     plan = schedule(c.teacher_steps, c.rounds, c.k)
-    p = start(c.device)
     data = load_data(c.dataset, p)
     (judge, judge_file), (teacher, teacher_file) = judge_and_teacher(c, p, data)
-    results, origin, judged_by = open_results(c), fingerprint(teacher), fingerprint(judge)
-    seconds, foreign = results["seconds"], judge_file["tokenizer"] != data.tokenizer.spec
-    seconds |= {"ar": judge_file["seconds"], "teacher": teacher_file["seconds"]}
-    results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
-    judged = evaluate.make_judge(judge, judge_file["tokenizer"], data.tokenizer)
+    results, origin = open_results(c), fingerprint(teacher)
+    seconds = results["seconds"]
+    seconds |= {"teacher": teacher_file["seconds"]}
+    if judge:
+        foreign, judged_by = judge_file["tokenizer"] != data.tokenizer.spec, fingerprint(judge)
+        seconds |= {"ar": judge_file["seconds"]}
+        results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
+        judged = make_judge(judge, judge_file["tokenizer"], data.tokenizer)
 
     def report(name, model, digest):
-        if p.rank == 0:
+        if judge and p.rank == 0:
             fill_rows(c, p, data, results, name, model, judged, f"{digest} {judged_by}",
                       teacher.config.context)
         if p.world > 1:
             dist.barrier()
 
     report("data", None, "")
-    if not foreign:
+    if judge and not foreign:
         report("ar", judge, judged_by)
     report("teacher", teacher, origin)
     student = prepare_model(Transformer(dataclasses.replace(teacher.config, dropout=c.dropout)),
@@ -287,21 +296,32 @@ def main():
         optimizers, seconds[f"round {r + 1}"] = distill_round(
             c, p, data, r, student, ema, optimizers, origin)
         report(f"round {r + 1}", ema, fingerprint(ema))
-    if p.rank == 0:
-        seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)
-        order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(c.rounds)]
-        results["rows"] = [row for name in order for row in results["rows"]
-                           if row["model"] == name]
-        evaluate.write_results(c.folder / "results.json", results)
-        print(f"\ngenerative perplexity and entropy (judged: {results['judged']})"
-              + "\nshare of valid texts, contradictions per text" * bool(data.oracle)
-              + "\nentropy of all texts together"
-              + ", share that are training texts" * data.texts)
-        print(evaluate.table(results["rows"]))
-        show_samples(c, p, data, {"teacher": teacher, f"round {c.rounds}": ema})
-        if not evaluate.draw_curve(results["rows"], c.folder / "curve.png"):
-            print("no curve.png: matplotlib is not installed (pip install matplotlib)")
-        print(f"{c.folder}: {sum(seconds.values()):.0f} s in all")
+    if judge and p.rank == 0:
+        conclude(c, p, data, results, {"teacher": teacher, f"round {c.rounds}": ema})
+
+
+def conclude(c, p, data, results, models):
+    """Put the rows in order, and print and write everything that there is to see."""
+    seconds = results["seconds"]
+    seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)
+    order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(c.rounds)]
+    results["rows"] = [row for name in order for row in results["rows"] if row["model"] == name]
+    figures.write_results(c.folder / "results.json", results)
+    print(f"\ngenerative perplexity and entropy (judged: {results['judged']})"
+          + "\nshare of valid texts, contradictions per text" * bool(data.oracle)
+          + "\nentropy of all texts together"
+          + ", share that are training texts" * data.texts)
+    print(figures.table(results["rows"]))
+    show_samples(c, p, data, models)
+    if not figures.draw_curve(results["rows"], c.folder / "curve.png"):
+        print("no curve.png: matplotlib is not installed (pip install matplotlib)")
+    print(f"{c.folder}: {sum(seconds.values()):.0f} s in all")
+
+
+def main():
+    c = parse_flags(DistillConfig, __doc__)
+    schedule(c.teacher_steps, c.rounds, c.k)
+    distill(c, start(c.device))
 
 
 if __name__ == "__main__":

@@ -1,230 +1,342 @@
-"""Quality of samples: what distill.py prints after each round.
+"""Quality: likelihood, samples, diversity, and last words of any checkpoints, side by side.
 
-Every number has a standard error beside it (NAME_se), and generative perplexity never stands
-without entropy: a model that repeats itself pleases the judge. Token draws are in float64.
+    python evaluate.py out/stories-nano/teacher.pt out/stories-nano/round7.pt --steps 8 32
+    python evaluate.py out/stories-nano/round7.pt --frontier --plot frontier.png
+    python evaluate.py out/stories-nano/teacher.pt --steps 1024 --joint --precision 32
+
+Every number has a standard error, every row says how its samples were drawn. Perplexity can be
+bought by repetition: rows whose entropy is too low are marked, and --frontier compares models at
+equal entropy. The same seed gives the same table, on one process or on several.
 """
-import json
 import math
+import platform
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from common import seed_all, write
-from data.dataset import make_tokenizer
-from diffusion import categorical, sample
-from model import generate, nll
+import figures
+import likelihood
+from common import (UserError, command, flag, load_model, names, package, parse_flags, seed_all,
+                    start)
+from data.dataset import Data, load_data, make_tokenizer
+from diffusion import categorical, sample, sample_joint, sharpen
+from metrics import (diversity, make_judge, mauve, mean_se, measure, perplexity, put, self_bleu)
+from model import generate
 
-BATCH = 32                           # sequences sampled at a time
-
-
-def mean_se(values):
-    """Mean of values (n,) and its standard error."""
-    values = values.double()
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
-
-
-def make_judge(model, spec=None, tokenizer=None):
-    """An AR model as a judge: f(x (n, L)) -> nats (n,), tokens (n,), what each text costs it and of
-    how many of its tokens that is. spec: of the judge's tokenizer; where `tokenizer`, the texts',
-    is another, they are decoded and encoded anew, and judged up to the judge's context."""
-    same = tokenizer is None or spec == tokenizer.spec
-    encode = None if same else make_tokenizer(spec).encode
-
-    @torch.no_grad()
-    def judge(x):
-        rows = x.tolist() if same else [encode(tokenizer.decode(row))[:model.config.context]
-                                        for row in x.tolist()]
-        counts = torch.tensor([len(row) for row in rows], device=x.device)
-        width = max(1, int(counts.max()))                # what stands beyond a text's end is
-        y = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=x.device)
-        within = torch.arange(width, device=x.device) < counts[:, None]      # not seen from it
-        nats = [nll(model, part, model.mask_id) for part in y.split(BATCH)]
-        return (torch.cat(nats) * within).sum(1).double(), counts
-    return judge
+BATCH = 32                           # sequences at a time
+TEMPERATURES = [0.7, 0.8, 0.9, 1.0, 1.1]     # of the frontier
 
 
-def gen_ppl(judge, x):
-    """Generative perplexity of x (n, L): exp of the judge's mean nats per token, and its SE."""
-    nats, tokens = judge(x)
-    mean = (nats.sum() / tokens.sum()).item()
-    se = mean_se((nats - mean * tokens) / tokens.double().mean())[1]
-    return math.exp(mean), math.exp(mean) * se
+@dataclass
+class EvaluateConfig:
+    checkpoint: list[str]            # the arguments without --
+    steps: list[int] | None = flag(None, "diffusion steps [8 16 32]", low=1)
+    judge: str | None = flag(None, "AR checkpoint that reads the samples [ar.pt beside the first "
+                             "checkpoint]")
+    teacher: str | None = flag(None, "checkpoint of those given whose entropy the others are "
+                               "measured by [the first that is not distilled]")
+    dataset: str | None = flag(None, "folder of a dataset, or a text file [the first checkpoint's]")
+    samples: int = flag(256, "texts for each row", low=3)
+    length: int | None = flag(None, "tokens of a text [the least context]", low=9)
+    sequences: int | None = flag(None, "pieces of val.bin for the likelihood [32,768 tokens, but "
+                                 "32 at least]", low=2)
+    temperature: list[float] | None = flag(None, "divides the logits [1]", low=0.01)
+    frontier: bool = flag(False, "perplexity at equal entropy, from temperatures 0.7 to 1.1")
+    precision: int = flag(64, "bits of the token draw", choices=[32, 64])
+    joint: bool = flag(False, "draw tokens and whether they open together, as public code does")
+    lambada: str | None = flag(None, "JSONL file of passages to complete by the last word")
+    last_word: str | None = flag(None, "text file; its passages of 20 words or more, likewise")
+    tasks: int | None = flag(None, "passages at most [all]", low=2)
+    continuations: int = flag(0, "of each prompt from val.bin, see --prompts", low=0)
+    prompts: int = flag(64, "prompts to continue", low=2)
+    prompt_tokens: int | None = flag(None, "tokens of a prompt [half the text's]", low=1)
+    mauve: str | None = flag(None, "converted GPT-2 whose features compare the continuations with "
+                             "the data's (needs mauve-text)")
+    plot: str | None = flag(None, "picture of the frontier (needs matplotlib)")
+    json: str | None = flag(None, "file for everything measured")
+    seed: int = flag(0, "seed of the samples")
+    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
 
 
-def entropy(x, vocab):
-    """Entropy of each sequence's own token frequencies, x (n, L) -> mean in nats, and its SE.
-    Below the data's it means repetition within a text."""
-    counts = torch.zeros(len(x), vocab).scatter_add_(1, x, torch.ones(x.shape))
-    return mean_se(torch.special.entr(counts / x.shape[1]).sum(1))
+# ---- samples
+
+def spread(parts, f, p, title=None):
+    """[f(part) for part in parts], dealt out to the processes in turn; each gets all results."""
+    parts = list(parts)
+    mine = [f(part) for part in tqdm(parts[p.rank::p.world], desc=title, leave=False, ncols=90,
+                                     disable=title is None or p.rank > 0)]
+    everyone = [mine]
+    if p.world > 1:
+        dist.all_gather_object(everyone := [None] * p.world, mine)
+    return [everyone[i % p.world][i // p.world] for i in range(len(parts))]
 
 
-def pooled_entropy(x, vocab):
-    """Entropy of the token frequencies of all of x (n, L) together, in nats, and its SE.
-    Below the data's it means that the texts resemble each other, be each as rich as it may."""
-    p = torch.bincount(x.flatten(), minlength=vocab) / x.numel()     # (V,)
-    return mean_se(-p.log()[x].mean(1))      # the entropy is the mean of -log p over all tokens
+def draw_samples(model, n, steps, p, seed, title=None, temperature=1.0, precision=64, joint=False,
+                 length=None, prompts=None, calls=None):
+    """n texts (n, L) on the CPU: diffusion in `steps` steps, AR token by token. The same seed gives
+    models of one shape the same order of reveal. prompts: their first tokens (n, P). calls: a list
+    that gets the number of network calls of each batch."""
+    dtype = {32: torch.float32, 64: torch.float64}[precision]
+
+    def draw(logits):
+        return categorical(sharpen(logits, temperature), dtype)
+
+    def write(i):
+        seed_all(seed, "samples", steps, i)
+        known = torch.zeros((min(BATCH, n - i), 0), dtype=torch.long)
+        known = (known if prompts is None else prompts[i:i + BATCH]).to(p.device)
+        L = length or model.config.context
+        if model.config.causal:
+            return generate(model, known, L, draw).cpu()
+        z = torch.full((len(known), L), model.mask_id, device=p.device)
+        z[:, :known.shape[1]] = known
+        if joint:
+            return sample_joint(model, z, steps, model.mask_id, dtype, temperature).cpu()
+        return sample(model, z, steps, model.mask_id, draw).cpu()
+
+    def batch(i):
+        count = []
+        hook = model.embed.register_forward_hook(lambda *_: count.append(1))
+        x = write(i)
+        hook.remove()
+        return x, len(count)
+    x, counts = zip(*spread(range(0, n, BATCH), batch, p, title))
+    if calls is not None:
+        calls += counts
+    return torch.cat(x)
 
 
-def contradictions(x, data):
-    """How many faults the dataset's oracle finds in each of x (n, L), (n,); None without one."""
-    if data.oracle != "stories":
-        return None
-    from data.stories import language
-    return torch.tensor([float(len(language.contradictions(data.tokenizer.decode(row).split())))
-                         for row in x.tolist()])
+def evaluate(name, model, judge, data, steps, n, p, seed, context, more=False, **how):
+    """One row of results: n samples of a model (None: n texts of the validation data, of `context`
+    tokens) measured, with more by metrics.diversity too. how: see draw_samples."""
+    began, calls = time.time(), []
+    if model is None:
+        seed_all(seed, "data")
+        x = data.batch("val", n, context, torch.device("cpu"))
+    else:
+        x = draw_samples(model, n, steps, p, seed, f"{name}, {steps} steps", calls=calls, **how)
+    row = {"model": name, "steps": steps, "nfe": sum(calls) / len(calls) if calls else None,
+           "temperature": how.get("temperature", 1.0), "precision": how.get("precision", 64),
+           "joint": how.get("joint", False), "seed": seed, **measure(x.to(p.device), judge, data)}
+    row |= {"temperature": None, "precision": None} if model is None else {}
+    row |= diversity(x, data) if more else {}
+    return row | {"seconds": round(time.time() - began, 2)}
 
 
-def copies(x, data):
-    """Which of x (n, L) are training texts word for word, (n,) bool; None where a text may begin
-    anywhere."""
-    if not data.texts or data.stride != x.shape[1]:
-        return None
-    samples = [row.astype(data.train.dtype).tobytes() for row in x.numpy()]
-    rows = data.train[:len(data.train) // data.stride * data.stride].reshape(-1, data.stride)
-    known = set(samples) & {row.tobytes() for row in rows}
-    return torch.tensor([sample in known for sample in samples])
+# ---- likelihood and last words
+
+def val_pieces(data, n, length):
+    """At most n pieces of val.bin, evenly spread, ids (n, length): rows where it has them."""
+    stride = data.stride or length
+    first = np.arange((len(data.val) - length) // stride + 1) * stride
+    first = first[np.linspace(0, len(first) - 1, min(n, len(first))).astype(int)]
+    return torch.from_numpy(data.val[first[:, None] + np.arange(length)].astype(np.int64))
 
 
-def measure(x, judge, data):
-    """Everything about samples x (n, L): {"gen_ppl", "gen_ppl_se", "entropy", ..., "samples"}."""
-    row, vocab = {"samples": len(x)}, data.tokenizer.vocab
-    row["gen_ppl"], row["gen_ppl_se"] = gen_ppl(judge, x)
-    x = x.cpu()
-    row["entropy"], row["entropy_se"] = entropy(x, vocab)
-    row["pooled_entropy"], row["pooled_entropy_se"] = pooled_entropy(x, vocab)
-    faults = contradictions(x, data)
-    for name, values in (("valid", None if faults is None else faults == 0),
-                         ("contradictions", faults), ("copies", copies(x, data))):
-        row[name], row[name + "_se"] = (None, None) if values is None else mean_se(values)
+def likelihood_row(name, model, x, p, draws=8):
+    """Nats per token of x (n, L): a diffusion model's bound in two estimates, or AR's exact value.
+    All models meet the same noise. Perplexity is exp of the better-known one."""
+    def batch(i):
+        seed_all("likelihood", i)
+        part = x[i:i + BATCH].to(p.device)
+        if model.config.causal:
+            return {"nll": likelihood.exact(model, part, model.mask_id).cpu()}
+        return {f.__name__: f(model, part, model.mask_id, draws).cpu()
+                for f in (likelihood.bound, likelihood.any_order)}
+    parts = spread(range(0, len(x), BATCH), batch, p, f"{name}, likelihood")
+    row = {"model": name, "sequences": len(x), "tokens": x.numel()}
+    for key in parts[0]:
+        put(row, key, mean_se(torch.cat([part[key] for part in parts])))
+    best = min(parts[0], key=lambda key: row[key + "_se"])
+    put(row, "ppl", (math.exp(row[best]), math.exp(row[best]) * row[best + "_se"]))
     return row
 
 
-def draw_samples(model, n, steps, device, seed, title=None):
-    """n sequences of the model's context (n, L): diffusion in `steps` steps, AR token by token.
-    The same seed gives models of one shape the same order of reveal."""
-    parts = range(0, n, BATCH)
-    out = []
-    for i in tqdm(parts, desc=title, disable=title is None, leave=False, ncols=90):
-        seed_all(seed, "samples", steps, i)
-        B = min(BATCH, n - i)
-        if model.config.causal:
-            prompt = torch.zeros((B, 0), dtype=torch.long, device=device)
-            out.append(generate(model, prompt, model.config.context, categorical))
-        else:
-            z = torch.full((B, model.config.context), model.mask_id, device=device)
-            out.append(sample(model, z, steps, model.mask_id))
-    return torch.cat(out)
+def last_word_row(name, model, tasks, p):
+    """The accuracies and the perplexity of the last words of tasks: see likelihood.last_word."""
+    def batch(part):
+        numbers, x, w = part
+        seed_all("last word", numbers)
+        found = likelihood.answer(model, x.to(p.device), w)
+        return {key: values.cpu() for key, values in found.items()}
+    answers = spread(likelihood.batches(tasks, BATCH), batch, p, f"{name}, last words")
+    return {"model": name, **likelihood.last_word(answers, tasks)}
 
 
-def evaluate(name, model, judge, data, steps, n, device, seed, context):
-    """One row of results: n samples of a model (None: n texts of the validation data, of `context`
-    tokens) measured."""
-    began = time.time()
-    if model is None:
-        seed_all(seed, "data")
-        x = data.batch("val", n, context, device)
-    else:
-        x = draw_samples(model, n, steps, device, seed, f"{name}, {steps} steps")
-    return {"model": name, "steps": steps, **measure(x, judge, data),
-            "seconds": round(time.time() - began, 2)}
+def continuation_row(name, model, judge, gpt2, data, steps, x, c, p, **how):
+    """Conditional text: c.continuations of the first c.prompt_tokens tokens of each of x (n, L), of
+    as many tokens as x has; model None: x itself. Perplexity under the judge given the prompt,
+    self-BLEU among the continuations of a prompt, MAUVE against x where gpt2 is given."""
+    row, P, m = {"model": name, "steps": steps}, c.prompt_tokens, c.continuations
+    y, real = x, x.repeat_interleave(m, 0)
+    if model is not None:
+        y = draw_samples(model, len(real), steps, p, c.seed, f"{name}, continuations",
+                         length=x.shape[1], prompts=real[:, :P], **how)
+        put(row, "self_bleu4", mean_se(torch.tensor(
+            [self_bleu(part[:, P:])[-1][0] for part in y.split(m)])) if m > 2 else (None, None))
+    put(row, "gen_ppl", perplexity(*judge(y.to(p.device), P)) if judge else (None, None))
+    if gpt2 and model is not None:
+        put(row, "mauve", mauve(gpt2, x, y, data.tokenizer))
+    return row | {"prompts": len(x), "prompt_tokens": P, "texts": len(y)}
 
 
-def summary(row):
-    """A row in one line of text."""
-    text = f"{row['gen_ppl']:.2f} (±{row['gen_ppl_se']:.2f}) at entropy {row['entropy']:.2f}"
-    if row["valid"] is not None:
-        text += f", {row['valid']:.0%} valid, {row['contradictions']:.2f} contradictions"
-    return text
+# ---- the command
+
+def open_data(c, config, tokenizer, p):
+    """The dataset to measure on: a folder, or a text file in the tokens of the checkpoints. Raises
+    UserError where it does not fit."""
+    name = c.dataset or config.get("dataset")
+    if name is None:
+        raise UserError(f"{c.checkpoint[0]} does not say what it was trained on; give --dataset")
+    if Path(name).is_file():
+        ids = np.array(tokenizer.encode(likelihood.read_text(name)))
+        return Data(Path(name), ids[:0], ids, tokenizer, None, False, None)
+    data = load_data(name, p)
+    if data.tokenizer.spec != tokenizer.spec:
+        raise UserError(f"{c.checkpoint[0]} knows other tokens than {data.folder}; give --dataset a "
+                        "folder of the same tokens, or a text file")
+    return data
 
 
-LINES = (("gen_ppl", "entropy", "9.2f", "5.2f"), ("valid", "contradictions", "9.0%", "5.2f"),
-         ("pooled_entropy", "copies", "9.2f", "5.0%"))   # of a model in the table
+def open_models(c, p):
+    """{name: (model, content)} of the checkpoints. Raises UserError where they differ in tokens."""
+    models = {name: load_model(path, p.device) for name, path in names(c.checkpoint).items()}
+    specs = [content["tokenizer"] for _, content in models.values()]
+    if any(spec != specs[0] for spec in specs):
+        raise UserError("the checkpoints know different tokens; evaluate them one by one")
+    return models
 
 
-def table(rows):
-    """Rows as text: for each model and number of steps generative perplexity and entropy; below,
-    where there is an oracle, valid share and contradictions; below, pooled entropy and copies."""
-    columns = sorted({row["steps"] for row in rows if row["steps"]})
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    lines = [f"{'steps':10}" + "".join(f"{steps:>14}" for steps in columns)]
-    for name in names:
-        cells = {row["steps"]: row for row in rows if row["model"] == name}
-        if None in cells:                                # data and AR have no number of steps
-            cells = {columns[0]: cells[None]}
-        for i, (left, right, *formats) in enumerate(LINES):
-            line = name if i == 0 else ""
-            for j, steps in enumerate(columns):
-                values = [cells[steps][key] for key in (left, right)] if steps in cells else []
-                cell = "".join(format(v, f) for v, f in zip(values, formats) if v is not None)
-                line = f"{line:<{10 + 14 * j}}{cell}"
-            lines += [line.rstrip()] if line.strip() else []
-    return "\n".join(lines)
+def open_judge(c, tokenizer, p):
+    """(judge, its model where it has the same tokens, what it reads), from --judge or ar.pt beside
+    the first checkpoint."""
+    path = Path(c.judge) if c.judge else Path(c.checkpoint[0]).with_name("ar.pt")
+    if not c.judge and not path.exists():
+        raise UserError(f"no {path} to judge the samples; give an AR checkpoint as --judge")
+    model, content = load_model(path, p.device, ("ar",))
+    same = content["tokenizer"] == tokenizer.spec
+    if same and c.length > model.config.context:
+        raise UserError(f"{path} reads at most {model.config.context} tokens, the texts have "
+                        f"{c.length}; give another --judge, or --length")
+    return (make_judge(model, content["tokenizer"], tokenizer), model if same else None,
+            f"{path}, " + ("in tokens" if same else "re-tokenised: in its own tokens"))
 
 
-def draw_curve(rows, path):
-    """Generative perplexity and both entropies against steps, a line per model, as a PNG file,
-    where matplotlib is installed. Returns whether it was drawn."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    columns = sorted({row["steps"] for row in rows if row["steps"]})
-    for axis, key, label in zip(axes, ("gen_ppl", "entropy", "pooled_entropy"),
-                                ("generative perplexity", "unigram entropy within a text (nats)",
-                                 "entropy of all texts together (nats)")):
-        for i, name in enumerate(names):
-            points = [(row["steps"], row[key], row[key + "_se"]) for row in rows
-                      if row["model"] == name]
-            color = {"data": "black", "ar": "grey"}.get(name, plt.cm.viridis(i / len(names)))
-            if points[0][0] is None:
-                axis.axhline(points[0][1], color=color, linestyle="--", label=name)
-            else:
-                axis.errorbar(*zip(*[(s, y) for s, y, _ in points]), [e for _, _, e in points],
-                              color=color, marker="o", markersize=3, label=name)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(columns, columns)
-        axis.set_xlabel("sampling steps")
-        axis.set_ylabel(label)
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_minor_formatter("{x:g}")
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    write(path, lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
-    return True
+def settle(c, models, data):
+    """Fill in the flags that were not given. Raises UserError on what does not fit together."""
+    least = min(model.config.context for model, _ in models.values())
+    c.length = c.length or min(least, data.stride or least)
+    c.prompt_tokens = c.prompt_tokens or c.length // 2
+    if c.length > least or data.stride and c.length > data.stride:
+        raise UserError(f"--length {c.length} is beyond the context of {least} tokens, or a row of "
+                        f"{data.folder}")
+    if len(data.val) < c.length:
+        raise UserError(f"{data.folder}: {len(data.val)} tokens to validate with, fewer than a "
+                        f"text of {c.length}; use more text or a smaller --length")
+    if c.prompt_tokens >= c.length:
+        raise UserError(f"--prompt_tokens {c.prompt_tokens} leaves nothing of a text of {c.length} "
+                        "tokens to write; give fewer")
+    if c.mauve and not c.continuations:
+        raise UserError("--mauve compares continuations; give --continuations too, such as 5")
+    if c.teacher and Path(c.teacher).stem not in {name.split("/")[-1] for name in models}:
+        raise UserError(f"--teacher {c.teacher} is not among the checkpoints; name it there too")
+    for name in ["matplotlib.pyplot"] * bool(c.plot) + ["mauve"] * bool(c.mauve):
+        package(name)
+    c.temperature = c.temperature or (TEMPERATURES if c.frontier or c.plot else [1.0])
+    c.steps = sorted(c.steps or [8, 16, 32])
+    c.sequences = c.sequences or max(32, 2 ** 15 // c.length)
+    if c.joint and any(model.reveal for model, _ in models.values()):
+        raise UserError("--joint is not for models with attention reveal, whose order it does not "
+                        "keep; leave it out")
 
 
-def draw_latency(rows, path):
-    """bench.py's rows as SDTT's figure, a PNG file: generative perplexity against latency, a point
-    for each number of steps; AR is a cross of lines. The smallest batch; needs matplotlib."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    fig, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    batch = min(row["batch"] for row in rows)
-    rows = [row for row in rows if "gen_ppl" in row and row["batch"] == batch]
-    for name in dict.fromkeys(row["model"] for row in rows):
-        x, y, labels = zip(*[(r["seconds"], r["gen_ppl"], r["steps"]) for r in rows
-                             if r["model"] == name])
-        if labels[0] is None:
-            axis.axhline(y[0], color="grey", linestyle="--", label="AR with KV cache")
-            axis.axvline(x[0], color="grey", linestyle="--")
-            continue
-        axis.plot(x, y, "o-", label=name)
-        for point in zip(labels, zip(x, y)):
-            axis.annotate(*point, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axis.set(xscale="log", yscale="log", xlabel=f"seconds for {batch} x {rows[0]['length']} tokens",
-             ylabel="generative perplexity (numbers: steps)")
-    axis.legend()
-    write(Path(path), lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
+def open_tasks(c, tokenizer):
+    """{"lambada" or "last_word": tasks} of the files that are given."""
+    found = {}
+    if c.lambada:
+        texts = likelihood.parse_lambada(likelihood.read_text(c.lambada), c.lambada)[:c.tasks]
+        found["lambada"] = likelihood.make_tasks(texts, tokenizer, c.length)
+    if c.last_word:
+        texts = likelihood.passages(likelihood.read_text(c.last_word))[:c.tasks]
+        found["last_word"] = likelihood.make_tasks(texts, tokenizer, c.length, cut=True)
+    return found
 
 
-def write_results(path, results):
-    write(path, lambda f: f.write(json.dumps(results, indent=1).encode()))
+def fill(c, p, models, judge, judge_model, data, results, save):
+    """Measure everything that c asks for, part by part, into results; save() after each row."""
+    tasks, x = open_tasks(c, data.tokenizer), val_pieces(data, c.sequences, c.length)
+    readers = models | ({"judge": judge_model} if judge_model else {})
+    for name, model in readers.items():
+        results["likelihood"].append(likelihood_row(name, model, x, p))
+        save()
+    for part, some in tasks.items():
+        results[part] = []
+        for name, model in readers.items():
+            results[part].append(last_word_row(name, model, some, p))
+            save()
+    how = {"precision": c.precision, "length": c.length}
+    for name, model in {"data": None, **models}.items():
+        diffusion = model is not None and not model.config.causal
+        for steps in c.steps if diffusion else [None]:
+            for T in c.temperature if model is not None else [1.0]:
+                results["samples"].append(evaluate(
+                    name, model, judge, data, steps, c.samples, p, c.seed, c.length, True,
+                    temperature=T, joint=c.joint and diffusion, **how))
+                figures.mark(results["samples"], results["teacher"])
+                save()
+    if len(c.temperature) > 1:
+        results["frontier"] = figures.frontier(results["samples"], results["teacher"])
+    if c.continuations:
+        gpt2, results["continuations"] = None, []
+        if c.mauve:
+            gpt2, content = load_model(c.mauve, p.device, ("ar",))
+            gpt2 = gpt2, make_tokenizer(content["tokenizer"])
+        x = val_pieces(data, c.prompts, c.length)
+        for name, model in {"data": None, **models}.items():
+            diffusion = model is not None and not model.config.causal
+            for steps in c.steps if diffusion else [None]:
+                results["continuations"].append(continuation_row(
+                    name, model, judge, gpt2, data, steps, x, c, p, precision=c.precision,
+                    temperature=c.temperature[0], joint=c.joint and diffusion))
+                save()
+
+
+def main():
+    c = parse_flags(EvaluateConfig, __doc__, checkpoint="of train.py, distill.py or convert.py")
+    p = start(c.device)
+    models = open_models(c, p)
+    content = next(iter(models.values()))[1]
+    tokenizer = make_tokenizer(content["tokenizer"])
+    data = open_data(c, content["config"], tokenizer, p)
+    settle(c, models, data)
+    judge, judge_model, judged = open_judge(c, tokenizer, p)
+    teachers = [name for name, (_, content) in models.items() if content["kind"] == "mdlm"]
+    if c.teacher:
+        teachers = [name for name in models if name.split("/")[-1] == Path(c.teacher).stem]
+    results = {"judge": judged, "data": str(data.folder), "teacher": next(iter(teachers), None),
+               "argv": sys.argv[1:], "torch": torch.__version__, "python": platform.python_version(),
+               "likelihood": [], "samples": []}
+
+    def save():
+        if c.json and p.rank == 0:
+            figures.write_results(c.json, results)
+
+    fill(c, p, {name: model for name, (model, _) in models.items()}, judge, judge_model, data,
+         results, save)
+    save()
+    if p.rank == 0:
+        print(f"{data.folder}; judge: {judged}; {c.samples} texts of {c.length} tokens, seed "
+              f"{c.seed}; token draws in {c.precision} bits" + ", joint" * c.joint)
+        print(figures.show(results))
+        if c.plot:
+            figures.draw_frontier(results["samples"], c.plot)
+
+
+if __name__ == "__main__":
+    command(main)

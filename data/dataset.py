@@ -113,7 +113,8 @@ def _load_data(name):
         raise UserError(f"--dataset {name}: no such folder, and none of {', '.join(known)}")
     if not (folder / "val.bin").exists():
         if name not in ("stories", "pydoc"):                         # the built-in ones
-            how = (f"python data/{folder.name}/prepare.py makes it"
+            how = ("it is for --lambada of evaluate.py" if folder.name == "lambada" else
+                   f"python data/{folder.name}/prepare.py makes it"
                    if (folder / "prepare.py").exists() else "prepare it again")
             raise UserError(f"{folder} has no val.bin; {how}")
         importlib.import_module(f"data.{name}.prepare").main([])

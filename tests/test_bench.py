@@ -43,7 +43,7 @@ def test_fast_and_naive_sampler_have_the_same_exact_law(steps):
     million per case with another seed. One and two steps are far from the joint itself."""
     p = joint(4, 3, seed=3)
     model, law = exact_model(p), ancestral_law(p, steps)
-    naive = bench.naive_sample(model, torch.full((12_000, 3), 4), steps, 4)
+    naive = bench.sample_joint(model, torch.full((12_000, 3), 4), steps, 4)
     fast = torch.cat([sample(model, torch.full((1, 3), 4), steps, 4) for _ in range(12_000)])
     for x in (naive, fast):
         assert chi_square(count(x, 4), law) > LIMIT
@@ -58,7 +58,7 @@ def test_fast_and_naive_sampler_agree_on_a_network():
     model.lm_head.weight.mul_(20)
     z = torch.full((2, 16), 29)
     fast = torch.cat([sample(model, z, 4, 29)[:1] for _ in range(2000)])
-    naive = bench.naive_sample(model, z[:1].expand(2000, -1), 4, 29)
+    naive = bench.sample_joint(model, z[:1].expand(2000, -1), 4, 29)
     for a, b, cells in ((fast[:, 5], naive[:, 5], 29),
                         (fast[:, 5] == fast[:, 4], naive[:, 5] == naive[:, 4], 2)):
         a, b = (torch.bincount(x.long(), minlength=cells).double() for x in (a, b))
@@ -74,7 +74,7 @@ def test_naive_sampler_keeps_the_prompt_and_leaves_no_mask():
     """No chance involved."""
     z = torch.full((3, 16), 29)
     z[:, 2:5] = torch.randint(29, (3, 3))
-    x = bench.naive_sample(model_of(), z, 7, 29)
+    x = bench.sample_joint(model_of(), z, 7, 29)
     assert torch.equal(x[:, 2:5], z[:, 2:5]) and x.max() < 29
 
 
@@ -120,7 +120,7 @@ def test_operations_of_diffusion_are_those_that_pytorch_counts(B, steps):
     last block is computed at a few positions in vain. No false alarm."""
     model, calls = model_of(vocab=300, width=64), []
     model.embed.register_forward_hook(lambda *_: calls.append(1))
-    for name, run in (("diffusion", sample), ("diffusion-naive", bench.naive_sample)):
+    for name, run in (("diffusion", sample), ("diffusion-naive", bench.sample_joint)):
         calls.clear()
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             with FlopCounterMode(display=False) as counter:

@@ -28,6 +28,7 @@ import distill
 import train
 from data import corpus, dataset
 from data.openwebtext import prepare as openwebtext
+from data.lambada import prepare as lambada
 from data.pydoc import prepare as pydoc
 from data.shakespeare_char import prepare as shakespeare
 from data.stories import language
@@ -481,7 +482,7 @@ def top(tmp_path, monkeypatch):
         (tmp_path / "data" / script.parent.name).mkdir(parents=True)
         shutil.copy(script, tmp_path / "data" / script.parent.name)
     monkeypatch.setattr(dataset, "ROOT", tmp_path)
-    for module in (openwebtext, pydoc, shakespeare, stories, text):
+    for module in (lambada, openwebtext, pydoc, shakespeare, stories, text):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "data" / module.FOLDER.name)
     return tmp_path
 
@@ -680,6 +681,26 @@ def test_shakespeare_from_a_local_file_loads_by_name(top):
     data = load("shakespeare_char")
     assert data.tokenizer.decode(everything(data)) == words
     assert data.tokenizer.spec == dict(kind="chars", items=sorted(set(words)))
+
+
+def test_lambada_from_a_local_file_and_what_is_refused(top, capsys, monkeypatch):
+    """A copy lands in its folder; a bad line, a missing file and no network are named, and nothing
+    is written; as a dataset to train on it is refused. Exact."""
+    target = top / "data" / "lambada" / "test.jsonl"
+    (top / "bad.jsonl").write_text('{"text": "a b"}\n{}\n')
+    (top / "good.jsonl").write_text('{"text": "a b"}\n{"text": "c d"}\n')
+    assert "bad.jsonl, line 2" in refused(capsys, lambada, "--file", top / "bad.jsonl")
+    assert "none.jsonl cannot be read" in refused(capsys, lambada, "--file", top / "none.jsonl")
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(lambada.urllib.request, "urlopen", no_network)
+    message = refused(capsys, lambada)
+    assert lambada.URL in message and "--file" in message and not target.exists()
+    call(lambada, "--file", top / "good.jsonl")
+    assert target.read_text() == (top / "good.jsonl").read_text()
+    assert "2 passages" in capsys.readouterr().out
+    assert "--lambada of evaluate.py" in sentence(load, "lambada")
 
 
 def test_shakespeare_that_cannot_be_read_is_refused(top, capsys, monkeypatch):

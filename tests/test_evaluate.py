@@ -1,177 +1,251 @@
-"""The measures of samples against definitions by hand, and the table that shows them."""
+"""The command: what it measures, what it refuses, and that a seed or two processes change nothing."""
 import json
 import math
-import types
 
 import numpy as np
 import pytest
 import torch
 
+import common
 import evaluate
-from data.dataset import make_tokenizer
-from data.stories import language
+import figures
+import toy
+from common import Processes
+from data import dataset
+from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
 
-WORDS = make_tokenizer(dict(kind="words", items=["a", "b", "c", "d"]))
+CPU = Processes(torch.device("cpu"))
+WORDS = dict(kind="words", items=[f"w{i}" for i in range(10)])
 
 
-def dataset(rows, oracle=None, tokenizer=WORDS):
-    """What evaluate needs of a dataset whose training texts are `rows`."""
-    rows = np.array(rows, np.uint16)
-    return types.SimpleNamespace(train=rows.reshape(-1), stride=rows.shape[1], oracle=oracle,
-                                 tokenizer=tokenizer, texts=True)
-
-
-def judge(vocab=4, context=6, seed=0):
+def random_model(attention="full", vocab=10, context=12, seed=0, scale=6):
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(vocab, context, 1, 2, 16, attention="causal")).eval()
-    for w in model.parameters():                     # far from uniform
-        w.data *= 10
+    model = Transformer(ModelConfig(vocab, context, 1, 2, 16, attention=attention)).eval()
+    for w in model.parameters():                         # far from uniform
+        w.data *= scale
     return model
 
 
-def test_mean_and_standard_error():
-    """By hand: 1, 2, 3, 6 have mean 3, variance 14/3, standard error sqrt(14/12). Exact."""
-    assert evaluate.mean_se(torch.tensor([1, 2, 3, 6])) == pytest.approx((3, math.sqrt(14 / 12)))
+def save(path, kind, model, data, tokenizer=WORDS):
+    common.save_checkpoint(
+        path, kind=kind, model_config=model.config.__dict__, model=model.state_dict(),
+        ema=model.state_dict(), optimizer=[], step=1, steps=1, seconds=1.0,
+        config={"dataset": str(data)}, tokenizer=tokenizer)
 
 
-def test_standard_error_covers_the_truth_in_about_95_of_100_cases():
-    """400 means of 30 uniform numbers, within 1.96 errors: 380 expected with a deviation of 4.4;
-    360 to 396 is beyond 3.6 deviations, with another seed less than one in 1,000."""
-    torch.manual_seed(0)
-    pairs = [evaluate.mean_se(torch.rand(30)) for _ in range(400)]
-    assert 360 <= sum(abs(mean - 0.5) < 1.96 * se for mean, se in pairs) <= 396
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a dataset, a teacher, a student, a model with reveal attention, and a judge."""
+    top = tmp_path_factory.mktemp("evaluate")
+    make_dataset(top / "data")
+    save(top / "teacher.pt", "mdlm", random_model(scale=3), top / "data")
+    save(top / "round1.pt", "sdtt", random_model(scale=9), top / "data")
+    save(top / "reveal.pt", "mdlm", random_model("reveal"), top / "data")
+    save(top / "ar.pt", "ar", random_model("causal"), top / "data")
+    return top
 
 
-def test_generative_perplexity_is_the_exponential_of_the_judges_mean_nats():
-    """Token by token with full forward passes. float32 logits: 1e-5. No chance in it."""
-    model, x = judge(), torch.randint(4, (70, 6), generator=torch.Generator().manual_seed(1))
-    nats = torch.zeros(70, dtype=torch.float64)
-    for i in range(6):
-        start = torch.full((70, 1), 4)
-        log_p = model(torch.cat((start, x[:, :i]), 1))[:, -1].double().log_softmax(-1)
-        nats -= log_p.gather(1, x[:, i:i + 1])[:, 0].detach() / 6
-    value, se = evaluate.gen_ppl(evaluate.make_judge(model), x)
-    assert value == pytest.approx(nats.mean().exp().item(), rel=1e-5)
-    assert se == pytest.approx(value * nats.std().item() / math.sqrt(70), rel=1e-4)
-
-
-def test_entropy_is_of_each_text_and_pooled_entropy_of_all():
-    """Texts of one repeated word each: 0 within a text, log 2 and its halves over all; and the
-    other way round, one text of four words twice. Exact up to float32: 1e-6."""
-    same = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
-    assert evaluate.entropy(same, 4) == pytest.approx((0, 0), abs=1e-6)
-    assert evaluate.pooled_entropy(same, 4) == pytest.approx((math.log(2), 0), abs=1e-6)
-    rich = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
-    assert evaluate.entropy(rich, 4)[0] == pytest.approx(math.log(4), abs=1e-6)
-    mixed = torch.tensor([[0, 0, 0, 1], [0, 0, 2, 2]])
-    p = torch.tensor([5, 1, 2]) / 8
-    assert evaluate.pooled_entropy(mixed, 4)[0] == pytest.approx(-(p * p.log()).sum().item())
-    within = [-(q * q.log()).sum().item() for q in (torch.tensor([.75, .25]),
-                                                    torch.tensor([.5, .5]))]
-    assert evaluate.entropy(mixed, 4)[0] == pytest.approx(sum(within) / 2)
-
-
-def test_pooled_entropys_standard_error_is_its_spread_over_repetitions():
-    """300 sets of 100 texts of 10 words: the estimated error within 15 % of the spread seen, whose
-    own deviation is 4 %. With another seed a false alarm has one chance in 5,000."""
-    torch.manual_seed(0)
-    p = torch.tensor([0.6, 0.2, 0.15, 0.05])
-    found = [evaluate.pooled_entropy(torch.multinomial(p, 1000, True).view(100, 10), 4)
-             for _ in range(300)]
-    values, errors = torch.tensor(found).T
-    assert errors.mean().item() == pytest.approx(values.std().item(), rel=0.15)
-
-
-def test_copies_are_the_texts_that_training_holds_word_for_word():
-    """A copy at a row's beginning counts, the same words across two rows do not. Exact."""
-    data = dataset([[0, 1, 2], [3, 0, 0]])
-    x = torch.tensor([[0, 1, 2], [1, 2, 3], [3, 0, 0], [0, 1, 3]])
-    assert evaluate.copies(x, data).tolist() == [True, False, True, False]
-    data.texts = False                                   # rows, but cut out of a long one
-    assert evaluate.copies(x, data) is None
-
-
-def test_oracle_grades_stories():
-    """Fresh stories are valid; one with another name in the second sentence is not. Exact."""
-    import random
-    stories = make_tokenizer(dict(kind="words", items=language.VOCABULARY))
-    good = [language.generate(random.Random(i)) for i in range(4)]
-    bad = [*good[0][:-1], good[0][0]]                # no full stop at the end
-    data = dataset([[0] * 50], "stories", stories)
-    x = torch.tensor([stories.encode(" ".join(story)) for story in [*good, bad]])
-    row = evaluate.measure(x, evaluate.make_judge(judge(stories.vocab, 50)), data)
-    assert row["valid"] == pytest.approx(0.8) and row["contradictions"] > 0
-    assert row["samples"] == 5 and row["copies"] == 0
+FEW = ["--samples", 8, "--steps", 2, "--sequences", 4]
 
 
 @pytest.mark.parametrize("attention", ["full", "causal", "reveal"])
 def test_samples_depend_on_the_seed_alone(attention):
     """Also on how many are asked for only beyond whole batches. Exact; two sets of 40 random texts
     are never equal by chance."""
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(4, 6, 1, 2, 16, attention=attention)).eval()
-    one, two, other = (evaluate.draw_samples(model, 40, 3, torch.device("cpu"), seed)
-                       for seed in (0, 0, 1))
+    model = random_model(attention, 4, 6, scale=1)
+    one, two, other = (evaluate.draw_samples(model, 40, 3, CPU, seed) for seed in (0, 0, 1))
     assert one.shape == (40, 6) and int(one.max()) < 4
     assert torch.equal(one, two) and not torch.equal(one, other)
-    assert torch.equal(one[:32], evaluate.draw_samples(model, 32, 3, torch.device("cpu"), 0))
+    assert torch.equal(one[:32], evaluate.draw_samples(model, 32, 3, CPU, 0))
 
 
-def test_a_judge_of_other_tokens_weighs_tokens_and_its_error_covers_the_truth():
-    """Words of one to three characters under a judge of characters: texts of different lengths. The
-    perplexity of 20,000 texts against those of 200 sets of 100: within 1.96 errors in 90 to 99 of
-    100 (the spread of that share is 1.5 %: beyond that with one seed in 1,000)."""
-    words = make_tokenizer(dict(kind="words", items=["a", "bb", "cab", "c"]))
-    model = evaluate.make_judge(judge(4, 30), dict(kind="chars", items=list("abc ")), words)
-    x = torch.randint(4, (20_000, 6))
-    truth = evaluate.gen_ppl(model, x)[0]
-    found = [evaluate.gen_ppl(model, part) for part in x.split(100)]
-    assert 0.90 <= sum(abs(v - truth) < 1.96 * se for v, se in found) / 200 <= 0.99
-    nats, tokens = model(x[:3])
-    assert tokens.tolist() == [len(words.decode(row)) for row in x[:3].tolist()]
-    assert nats.shape == (3,) and len(set(tokens.tolist())) > 1
+def test_the_whole_table(made, tmp_path, capsys):
+    """Every part that is asked for is there, in text and as JSON, with how each row was drawn; the
+    data has a row of its own, and the judge its likelihood. Exact."""
+    out, text = tmp_path / "e.json", tmp_path / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{(i * j) % 10}" for i in range(20)) for j in (1, 3)))
+    call(evaluate, made / "teacher.pt", made / "round1.pt", made / "reveal.pt", made / "ar.pt",
+         *FEW, "--steps", 4, 2, "--temperature", 0.8, 1.0, "--last_word", text, "--continuations",
+         3, "--prompts", 2, "--prompt_tokens", 4, "--json", out)
+    shown, results = capsys.readouterr().out, json.loads(out.read_text())
+    rows = results["samples"]
+    assert [(r["model"], r["steps"], r["temperature"]) for r in rows] == [("data", None, None)] + [
+        (name, steps, T) for name in ("teacher", "round1", "reveal") for steps in (2, 4)
+        for T in (0.8, 1.0)] + [("ar", None, 0.8), ("ar", None, 1.0)]
+    for row in rows:
+        assert (row["samples"], row["tokens"], row["joint"]) == (8, 96, False)
+        assert row["precision"] == (None if row["model"] == "data" else 64)
+        assert row["gen_ppl"] > 1 and row["gen_ppl_se"] > 0 and row["low"] is not None
+        assert {"text_ppl", "self_bleu4_se", "distinct2", "seen", "repetition_se"} <= row.keys()
+    calls = {(r["model"], r["steps"]): r["nfe"] for r in rows}
+    assert calls["teacher", 2] == 2 and calls["teacher", 4] <= 4 and calls["ar", None] == 12
+    assert [r["model"] for r in results["likelihood"]] == ["teacher", "round1", "reveal", "ar",
+                                                           "judge"]
+    assert all(("bound" in r) == (r["model"] not in ("ar", "judge")) for r in results["likelihood"])
+    assert {r["tasks"] for r in results["last_word"]} == {2}
+    assert len(results["frontier"]) == 7 and len(results["continuations"]) == 8
+    assert results["teacher"] == "teacher" and "ar.pt, in tokens" in results["judge"]
+    for part in ("likelihood", "samples", "diversity", "frontier", "last_word", "continuations"):
+        assert figures.TABLES[part][0] in shown
+    assert shown.count("\nround1 ") == 1 + 4 + 4 + 2 + 1 + 2
 
 
-def rows(oracle):
-    value = {"valid": 0.5, "contradictions": 1.25, "copies": 0.01} if oracle else dict.fromkeys(
-        ("valid", "contradictions", "copies"))
-    base = {"gen_ppl": 12.345, "gen_ppl_se": 0.1, "entropy": 3.21, "entropy_se": 0.01,
-            "pooled_entropy": 4.04, "pooled_entropy_se": 0.01, "samples": 8, **value}
-    return [{"model": "data", "steps": None, **base},
-            *[{"model": "teacher", "steps": steps, **base} for steps in (8, 4)],
-            {"model": "round 1", "steps": 8, **base}]
+def test_the_same_seed_gives_the_same_table(made, tmp_path):
+    """All numbers but the seconds; another seed gives others. Exact."""
+    found = []
+    for seed in (0, 0, 1):
+        call(evaluate, made / "round1.pt", *FEW, "--seed", seed, "--json", tmp_path / "e.json")
+        found.append(json.loads((tmp_path / "e.json").read_text()))
+        for row in found[-1]["samples"]:
+            del row["seconds"], row["seed"]
+        del found[-1]["argv"]
+    assert found[0] == found[1] and found[0]["samples"] != found[2]["samples"]
 
 
-def test_table_puts_every_number_under_its_steps():
-    """Columns in order of steps, an empty cell where nothing was measured. Exact."""
-    lines = evaluate.table(rows(oracle=True)).splitlines()
-    assert lines[0].split() == ["steps", "4", "8"]
-    assert [line.split() for line in lines[1:4]] == [
-        ["data", "12.35", "3.21"], ["50%", "1.25"], ["4.04", "1%"]]
-    assert lines[4].split() == ["teacher"] + ["12.35", "3.21"] * 2
-    assert lines[7].split() == ["round", "1", "12.35", "3.21"]
-    assert len(lines[7]) == len(lines[4]) > len(lines[1])        # round 1 has 8 steps only
-    lines = evaluate.table(rows(oracle=False)).splitlines()
-    assert [line.split() for line in lines[1:3]] == [["data", "12.35", "3.21"], ["4.04"]]
+def test_likelihood_of_all_models_is_under_the_same_noise(made):
+    """Two copies of one model have the same estimates, down to the bit; AR's is exact and needs
+    none: exp of the mean of model.nll. float64: 1e-9."""
+    x = torch.randint(10, (40, 12), generator=torch.Generator().manual_seed(0))
+    rows = [evaluate.likelihood_row("a", random_model(), x, CPU) for _ in range(2)]
+    assert rows[0] == rows[1] and rows[0]["bound"] > 0
+    ar = random_model("causal")
+    row = evaluate.likelihood_row("ar", ar, x, CPU)
+    truth = torch.cat([evaluate.likelihood.nll(ar, x[i:i + 1], 10) for i in range(40)]).mean()
+    assert row["ppl"] == pytest.approx(math.exp(truth.item()), rel=1e-5)
 
 
-def test_curve_is_a_png_and_its_absence_is_said(tmp_path, monkeypatch):
-    """With matplotlib a picture; without it False and no file. Exact."""
-    import sys
-    monkeypatch.setitem(sys.modules, "matplotlib", None)         # as if it were not installed
-    assert evaluate.draw_curve(rows(True), tmp_path / "curve.png") is False
-    assert not list(tmp_path.iterdir())
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    assert evaluate.draw_curve(rows(True), tmp_path / "curve.png") is True
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+def test_pieces_of_the_validation_data_are_rows_evenly_spread(made):
+    """Rows where the dataset has rows; otherwise pieces that do not overlap. Exact."""
+    data = dataset.load_data(str(made / "data"), CPU)
+    rows = np.asarray(data.val).reshape(-1, 12)
+    assert evaluate.val_pieces(data, 3, 12).tolist() == rows[[0, 19, 39]].tolist()
+    assert evaluate.val_pieces(data, 100, 5).tolist() == rows[:, :5].tolist()
+    data.stride = None
+    assert evaluate.val_pieces(data, 100, 100).tolist() == [
+        data.val[i:i + 100].tolist() for i in (0, 100, 200, 300)]
 
 
-def test_results_are_plain_json(tmp_path):
-    """Every number of a measured row survives writing and reading. Exact."""
-    row = evaluate.measure(torch.tensor([[0, 1, 2], [1, 1, 3]]), evaluate.make_judge(judge()),
-                           dataset([[0, 1, 2]]))
-    evaluate.write_results(tmp_path / "results.json", {"rows": [row]})
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == [row]
-    assert row["copies"] == 0.5 and row["valid"] is None
+def test_a_text_file_can_be_the_dataset(made, tmp_path):
+    """In the checkpoint's tokens: the likelihood is that of its ids; no training data, no share of
+    8-grams. Exact."""
+    text = tmp_path / "other.txt"
+    text.write_text(" ".join(f"w{i % 7}" for i in range(60)))
+    call(evaluate, made / "ar.pt", *FEW, "--dataset", text, "--json", tmp_path / "e.json")
+    results = json.loads((tmp_path / "e.json").read_text())
+    x = (torch.arange(60) % 7).view(5, 12)[[0, 1, 2, 4]]
+    truth = evaluate.likelihood.exact(random_model("causal"), x, 10).mean().item()
+    assert results["likelihood"][0]["nll"] == pytest.approx(truth, rel=1e-5)
+    assert results["samples"][0]["seen"] is None
+
+
+def test_a_judge_of_other_tokens_reads_the_text_and_the_table_says_so(made, tmp_path, capsys):
+    """Exact."""
+    other = dict(kind="chars", items=list("w0123456789 "))
+    save(tmp_path / "chars.pt", "ar", random_model("causal", 12, 64), "none", other)
+    call(evaluate, made / "teacher.pt", *FEW, "--judge", tmp_path / "chars.pt", "--json",
+         tmp_path / "e.json")
+    assert "re-tokenised" in capsys.readouterr().out
+    results = json.loads((tmp_path / "e.json").read_text())
+    assert [row["model"] for row in results["likelihood"]] == ["teacher"]
+
+
+def law_model(p):
+    """The perfect model of a law, as draw_samples wants it."""
+    model = toy.exact_model(p)
+    model.config = type("C", (), dict(causal=False, context=p.dim()))
+    model.mask_id, model.embed = p.shape[0], torch.nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize("how", [{}, {"joint": True}, {"precision": 32}])
+def test_every_way_to_draw_has_the_models_law(how):
+    """On a toy no probability is small enough for float32 to lose it: 12,000 texts of 3 positions
+    against ancestral sampling's law by enumeration, chi-square over 0.001 (the chance of another
+    seed to fail)."""
+    torch.manual_seed(0)
+    p = toy.joint(3, 3, 0)
+    x = evaluate.draw_samples(law_model(p), 12_000, 2, CPU, 0, **how)
+    assert toy.chi_square(toy.count(x, 3), toy.ancestral_law(p, 2)) > 0.001
+
+
+def test_temperature_sharpens_what_the_model_has_learned():
+    """One position, temperature 1/2: probabilities are squared. Chi-square over 0.001."""
+    p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    for joint in (False, True):
+        x = evaluate.draw_samples(law_model(p), 4000, 1, CPU, 0, temperature=0.5, joint=joint)
+        assert toy.chi_square(toy.count(x, 3), p ** 2 / (p ** 2).sum()) > 0.001
+
+
+def test_the_joint_draw_loses_rare_tokens_where_noise_has_few_bits():
+    """200 tokens of 0.1 % each beside one of 80 %, 64 steps, 1,280 positions: 256 rare ones are
+    expected, with a spread of 14; in float16, whose noise of 11 bits ends at 7.6, a token with less
+    than 0.05 % in a step is never drawn, and under 100 are left. (In float32 the same happens under
+    6e-8: with 50,257 tokens and 1,024 steps.) Beyond that with another seed: one in 10^6."""
+    p = torch.full((201,), 1e-3, dtype=torch.float64)
+    p[0] = 0.8
+    model = toy.Model(lambda z, at: p.log().expand(*at.shape, -1)[at])
+    z = torch.full((32, 40), 201)
+    rare = []
+    for dtype in (torch.float64, torch.float16):
+        torch.manual_seed(0)
+        rare.append(int((evaluate.sample_joint(model, z, 64, 201, dtype) > 0).sum()))
+    assert abs(rare[0] - 256) < 70 and rare[1] < 100
+
+
+def test_continuations_keep_the_prompt_and_are_judged_without_it(made):
+    """The first tokens are the prompt's; the judge counts the rest only. Exact."""
+    prompts = torch.arange(8).expand(5, 8)
+    x = evaluate.draw_samples(random_model(), 5, 4, CPU, 0, prompts=prompts)
+    assert x.shape == (5, 12) and torch.equal(x[:, :8], prompts)
+    ar = random_model("causal")
+    assert torch.equal(evaluate.draw_samples(ar, 5, None, CPU, 0, prompts=prompts)[:, :8], prompts)
+    nats, tokens = evaluate.make_judge(ar)(x, 8)
+    truth = evaluate.likelihood.nll(ar, x, 10)[:, 8:].sum(1)
+    assert tokens.tolist() == [4] * 5 and torch.allclose(nats, truth.double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["teacher.pt", "--judge", "round1.pt"], "kind 'sdtt', but ar is needed"),
+    (["teacher.pt", "--judge", "none.pt"], "none.pt: no such checkpoint"),
+    (["teacher.pt", "--dataset", "nowhere"], "--dataset nowhere: no such folder"),
+    (["teacher.pt", "--length", 13], "--length 13 is beyond the context of 12"),
+    (["teacher.pt", "--prompt_tokens", 12, "--continuations", 3], "--prompt_tokens 12 leaves"),
+    (["teacher.pt", "--mauve", "gpt2.pt"], "give --continuations too"),
+    (["teacher.pt", "--teacher", "other.pt"], "--teacher other.pt is not among the checkpoints"),
+    (["reveal.pt", "--joint"], "--joint is not for models with attention reveal"),
+    (["teacher.pt", "--dataset", "short.txt"], "5 tokens to validate with, fewer than a text of 12"),
+    (["teacher.pt", "--dataset", "bad.txt"], "'what' is not in the vocabulary"),
+    (["teacher.pt", "--lambada", "bad.txt"], "bad.txt, line 1: not a JSON object"),
+    (["teacher.pt", "--lambada", "long.jsonl"], "passage 1 has 13 tokens, more than"),
+    (["teacher.pt", "--last_word", "short.txt"], "no passage of 20 words"),
+    (["teacher.pt", "--last_word", "missing.txt"], "missing.txt cannot be read as text"),
+])
+def test_bad_input_is_refused_in_one_sentence(made, capsys, monkeypatch, argv, words):
+    """And before anything is written. Exact."""
+    monkeypatch.chdir(made)
+    (made / "short.txt").write_text("w1 w2 w3 w4 w5")
+    (made / "bad.txt").write_text("what is this")
+    (made / "long.jsonl").write_text(json.dumps({"text": " ".join(["w1"] * 13)}))
+    assert words in refused(capsys, evaluate, *argv, "--json", "e.json")
+    assert not (made / "e.json").exists()
+
+
+def test_missing_judge_and_zero_samples_are_refused(made, tmp_path, capsys):
+    """Without ar.pt beside the checkpoint --judge is asked for; fewer than 3 samples end in usage.
+    Exact."""
+    save(tmp_path / "alone.pt", "mdlm", random_model(), made / "data")
+    assert "give an AR checkpoint as --judge" in refused(capsys, evaluate, tmp_path / "alone.pt")
+    with pytest.raises(SystemExit) as stop:
+        call(evaluate, made / "teacher.pt", "--samples", 0)
+    assert stop.value.code == 2 and "--samples: 0 is not 3 or more" in capsys.readouterr().err
+
+
+def test_models_of_different_tokens_are_refused(made, tmp_path, capsys):
+    """Among each other, and with the dataset. Exact."""
+    other = dict(kind="words", items=[f"x{i}" for i in range(10)])
+    save(tmp_path / "other.pt", "mdlm", random_model(), made / "data", other)
+    assert "know different tokens" in refused(capsys, evaluate, made / "teacher.pt",
+                                              tmp_path / "other.pt")
+    assert "knows other tokens than" in refused(capsys, evaluate, tmp_path / "other.pt", "--judge",
+                                                made / "ar.pt")

@@ -94,3 +94,25 @@ def test_micro_batches_that_do_not_fill_the_batch_are_refused():
     assert train.micro_batches(c, common.Processes(torch.device("cpu"), 1, 2)) == (4, 1)
     c = train.TrainConfig(batch=8, micro_batch=2)
     assert train.micro_batches(c, common.Processes(torch.device("cpu"), 1, 2)) == (2, 2)
+
+
+def test_two_processes_give_the_table_of_one(runs, tmp_path):
+    """evaluate.py, all parts, 70 samples (three batches on two processes): every number but the
+    seconds; the second process prints nothing. Exact, with one thread each."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{(i * j) % 10}" for i in range(20)) for j in (1, 3, 7)))
+    found = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.json"
+        outputs = together(world, "evaluate.py", [
+            str(runs["train.py", 1] / "teacher.pt"), str(runs["distill.py", 1] / "round1.pt"),
+            "--judge", str(runs["train.py", 1].parent / "start/ar.pt"), "--samples", "70", "--steps",
+            "2", "8", "--sequences", "40", "--last_word", str(text), "--continuations", "3",
+            "--prompts", "15", "--device", "cpu", "--json", str(out)])
+        assert all("samples; too low" in output for output in outputs[:1])
+        assert outputs[1:] == [""] * (world - 1)
+        found.append(json.loads(out.read_text()))
+        for row in found[-1]["samples"]:
+            del row["seconds"]
+        del found[-1]["argv"]
+    assert found[0] == found[1] and len(found[0]["samples"]) == 5

@@ -20,6 +20,7 @@ import torch
 import bench
 import common
 import distill
+import evaluate
 import sample
 import train
 from data.dataset import write_data
@@ -104,7 +105,8 @@ def test_readme_has_no_placeholder_and_names_only_files_that_exist():
 
 
 CONFIGS = {"train": train.TrainConfig, "distill": distill.DistillConfig,
-           "sample": sample.SampleConfig, "bench": bench.BenchConfig}
+           "sample": sample.SampleConfig, "bench": bench.BenchConfig,
+           "evaluate": evaluate.EvaluateConfig}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -113,7 +115,7 @@ def test_help_lists_every_flag_with_its_default(name):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as stop:
         common.parse_flags(CONFIGS[name], "about", ["-h"], **(
-            {"checkpoint": "a file"} if name == "sample" else {}))
+            {"checkpoint": "a file"} if name in ("sample", "evaluate") else {}))
     shown = " ".join(text.getvalue().split())
     assert stop.value.code == 0
     for field in dataclasses.fields(CONFIGS[name]):
@@ -157,6 +159,7 @@ def snapshot(folder):
     (["--teacher", "{out}/ar.pt"], "ar.pt"),
     (["--judge", "{out}/teacher.pt"], "teacher.pt"),
     (["--teacher", "{out}/none.pt"], "none.pt"),
+    (["--samples", "1"], "--samples 1"),
     (["--batch", "6", "--micro_batch", "4"], "--batch 6")])
 def test_distill_refuses_what_it_cannot_do(made, tmp_path, capsys, argv, named):
     """One sentence with the name of what is wrong, before anything is trained or written."""
@@ -169,6 +172,18 @@ def test_distill_refuses_what_it_cannot_do(made, tmp_path, capsys, argv, named):
     assert named in message
     assert {p: b for p, b in snapshot(out).items() if p.suffix == ".pt"} == {
         p: b for p, b in before.items() if p.suffix == ".pt"}
+
+
+def test_without_samples_there_are_rounds_and_no_table(made, tmp_path, capsys):
+    """No judge is trained or asked for, the rounds are those of a run with a table. Exact."""
+    argv = [*TINY, "--dataset", made / "data", "--teacher", made / "out/teacher.pt", "--rounds", 1,
+            "--teacher_steps", 4, "--steps_per_round", 2]
+    call(distill, *argv, "--samples", 0, "--out", tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["round1.jsonl", "round1.pt"]
+    call(distill, *argv, "--samples", 4, "--judge", made / "out/ar.pt", "--out", tmp_path / "b")
+    one, two = (common.load_checkpoint(tmp_path / name / "round1.pt")["ema"] for name in "ab")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert (tmp_path / "b/results.json").exists()
 
 
 def test_teacher_of_another_vocabulary_or_length_is_refused(made, tmp_path, capsys):

@@ -1,0 +1,250 @@
+"""What results look like: tables as text, and pictures as PNG files, which need matplotlib."""
+import json
+import math
+from pathlib import Path
+
+from common import UserError, package, write
+from metrics import put
+
+LOW = 0.1                            # nats of entropy below its measure that are marked
+
+
+def write_results(path, results):
+    """results (plain values) as a JSON file."""
+    write(Path(path), lambda f: f.write(json.dumps(results, indent=1).encode()))
+
+
+def pyplot():
+    """matplotlib's, drawing into files. Raises UserError where it is not installed."""
+    package("matplotlib").use("Agg")
+    return package("matplotlib.pyplot")
+
+
+def save_figure(fig, path):
+    """A figure as a PNG file."""
+    write(Path(path), lambda f: fig.savefig(f, format="png", dpi=120))
+    pyplot().close(fig)
+
+
+def rows_as_text(rows, columns):
+    """Rows (dicts) under a header. columns: (title, key, format), such as ("entropy", "entropy",
+    ".2f"); with a standard error beside it where the row has key_se and the format ends in "±"."""
+    def cell(row, key, form):
+        if row.get(key) is None:
+            return ""
+        text = format(row[key], form.removesuffix("±"))
+        error = row.get(key + "_se") if form.endswith("±") else None
+        return text if error is None else f"{text} ±{format(error, form[:-1])}"
+    used = [c for c in columns if any(row.get(c[1]) is not None for row in rows)]
+    body = [[title for title, _, _ in used]] + [[cell(row, *c[1:]) for c in used] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*body)]
+    return "\n".join("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w)
+                               in enumerate(zip(line, widths))).rstrip() for line in body)
+
+
+# ---- evaluate.py's tables
+
+SAMPLES = (("model", "model", "s"), ("steps", "steps", "d"), ("nfe", "nfe", ".3g"),
+           ("T", "temperature", ".2g"), ("bits", "precision", "d"), ("tokens", "tokens", ",d"),
+           ("gen ppl", "gen_ppl", ".2f±"), ("per text", "text_ppl", ".2f±"),
+           ("entropy", "entropy", ".3f±"), ("of all", "pooled_entropy", ".3f±"),
+           ("valid", "valid", ".0%±"), ("faults", "contradictions", ".2f±"),
+           ("log p", "log_p", ".1f±"), ("too low", "low", "s"))
+DIVERSITY = (("model", "model", "s"), ("steps", "steps", "d"), ("T", "temperature", ".2g"),
+             *((f"self-BLEU-{i}", f"self_bleu{i}", ".3f±") for i in (1, 2, 3, 4)),
+             *((f"distinct-{i}", f"distinct{i}", ".3f±") for i in (1, 2, 3, 4)),
+             ("8-grams seen", "seen", ".1%±"), ("repeats", "repetition", ".1%±"),
+             ("copies", "copies", ".0%±"))
+TABLES = {                           # part of the results: (its heading, its columns)
+    "likelihood": ("likelihood in nats per token: NELBO, the any-order estimate of the same bound, "
+                   "exact (AR); perplexity by the surest", (
+                       ("model", "model", "s"), ("tokens", "tokens", ",d"),
+                       ("NELBO", "bound", ".4f±"), ("any order", "any_order", ".4f±"),
+                       ("exact", "nll", ".4f±"), ("ppl", "ppl", ".3f±"))),
+    "samples": ("samples; too low: an entropy more than 0.1 under the data's or the teacher's, "
+                "within a text or of all together", SAMPLES),
+    "diversity": ("diversity of the same samples", DIVERSITY),
+    "frontier": ("perplexity at the teacher's entropy (without one, the data's), within a text and "
+                 "of all together; empty where the temperatures do not reach it", (
+                     ("model", "model", "s"), ("steps", "steps", "d"),
+                     ("entropy", "entropy", ".3f"), ("gen ppl", "at_entropy", ".2f±"),
+                     ("of all", "pooled_entropy", ".3f"), ("gen ppl", "at_pooled_entropy", ".2f±"))),
+    **{name: (f"last words ({name}): accuracy in one pass, most certain first, left to right", (
+        ("model", "model", "s"), ("tasks", "tasks", "d"), ("one pass", "one_pass", ".1%±"),
+        ("certain", "confident", ".1%±"), ("left", "left", ".1%±"), ("word ppl", "word_ppl", ".2f±"),
+        ("by bound", "by_bound", "d"))) for name in ("lambada", "last_word")},
+    "continuations": ("continuations of prompts", (
+        ("model", "model", "s"), ("steps", "steps", "d"), ("texts", "texts", "d"),
+        ("prompt", "prompt_tokens", "d"), ("gen ppl", "gen_ppl", ".2f±"),
+        ("self-BLEU-4", "self_bleu4", ".3f±"), ("MAUVE", "mauve", ".3f±"))),
+}
+
+
+def show(results):
+    """All of the results as text, a table for each part."""
+    parts = [(part, *TABLES[part], rows) for part, rows in results.items() if part in TABLES]
+    at = [i for i, part in enumerate(parts) if part[0] == "samples"][0]
+    parts.insert(at + 1, ("diversity", *TABLES["diversity"], results["samples"]))
+    return "\n\n".join(f"{title}\n{rows_as_text(rows, columns)}"
+                       for _, title, columns, rows in parts if rows)
+
+
+# ---- rows compared with each other
+
+def mark(rows, teacher):
+    """row["low"]: which of its entropies are more than LOW under the data's or the teacher's (of as
+    many steps): "text", within a text, "all", of all together."""
+    for row in rows:
+        usual = [r for r in rows if r["model"] == "data" or r["model"] == teacher
+                 and r["temperature"] == 1 and r["steps"] == row["steps"]]
+        row["low"] = " ".join(word for word, key in (("text", "entropy"), ("all", "pooled_entropy"))
+                              if any(row[key] < r[key] - LOW for r in usual))
+
+
+def at_entropy(points, key, wanted, wanted_se=0.0):
+    """Perplexity (value, SE) where the line through a model's rows at several temperatures comes
+    to an entropy (row[key]) of `wanted`: log-perplexity is interpolated, between the neighbours
+    nearest to temperature 1. (None, None) where it never comes there."""
+    points = sorted(points, key=lambda row: row["temperature"])
+    pairs = [(a, b) for a, b in zip(points, points[1:])
+             if min(a[key], b[key]) <= wanted <= max(a[key], b[key]) and a[key] != b[key]]
+    if not pairs:
+        return None, None
+    a, b = min(pairs, key=lambda p: abs(p[0]["temperature"] + p[1]["temperature"] - 2))
+    w = (wanted - a[key]) / (b[key] - a[key])
+    slope = math.log(b["gen_ppl"] / a["gen_ppl"]) / (b[key] - a[key])
+    value = a["gen_ppl"] * (b["gen_ppl"] / a["gen_ppl"]) ** w
+    parts = [weight * math.hypot(row["gen_ppl_se"] / row["gen_ppl"], slope * row[key + "_se"])
+             for weight, row in ((1 - w, a), (w, b))]
+    return value, value * math.hypot(*parts, slope * wanted_se)
+
+
+def frontier(rows, teacher):
+    """For each model and number of steps its perplexity at the teacher's entropy at temperature 1
+    and the most steps (without a teacher, the data's), within a text and of all together."""
+    by_teacher = [r for r in rows if r["model"] == teacher and r["temperature"] == 1]
+    usual = max(by_teacher, key=lambda r: r["steps"] or 0) if by_teacher else next(
+        r for r in rows if r["model"] == "data")
+    found = []
+    for name, steps in dict.fromkeys((r["model"], r["steps"]) for r in rows):
+        points = [r for r in rows if (r["model"], r["steps"]) == (name, steps)]
+        if name != "data":
+            row = {"model": name, "steps": steps, "entropy": usual["entropy"],
+                   "pooled_entropy": usual["pooled_entropy"]}
+            for key in ("entropy", "pooled_entropy"):
+                put(row, f"at_{key}", at_entropy(points, key, usual[key], usual[key + "_se"]))
+            found.append(row)
+    return found
+
+
+# ---- distill.py's table and curve
+
+def summary(row):
+    """A row in one line of text."""
+    text = f"{row['gen_ppl']:.2f} (±{row['gen_ppl_se']:.2f}) at entropy {row['entropy']:.2f}"
+    if row["valid"] is not None:
+        text += f", {row['valid']:.0%} valid, {row['contradictions']:.2f} contradictions"
+    return text
+
+
+LINES = (("gen_ppl", "entropy", "9.2f", "5.2f"), ("valid", "contradictions", "9.0%", "5.2f"),
+         ("pooled_entropy", "copies", "9.2f", "5.0%"))   # of a model in the table
+
+
+def table(rows):
+    """Rows as text: for each model and number of steps generative perplexity and entropy; below,
+    where there is an oracle, valid share and contradictions; below, pooled entropy and copies."""
+    columns = sorted({row["steps"] for row in rows if row["steps"]})
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [f"{'steps':10}" + "".join(f"{steps:>14}" for steps in columns)]
+    for name in names:
+        cells = {row["steps"]: row for row in rows if row["model"] == name}
+        if None in cells:                                # data and AR have no number of steps
+            cells = {columns[0]: cells[None]}
+        for i, (left, right, *formats) in enumerate(LINES):
+            line = name if i == 0 else ""
+            for j, steps in enumerate(columns):
+                values = [cells[steps][key] for key in (left, right)] if steps in cells else []
+                cell = "".join(format(v, f) for v, f in zip(values, formats) if v is not None)
+                line = f"{line:<{10 + 14 * j}}{cell}"
+            lines += [line.rstrip()] if line.strip() else []
+    return "\n".join(lines)
+
+
+def draw_curve(rows, path):
+    """Generative perplexity and both entropies against steps, a line per model, as a PNG file,
+    where matplotlib is installed. Returns whether it was drawn."""
+    try:
+        plt = pyplot()
+    except UserError:
+        return False
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    columns = sorted({row["steps"] for row in rows if row["steps"]})
+    for axis, key, label in zip(axes, ("gen_ppl", "entropy", "pooled_entropy"),
+                                ("generative perplexity", "unigram entropy within a text (nats)",
+                                 "entropy of all texts together (nats)")):
+        for i, name in enumerate(names):
+            points = [(row["steps"], row[key], row[key + "_se"]) for row in rows
+                      if row["model"] == name]
+            color = {"data": "black", "ar": "grey"}.get(name, plt.cm.viridis(i / len(names)))
+            if points[0][0] is None:
+                axis.axhline(points[0][1], color=color, linestyle="--", label=name)
+            else:
+                axis.errorbar(*zip(*[(s, y) for s, y, _ in points]), [e for _, _, e in points],
+                              color=color, marker="o", markersize=3, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(columns, columns)
+        axis.set_xlabel("sampling steps")
+        axis.set_ylabel(label)
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    save_figure(fig, path)
+    return True
+
+
+def draw_latency(rows, path):
+    """bench.py's rows as SDTT's figure, a PNG file: generative perplexity against latency, a point
+    for each number of steps; AR is a cross of lines. The smallest batch; needs matplotlib."""
+    plt = pyplot()
+    fig, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    batch = min(row["batch"] for row in rows)
+    rows = [row for row in rows if "gen_ppl" in row and row["batch"] == batch]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        x, y, labels = zip(*[(r["seconds"], r["gen_ppl"], r["steps"]) for r in rows
+                             if r["model"] == name])
+        if labels[0] is None:
+            axis.axhline(y[0], color="grey", linestyle="--", label="AR with KV cache")
+            axis.axvline(x[0], color="grey", linestyle="--")
+            continue
+        axis.plot(x, y, "o-", label=name)
+        for point in zip(labels, zip(x, y)):
+            axis.annotate(*point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axis.set(xscale="log", yscale="log", xlabel=f"seconds for {batch} x {rows[0]['length']} tokens",
+             ylabel="generative perplexity (numbers: steps)")
+    axis.legend()
+    save_figure(fig, path)
+
+
+def draw_frontier(rows, path):
+    """evaluate.py's rows as a PNG file: generative perplexity against entropy, within a text and of
+    all texts together, a line over the temperatures for each model and number of steps."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for axis, key, label in zip(axes, ("entropy", "pooled_entropy"),
+                                ("unigram entropy within a text (nats)",
+                                 "entropy of all texts together (nats)")):
+        for name, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
+            points = sorted((row["temperature"], row[key], row["gen_ppl"]) for row in rows
+                            if (row["model"], row["steps"]) == (name, steps))
+            _, x, y = zip(*points)
+            title = name if steps is None else f"{name}, {steps} steps"
+            axis.plot(x, y, "k*" if name == "data" else "o-", markersize=8 if name == "data" else 4,
+                      label=title)
+        axis.set(yscale="log", xlabel=label, ylabel="generative perplexity")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    save_figure(fig, path)

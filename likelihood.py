@@ -1,0 +1,208 @@
+"""What a model thinks of a text: a diffusion model's bound, an AR model's likelihood, and how both
+complete a passage by its last word (LAMBADA, arXiv 1606.06031).
+
+Models as in diffusion.py. Noise comes from torch's global generators; evaluate.py seeds them by the
+number of the batch, so that all models meet the same masks.
+"""
+import itertools
+import json
+import math
+import re
+
+import torch
+
+from common import UserError
+from diffusion import ROWS
+from metrics import mean_se, put
+from model import cross_entropy, nll, shifted
+
+LONGEST = 5                  # tokens of a word whose orders are enumerated: 120
+DRAWS = 16                   # maskings for the bound of a longer one
+WORD = re.compile(r"\w+(?:['’-]\w+)*")
+
+
+# ---- whole texts
+
+@torch.no_grad()
+def token_nats(model, z, x, order=None):
+    """-log p(x_i | z) at each mask of z, where z differs from x, and 0 elsewhere: (B, L)."""
+    at = z != x
+    h = model.states(z, at, *[order] * (order is not None))          # (N, C)
+    parts = zip(h.split(ROWS), x[at].split(ROWS))
+    nats = [cross_entropy(model.head(a), b).double() for a, b in parts]
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    out[at] = torch.cat(nats) if nats else out.new_zeros(0)
+    return out
+
+
+def bound(model, x, mask_id, draws=1):
+    """The NELBO of each text of x (B, L) in nats per token, (B,): the integral over t in (0, 1] of
+    (1/t) sum over masks of -log p(x_i | z_t) (MDLM, eq. 10), by one u from each of `draws` equal
+    parts of (0, 1], t = u^2 and dt / t = 2 du / u. (With t itself uniform the variance is infinite:
+    a text of one mask at t near 0 has weight 1/t. To add the opposite masking, 1 - t, helps little.)
+    """
+    B, L = x.shape
+    total = torch.zeros(B, dtype=torch.float64, device=x.device)
+    for i in range(draws):
+        u = 1 - (i + torch.rand(B, 1, device=x.device)) / draws      # (B, 1) in (0, 1]
+        z = torch.where(torch.rand(x.shape, device=x.device) < u ** 2, mask_id, x)
+        total += token_nats(model, z, x).sum(1) * 2 / u[:, 0]
+    return total / (draws * L)
+
+
+def any_order(model, x, mask_id, draws=1, known=0):
+    """The same bound without t: -log p(x) <= E_n (L / n) sum over n random masks of -log p(x_i | z),
+    with n uniform in 1..L (arXiv 2110.02037), of the tokens after the first `known`; in nats per
+    such token, (B,), by one n from each of `draws` equal parts."""
+    B, L = len(x), x.shape[1] - known
+    total = torch.zeros(B, dtype=torch.float64, device=x.device)
+    for i in range(draws):
+        n = 1 + ((i + torch.rand(B, 1, device=x.device)) * L / draws).long().clamp(max=L - 1)
+        masked = torch.rand((B, L), device=x.device).argsort(1) < n
+        z = torch.cat((x[:, :known], torch.where(masked, mask_id, x[:, known:])), 1)
+        total += token_nats(model, z, x, *order_of(model, x, L)).sum(1) / n[:, 0]
+    return total / draws
+
+
+def exact(model, x, mask_id):
+    """Negative log-likelihood of each text of x (B, L) under an AR model, nats per token (B,)."""
+    return nll(model, x, mask_id).double().mean(1)
+
+
+# ---- the last word of a passage
+
+def parse_lambada(content, name):
+    """The "text" of each line of JSON. Raises UserError with the number of a bad line of `name`."""
+    texts = []
+    for i, line in enumerate(content.splitlines(), 1):
+        try:
+            texts += [json.loads(line)["text"]] if line.strip() else []
+            if texts and not (isinstance(texts[-1], str) and WORD.search(texts[-1])):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{name}, line {i}: not a JSON object with a \"text\" of words; "
+                            "data/lambada/prepare.py fetches such a file")
+    if not texts:
+        raise UserError(f"{name} has no passages; data/lambada/prepare.py fetches some")
+    return texts
+
+
+def read_text(path):
+    """A text file. Raises UserError if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read as text ({type(e).__name__}); name a text file")
+
+
+def passages(text, least=20):
+    """The paragraphs of a text that have at least so many words."""
+    found = [part for part in re.split(r"\n\s*\n", text) if len(WORD.findall(part)) >= least]
+    if not found:
+        raise UserError(f"the text has no passage of {least} words between empty lines; use another")
+    return found
+
+
+def make_tasks(texts, tokenizer, context, cut=False):
+    """[(ids of a passage up to its last word, ids of that word)]: what follows the word is dropped,
+    nothing tells that the text ends there. Raises UserError where a passage is longer than the
+    context, or, with cut, keeps its end."""
+    tasks = []
+    for i, text in enumerate(texts, 1):
+        *_, last = WORD.finditer(text)
+        begin = last.start() - (text[:last.start()].endswith(" "))
+        before, word = tokenizer.encode(text[:begin]), tokenizer.encode(text[begin:last.end()])
+        if len(before) + len(word) > context:
+            if not cut or len(word) >= context:
+                raise UserError(f"passage {i} has {len(before) + len(word)} tokens, more than the "
+                                f"model's context of {context}; give shorter ones or another model")
+            before = before[len(before) + len(word) - context:]
+        tasks.append((before, word))
+    return tasks
+
+
+def batches(tasks, size):
+    """Tasks of equal lengths together: [(numbers of the tasks, x (B, L), tokens of the word)]."""
+    groups = {}
+    for i, (before, word) in enumerate(tasks):
+        groups.setdefault((len(before), len(word)), []).append(i)
+    for (_, w), numbers in sorted(groups.items()):
+        for i in range(0, len(numbers), size):
+            part = numbers[i:i + size]
+            yield part, torch.tensor([tasks[j][0] + tasks[j][1] for j in part]), w
+
+
+def order_of(model, x, w):
+    """An order of reveal for a model that has one, in which the last w tokens come last: [(B, L)],
+    or [] for others."""
+    if not getattr(model, "reveal", False):
+        return []
+    order = torch.rand(x.shape, device=x.device)
+    order[:, x.shape[1] - w:] += 1
+    return [order]
+
+
+@torch.no_grad()
+def complete(model, x, w, mask_id, protocol):
+    """The last w tokens of x (B, L), hidden and filled in with the likeliest ones: "one_pass", all
+    at once; "confident", one at a time, the most certain first; "left", from left to right."""
+    z, rows = x.clone(), torch.arange(len(x), device=x.device)
+    z[:, -w:] = mask_id
+    at = torch.arange(x.shape[1] - w, x.shape[1], device=x.device).expand(len(x), w)
+    order = order_of(model, x, w)
+    for i in range(1 if protocol == "one_pass" else w):
+        log_p = model.head(model.states(z, at, *order)).log_softmax(-1).view(len(x), w, -1)
+        best, ids = log_p.max(-1)                                    # (B, w)
+        if protocol == "one_pass":
+            return ids
+        best = best.masked_fill(z[:, -w:] != mask_id, -torch.inf)
+        chosen = best.argmax(1) if protocol == "confident" else torch.full_like(rows, i)
+        place = x.shape[1] - w + chosen
+        z[rows, place] = ids[rows, chosen]
+        for one in order:
+            one[rows, place] = 2.0 + i
+    return z[:, -w:]
+
+
+def word_nats(model, x, w, mask_id):
+    """-log p of the last w tokens of x (B, L) given the others, (B,): by all w! orders in which they
+    may be revealed one at a time, up to LONGEST tokens; beyond, the bound."""
+    if w > LONGEST:
+        return any_order(model, x, mask_id, DRAWS, x.shape[1] - w) * w
+    begin, order, nats = x.shape[1] - w, order_of(model, x, w), {}
+    for k in range(w):
+        for known in itertools.permutations(range(w), k):            # revealed so far, in order
+            z, places = x.clone(), [begin + i for i in known]
+            z[:, [j for j in range(begin, x.shape[1]) if j not in places]] = mask_id
+            for one in order:
+                one[:, places] = 2.0 + torch.arange(k, device=x.device)
+            nats[known] = token_nats(model, z, x, *order)[:, begin:]             # (B, w)
+    each = [sum(nats[path[:k]][:, path[k]] for k in range(w))
+            for path in itertools.permutations(range(w))]            # (B,) for each order
+    return math.log(len(each)) - torch.logsumexp(-torch.stack(each), 0)
+
+
+@torch.no_grad()
+def answer(model, x, w):
+    """What there is to know about a batch of tasks: {name: (B,)}, w tokens of x (B, L) being the
+    word. AR models answer from left to right only."""
+    if not model.config.causal:
+        right = {name: (complete(model, x, w, model.mask_id, name) == x[:, -w:]).all(1)
+                 for name in ("one_pass", "confident", "left")}
+        return right | {"nats": word_nats(model, x, w, model.mask_id)}
+    h = model.states(shifted(x, model.mask_id)).view(*x.shape, -1)[:, -w:]
+    log_p = model.head(h).log_softmax(-1)                            # (B, w, V)
+    return {"left": (log_p.argmax(-1) == x[:, -w:]).all(1),
+            "nats": -log_p.double().gather(2, x[:, -w:, None])[..., 0].sum(1)}
+
+
+def last_word(answers, tasks):
+    """A row of results from answers [{name: (B,)}]: accuracies, and the perplexity of the word."""
+    row = {"tasks": len(tasks), "by_bound": sum(len(word) > LONGEST for _, word in tasks)}
+    for name in ("one_pass", "confident", "left"):
+        values = [a[name] for a in answers if name in a]
+        put(row, name, mean_se(torch.cat(values)) if values else (None, None))
+    mean, se = mean_se(torch.cat([a["nats"] for a in answers]))
+    put(row, "word_ppl", (math.exp(mean), math.exp(mean) * se))
+    return row

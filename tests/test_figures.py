@@ -1,0 +1,129 @@
+"""Tables as text, rows compared at equal entropy, and pictures."""
+import json
+import math
+
+import pytest
+
+import figures
+
+
+def rows(oracle):
+    value = {"valid": 0.5, "contradictions": 1.25, "copies": 0.01} if oracle else dict.fromkeys(
+        ("valid", "contradictions", "copies"))
+    base = {"gen_ppl": 12.345, "gen_ppl_se": 0.1, "entropy": 3.21, "entropy_se": 0.01,
+            "pooled_entropy": 4.04, "pooled_entropy_se": 0.01, "samples": 8, **value}
+    return [{"model": "data", "steps": None, **base},
+            *[{"model": "teacher", "steps": steps, **base} for steps in (8, 4)],
+            {"model": "round 1", "steps": 8, **base}]
+
+
+def test_table_puts_every_number_under_its_steps():
+    """Columns in order of steps, an empty cell where nothing was measured. Exact."""
+    lines = figures.table(rows(oracle=True)).splitlines()
+    assert lines[0].split() == ["steps", "4", "8"]
+    assert [line.split() for line in lines[1:4]] == [
+        ["data", "12.35", "3.21"], ["50%", "1.25"], ["4.04", "1%"]]
+    assert lines[4].split() == ["teacher"] + ["12.35", "3.21"] * 2
+    assert lines[7].split() == ["round", "1", "12.35", "3.21"]
+    assert len(lines[7]) == len(lines[4]) > len(lines[1])        # round 1 has 8 steps only
+    lines = figures.table(rows(oracle=False)).splitlines()
+    assert [line.split() for line in lines[1:3]] == [["data", "12.35", "3.21"], ["4.04"]]
+
+
+def test_curve_is_a_png_and_its_absence_is_said(tmp_path, monkeypatch):
+    """With matplotlib a picture; without it False and no file. Exact."""
+    import sys
+    monkeypatch.setitem(sys.modules, "matplotlib", None)         # as if it were not installed
+    assert figures.draw_curve(rows(True), tmp_path / "curve.png") is False
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert figures.draw_curve(rows(True), tmp_path / "curve.png") is True
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_plain_json(tmp_path):
+    """What is written is what is read. Exact."""
+    results = {"rows": [{"model": "a", "gen_ppl": 1.5, "valid": None}]}
+    figures.write_results(tmp_path / "results.json", results)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_rows_as_text_aligns_numbers_and_leaves_out_empty_columns():
+    """A standard error only where the row has one; a column without any value is not there. Exact.
+    """
+    rows = [{"model": "a", "steps": 8, "x": 1.25, "x_se": 0.5}, {"model": "bcd", "x": 10.0},
+            {"model": "e", "steps": 16}]
+    columns = [("model", "model", "s"), ("steps", "steps", "d"), ("X", "x", ".1f±"),
+               ("Y", "y", ".1f±")]
+    assert figures.rows_as_text(rows, columns).splitlines() == [
+        "model  steps         X", "a          8  1.2 ±0.5", "bcd               10.0", "e         16"]
+
+
+def sample_row(model, steps, T, gen_ppl, entropy, pooled=4.0):
+    return {"model": model, "steps": steps, "temperature": T, "gen_ppl": gen_ppl, "gen_ppl_se": 0.0,
+            "entropy": entropy, "entropy_se": 0.0, "pooled_entropy": pooled,
+            "pooled_entropy_se": 0.0}
+
+
+def test_rows_with_too_little_entropy_are_marked():
+    """A model that repeats one sentence has the better perplexity, and the mark; a tenth of a nat
+    is the border, under the data's or under the teacher's at as many steps. Exact."""
+    rows = [sample_row("data", None, 1.0, 20.0, 3.5), sample_row("teacher", 8, 1.0, 30.0, 3.8),
+            sample_row("teacher", 16, 1.0, 30.0, 3.5), sample_row("good", 8, 1.0, 22.0, 3.71),
+            sample_row("repeats", 16, 1.0, 1.1, 1.0), sample_row("alike", 16, 1.0, 5.0, 3.5, 3.8),
+            sample_row("low", 8, 1.0, 22.0, 3.69), sample_row("near", 16, 1.0, 5.0, 3.41, 3.91)]
+    figures.mark(rows, "teacher")
+    assert [row["low"] for row in rows] == ["", "", "", "", "text", "all", "text", ""]
+    figures.mark(rows, None)                             # by the data alone
+    assert [row["low"] for row in rows] == ["", "", "", "", "text", "all", "", ""]
+
+
+def test_perplexity_at_equal_entropy_is_interpolated():
+    """Half-way between two temperatures, in the logarithm; the pair nearest to temperature 1 where
+    there are several; nothing out of reach. Exact."""
+    rows = [sample_row("m", 8, T, ppl, h) for T, ppl, h in
+            ((0.7, 4.0, 2.0), (0.9, 8.0, 3.0), (1.0, 16.0, 4.0), (1.1, 64.0, 3.0))]
+    assert figures.at_entropy(rows, "entropy", 2.5)[0] == pytest.approx(math.sqrt(32))
+    assert figures.at_entropy(rows, "entropy", 3.5)[0] == pytest.approx(math.sqrt(8 * 16))
+    assert figures.at_entropy(rows, "entropy", 4.5) == (None, None)
+    assert figures.at_entropy(rows[:1], "entropy", 2.0) == (None, None)
+
+
+def test_error_at_equal_entropy_adds_those_of_both_ends_and_of_the_entropies():
+    """By hand, half-way: log-perplexities 0 and 2 with errors 0.1 over entropies 1 and 2 with 0.2,
+    wanted 1.5 with 0.3; slope 2. Exact."""
+    rows = [sample_row("m", 8, 0.9, 1.0, 1.0) | {"gen_ppl_se": 0.1, "entropy_se": 0.2},
+            sample_row("m", 8, 1.0, math.e ** 2, 2.0) | {"gen_ppl_se": 0.1 * math.e ** 2,
+                                                         "entropy_se": 0.2}]
+    value, se = figures.at_entropy(rows, "entropy", 1.5, 0.3)
+    end = 0.5 ** 2 * (0.1 ** 2 + (2 * 0.2) ** 2)
+    assert value == pytest.approx(math.e)
+    assert se == pytest.approx(math.e * math.sqrt(2 * end + (2 * 0.3) ** 2))
+
+
+def test_frontier_compares_at_the_teachers_entropy_at_most_steps():
+    """The teacher itself comes out at its own perplexity; without a teacher the data's entropy is
+    the measure. Exact."""
+    rows = [sample_row("data", None, 1.0, 20.0, 2.2)]
+    rows += [sample_row("teacher", steps, T, 10 * T * 32 / steps, 3 * T) for steps in (8, 32)
+             for T in (0.9, 1.0, 1.1)]
+    rows += [sample_row("student", 8, T, 5 * T, 2.8 * T) for T in (0.9, 1.0, 1.1)]
+    found = {(r["model"], r["steps"]): r for r in figures.frontier(rows, "teacher")}
+    assert found["teacher", 32]["at_entropy"] == pytest.approx(10)
+    assert found["teacher", 32]["entropy"] == 3 and ("data", None) not in found
+    assert 5 < found["student", 8]["at_entropy"] < 5.5
+    assert figures.frontier(rows, None)[0]["entropy"] == 2.2
+
+
+def test_pictures_of_frontier_and_latency_are_png_files(tmp_path):
+    """With matplotlib. Exact."""
+    pytest.importorskip("matplotlib")
+    rows = [sample_row("data", None, 1.0, 20.0, 3.0)] + [
+        sample_row("m", 8, T, 10 * T, 3 * T) for T in (0.9, 1.0)]
+    figures.draw_frontier(rows, tmp_path / "frontier.png")
+    rows = [{"model": name, "steps": steps, "batch": 1, "length": 8, "seconds": 1.0, "gen_ppl": 2.0}
+            for name, steps in (("ar", None), ("m", 8), ("m", 16))]
+    figures.draw_latency(rows, tmp_path / "latency.png")
+    for name in ("frontier", "latency"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
