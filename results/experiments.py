@@ -1,0 +1,266 @@
+"""The paper's experiments on two cores: divergences, rounds, sizes, latency; and attention.
+
+    python results/experiments.py divergences        # -> results/divergences.json
+
+trains what is missing under out/experiments, several processes with a thread each, and measures the
+students of all rounds. A stop costs nothing: the same command goes on where it was. The
+experiments share teachers, judges and the plain path, "kld".
+"""
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import distill                                                       # noqa: E402
+import evaluate                                                      # noqa: E402
+import figures                                                       # noqa: E402
+import likelihood                                                    # noqa: E402
+from common import Processes, command, flag, load_model, parse_flags  # noqa: E402
+from data.dataset import load_data                                   # noqa: E402
+from diffusion import unmask_step                                    # noqa: E402
+from metrics import make_judge                                       # noqa: E402
+from model import PRESETS                                            # noqa: E402
+from train import TrainConfig, train                                 # noqa: E402
+
+WIDTHS = {"w80": 80, "w184": 184}        # beside nano's 128: blocks as 1 : 2.6 : 5.3, the paper's
+PRESETS |= {name: PRESETS["nano"] | {"width": width} for name, width in WIDTHS.items()}
+STEPS = {"stories": 150, "pydoc": 200}   # optimizer steps in a round
+CPU = Processes(torch.device("cpu"))
+RESULTS = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass
+class Config:
+    experiment: str                      # the argument without --
+    datasets: list[str] | None = flag(None, "[stories pydoc]", choices=list(STEPS))
+    seeds: list[int] | None = flag(None, "of training [0 1]")
+    jobs: int | None = flag(None, "processes at a time [one per core]", low=1)
+    train_only: bool = flag(False, "train, and measure nothing yet")
+
+
+def variants(n):
+    """{experiment: {variant: DistillConfig's fields}} with n optimizer steps in a round. Those of
+    rounds have as many in all, but for "quarter"."""
+    kld, fresh = {"kld": {}}, dict(teacher=None)         # fresh: trains a teacher of its own
+    return {
+        "divergences": kld | {kind: dict(divergence=kind) for kind in ("mse", "tvd", "fkl", "jsd")},
+        "rounds": kld | {
+            "raw": dict(handover="raw"), "reset": dict(reset_optimizer=True), "grid": {},
+            "k4": dict(k=4, rounds=3, steps_per_round=2 * n),
+            "k8": dict(k=8, rounds=2, steps_per_round=3 * n),
+            "quarter": dict(steps_per_round=n // 4)},
+        "sizes": kld | {name: dict(preset=name) | fresh for name in WIDTHS},
+        "attention": kld | {"reveal": dict(attention="reveal") | fresh,
+                            "adapted": dict(attention="reveal")}}
+
+
+# ---- training
+
+def published_targets(teacher, z, t, dt, k, mask_id, order=None):
+    """distill.sdtt_targets with the time grid of the papers' public code: where step i of k should
+    begin at t - i dt, it begins at w t + (1 - t) (t - k dt), with w from 1 down to 0."""
+    masked = z == mask_id
+    target = None
+    for w in torch.linspace(1, 0, k).tolist():
+        at = z == mask_id
+        t_i = (w * t + (1 - t) * (t - k * dt)).clamp(1e-5, 1)
+        after, reveal, _ = unmask_step(teacher, z, t_i, (t_i - dt).clamp(min=0), mask_id)
+        h = teacher.states(z, at)                        # of all, as that code has it
+        if target is None:
+            target = h.new_empty(int(masked.sum()), h.shape[1])
+        target[at[masked]] = h
+        z = after
+    return target
+
+
+@contextlib.contextmanager
+def grid(name):
+    """The published time grid in place of the right one, for the variant "grid"."""
+    right = distill.sdtt_targets
+    distill.sdtt_targets = torch.no_grad()(published_targets) if name == "grid" else right
+    yield
+    distill.sdtt_targets = right
+
+
+@contextlib.contextmanager
+def quiet():
+    """No bars: those of several processes would overwrite each other."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def folder(dataset, seed):
+    return Path("out/experiments") / f"{dataset}-{seed}"
+
+
+def train_all(experiment, dataset, seed):
+    """Judge, teacher and all variants of an experiment on a dataset with a seed."""
+    torch.set_num_threads(1)
+    home = folder(dataset, seed)
+    with quiet():
+        shared = {objective: train(TrainConfig(
+            objective=objective, dataset=dataset, seed=seed, out=str(home)), CPU)
+            for objective in ("ar", "mdlm")}
+    for name, fields in variants(STEPS[dataset])[experiment].items():
+        print(f"{home}: {name}", flush=True)
+        with grid(name), quiet():
+            distill.distill(distill.DistillConfig(**dict(
+                dataset=dataset, seed=seed, samples=0, steps_per_round=STEPS[dataset],
+                teacher=str(shared["mdlm"]), out=str(home / name)) | fields), CPU)
+
+
+# ---- measuring
+
+EACH, LAST, FIRST = [8, 32], [4, 8, 16, 32, 128], [8, 32, 1024]     # steps: of rounds, last, teacher
+HEAT = [0.3, 0.5, 0.7, 0.85, 1.2, 1.4, 1.7, 2.0]     # of the last round and the teacher, at 8 steps
+SAMPLES, PIECES, TASKS = 256, 320, 400
+
+
+def tasks_of(data, context):
+    """Last words of the validation data: of its texts, or of its paragraphs."""
+    if data.texts:
+        rows = np.asarray(data.val).reshape(-1, data.stride)[:TASKS].tolist()
+        return likelihood.make_tasks(map(data.tokenizer.decode, rows), data.tokenizer, context)
+    text = data.tokenizer.decode(np.asarray(data.val).tolist()).replace("<end>", "\n\n")
+    texts = likelihood.passages(text)[:TASKS]
+    return likelihood.make_tasks(texts, data.tokenizer, context, cut=True)
+
+
+def measure(path, data, judge, store, what, steps, heat):
+    """What is missing of a checkpoint's rows in the file `store`: its bound and last words (a row
+    without steps), and samples at each of `steps`, and of `heat` at 8 steps. what: its names."""
+    rows = json.loads(store.read_text()) if store.exists() else []
+    done = {(row["round"], row["steps"], row["temperature"]) for row in rows}
+    wanted = [(None, None)] + [(s, 1.0) for s in steps] + [(8, T) for T in heat]
+    wanted = [(s, T) for s, T in wanted if (what["round"], s, T) not in done]
+    model = load_model(path)[0] if wanted else None
+    for s, T in wanted:
+        if s is None:
+            L = data.context(model.config.context)
+            pieces = evaluate.val_pieces(data, PIECES, L)
+            row = evaluate.likelihood_row("", model, pieces, CPU, draws=4)
+            row |= evaluate.last_word_row("", model, tasks_of(data, L), CPU)
+            row |= {"steps": None, "temperature": None}
+        else:
+            n = SAMPLES if T == 1 else SAMPLES // 2
+            row = evaluate.evaluate("", model, judge, data, s, n, CPU, 0, None, temperature=T)
+        rows.append({k: v for k, v in (row | what).items() if v is not None or k in what
+                     or k in ("steps", "temperature")})
+        figures.write_results(store, rows)
+
+
+def measure_all(experiment, dataset, seed):
+    """Rows of an experiment on a dataset with a seed; all are judged by the first seed's AR."""
+    torch.set_num_threads(1)
+    home, data = folder(dataset, seed), load_data(dataset, CPU)
+    judge = make_judge(load_model(folder(dataset, 0) / "ar.pt")[0])
+    rows = []
+    with quiet():
+        for name in variants(1)[experiment]:
+            own = (home / name / "teacher.pt").exists()
+            place = home / name if own else home
+            files = [(place / "teacher.pt", place / "teacher.json", 0, FIRST, HEAT)]
+            paths = sorted((home / name).glob("round*.pt"))
+            files += [(path, home / name / "rows.json", r, LAST if path == paths[-1] else EACH,
+                       HEAT if path == paths[-1] else []) for r, path in enumerate(paths, 1)]
+            for path, store, r, steps, heat in files:
+                what = {"dataset": dataset, "seed": seed, "round": r}
+                measure(path, data, judge, store, what, steps, heat)
+            for store in (place / "teacher.json", home / name / "rows.json"):
+                rows += [{"variant": name, **row} for row in json.loads(store.read_text())]
+            print(f"{home}: {name} measured", flush=True)
+    return rows
+
+
+def everywhere(f, experiment, c):
+    """f(experiment, dataset, seed) for all of c's, in processes. Returns the results in order."""
+    places = [(experiment, dataset, seed) for dataset in c.datasets for seed in c.seeds]
+    with concurrent.futures.ProcessPoolExecutor(
+            c.jobs or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(f, *zip(*places)))
+
+
+# ---- what is shown
+
+COLUMNS = (("variant", "variant", "s"), ("round", "round", "d"), ("bound", "any_order", ".3f"),
+           ("last word", "left", ".1%"), ("ppl, 8", "gen_ppl 8", ".2f"),
+           ("all", "pooled_entropy 8", ".2f"), ("valid", "valid 8", ".0%"),
+           ("ppl, 32", "gen_ppl 32", ".2f"), ("all", "pooled_entropy 32", ".2f"),
+           ("valid", "valid 32", ".0%"), ("as teacher's", "at teacher", ".2f"),
+           ("as kld's", "at kld", ".2f"))
+
+
+def values_of(rows, r, wanted):
+    """What the table shows of round r of one variant and seed: {key: value}. wanted: {key: pooled
+    entropy} at which its perplexity with 8 steps is interpolated over temperatures."""
+    values = {}
+    for row in (row for row in rows if row["round"] == r):
+        if row["steps"] is None:
+            values |= {key: row[key] for key in ("any_order", "left")}
+        elif row["temperature"] == 1:
+            values |= {f"{key} {row['steps']}": row[key] for key in (
+                "gen_ppl", "pooled_entropy", "valid") if key in row}
+    points = [row for row in rows if row["round"] == r and row["steps"] == 8]
+    return values | {key: figures.at_entropy(points, "pooled_entropy", entropy)[0]
+                     for key, entropy in wanted.items()}
+
+
+def last_rows(rows):
+    """One row for each teacher and last student: {column's key: [a value for each seed]}. Equal
+    entropy is that of all texts together: the teacher's with 1,024 steps ("at teacher"), or that
+    of the last student of the variant kld with 8 ("at kld"), of the same seed."""
+    found = {}
+    for seed in sorted({row["seed"] for row in rows}):
+        mine = [row for row in rows if row["seed"] == seed]
+        runs = {name: [row for row in mine if row["variant"] == name]
+                for name in dict.fromkeys(row["variant"] for row in mine)}
+        last = {name: max(row["round"] for row in run) for name, run in runs.items()}
+        plain = {(row["round"], row["steps"]): row["pooled_entropy"] for row in runs["kld"]
+                 if row["temperature"] == 1}
+        wanted = {"at teacher": plain[0, 1024], "at kld": plain[last["kld"], 8]}
+        for name, run in runs.items():
+            for r in (0, last[name]):
+                entry = found.setdefault((name, r), {"variant": name, "round": r})
+                for key, value in values_of(run, r, wanted).items():
+                    entry.setdefault(key, []).append(value)
+    return list(found.values())
+
+
+def summary(rows):
+    """A table for each dataset: teachers (round 0) and last students, a value for each seed."""
+    text = ""
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        shown = []
+        for entry in last_rows([row for row in rows if row["dataset"] == dataset]):
+            shown.append({key: "/".join("-" if v is None else format(v, form) for v in value)
+                          if isinstance(value := entry.get(key), list) else
+                          "" if value is None else str(value) for _, key, form in COLUMNS})
+        text += f"\n{dataset}\n" + figures.rows_as_text(
+            shown, [(title, key, "s") for title, key, _ in COLUMNS]) + "\n"
+    return text
+
+
+def main():
+    c = parse_flags(Config, __doc__, experiment=", ".join(variants(1)))
+    c.datasets, c.seeds = c.datasets or list(STEPS), c.seeds or [0, 1]
+    for dataset in c.datasets:
+        load_data(dataset, CPU)
+    everywhere(train_all, c.experiment, c)
+    if not c.train_only:
+        rows = sum(everywhere(measure_all, c.experiment, c), [])
+        figures.write_results(RESULTS / f"{c.experiment}.json", {
+            "threads": 1, "torch": torch.__version__, "rows": rows})
+        print(summary(rows))
+
+
+if __name__ == "__main__":
+    command(main)
