@@ -48,7 +48,8 @@ def package(name):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError("this needs {0} (pip install {0})".format(name.split(".")[0]))
+        called = {"mauve": "mauve-text"}.get(name, name.split(".")[0])
+        raise UserError(f"this needs {called} (pip install {called})")
 
 
 # ---- flags: a dataclass whose fields are made by flag() is a script's command line

@@ -49,6 +49,7 @@ class EvaluateConfig:
     temperature: list[float] | None = flag(None, "divides the logits [1]", low=0.01)
     frontier: bool = flag(False, "perplexity at equal entropy, from temperatures 0.7 to 1.1")
     precision: int = flag(64, "bits of the token draw", choices=[32, 64])
+    likelihood_only: bool = flag(False, "no samples; then no judge is needed")
     joint: bool = flag(False, "draw tokens and whether they open together, as public code does")
     lambada: str | None = flag(None, "JSONL file of passages to complete by the last word")
     last_word: str | None = flag(None, "text file; its passages of 20 words or more, likewise")
@@ -117,8 +118,7 @@ def evaluate(name, model, judge, data, steps, n, p, seed, context, more=False, *
     tokens) measured, with more by metrics.diversity too. how: see draw_samples."""
     began, calls = time.time(), []
     if model is None:
-        seed_all(seed, "data")
-        x = data.batch("val", n, context, torch.device("cpu"))
+        x = val_pieces(data, n, context)                 # none twice, which self-BLEU would notice
     else:
         x = draw_samples(model, n, steps, p, seed, f"{name}, {steps} steps", calls=calls, **how)
     row = {"model": name, "steps": steps, "nfe": sum(calls) / len(calls) if calls else None,
@@ -217,6 +217,8 @@ def open_judge(c, tokenizer, p):
     """(judge, its model where it has the same tokens, what it reads), from --judge or ar.pt beside
     the first checkpoint."""
     path = Path(c.judge) if c.judge else Path(c.checkpoint[0]).with_name("ar.pt")
+    if not c.judge and c.likelihood_only:
+        return None, None, "none"
     if not c.judge and not path.exists():
         raise UserError(f"no {path} to judge the samples; give an AR checkpoint as --judge")
     model, content = load_model(path, p.device, ("ar",))
@@ -271,6 +273,7 @@ def open_tasks(c, tokenizer):
 def fill(c, p, models, judge, judge_model, data, results, save):
     """Measure everything that c asks for, part by part, into results; save() after each row."""
     tasks, x = open_tasks(c, data.tokenizer), val_pieces(data, c.sequences, c.length)
+    gpt2 = load_model(c.mauve, p.device, ("ar",)) if c.mauve else None
     readers = models | ({"judge": judge_model} if judge_model else {})
     for name, model in readers.items():
         results["likelihood"].append(likelihood_row(name, model, x, p))
@@ -280,6 +283,8 @@ def fill(c, p, models, judge, judge_model, data, results, save):
         for name, model in readers.items():
             results[part].append(last_word_row(name, model, some, p))
             save()
+    if c.likelihood_only:
+        return
     how = {"precision": c.precision, "length": c.length}
     for name, model in {"data": None, **models}.items():
         diffusion = model is not None and not model.config.causal
@@ -293,10 +298,8 @@ def fill(c, p, models, judge, judge_model, data, results, save):
     if len(c.temperature) > 1:
         results["frontier"] = figures.frontier(results["samples"], results["teacher"])
     if c.continuations:
-        gpt2, results["continuations"] = None, []
-        if c.mauve:
-            gpt2, content = load_model(c.mauve, p.device, ("ar",))
-            gpt2 = gpt2, make_tokenizer(content["tokenizer"])
+        results["continuations"] = []
+        gpt2 = gpt2 and (gpt2[0], make_tokenizer(gpt2[1]["tokenizer"]))
         x = val_pieces(data, c.prompts, c.length)
         for name, model in {"data": None, **models}.items():
             diffusion = model is not None and not model.config.causal
@@ -331,8 +334,8 @@ def main():
          results, save)
     save()
     if p.rank == 0:
-        print(f"{data.folder}; judge: {judged}; {c.samples} texts of {c.length} tokens, seed "
-              f"{c.seed}; token draws in {c.precision} bits" + ", joint" * c.joint)
+        print(f"{data.folder}; judge: {judged}; texts of {c.length} tokens, seed {c.seed}"
+              + ", joint draws" * c.joint + "\n")
         print(figures.show(results))
         if c.plot:
             figures.draw_frontier(results["samples"], c.plot)

@@ -83,7 +83,7 @@ TABLES = {                           # part of the results: (its heading, its co
 def show(results):
     """All of the results as text, a table for each part."""
     parts = [(part, *TABLES[part], rows) for part, rows in results.items() if part in TABLES]
-    at = [i for i, part in enumerate(parts) if part[0] == "samples"][0]
+    at = [part for part, *_ in parts].index("samples")
     parts.insert(at + 1, ("diversity", *TABLES["diversity"], results["samples"]))
     return "\n\n".join(f"{title}\n{rows_as_text(rows, columns)}"
                        for _, title, columns, rows in parts if rows)
@@ -247,4 +247,45 @@ def draw_frontier(rows, path):
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    save_figure(fig, path)
+
+
+def draw_experiment(rows, path):
+    """The rows of results/experiments.py as a PNG file: a line of pictures for each dataset, in each
+    a curve for each variant, the mean of its seeds, which are the points."""
+    plt = pyplot()
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    fig, axes = plt.subplots(len(datasets), 4, figsize=(15, 3.6 * len(datasets)),
+                             layout="constrained", squeeze=False)
+    for line, dataset in zip(axes, datasets):
+        mine = [row for row in rows if row["dataset"] == dataset]
+        for axis, (label, key, steps) in zip(line, (
+                ("bound (nats per token)", "any_order", None),
+                ("generative perplexity, 8 steps", "gen_ppl", 8),
+                ("entropy of all texts, 8 steps", "pooled_entropy", 8),
+                ("generative perplexity, last round", "gen_ppl", "last"))):
+            for i, name in enumerate(dict.fromkeys(row["variant"] for row in mine)):
+                run = [row for row in mine if row["variant"] == name and row.get(key) is not None
+                       and row["temperature"] in (None, 1)]
+                last = max(row["round"] for row in run)
+                x = "steps" if steps == "last" else "round"
+                run = [row for row in run if (row["round"] == last if steps == "last" else
+                                              row["steps"] == steps)]
+                points = {}
+                for row in run:
+                    points.setdefault(row[x], []).append(row[key])
+                axis.plot([a for a in sorted(points)],
+                          [sum(points[a]) / len(points[a]) for a in sorted(points)],
+                          color=f"C{i}", label=name)
+                axis.plot([row[x] for row in run], [row[key] for row in run], ".", color=f"C{i}")
+            axis.set(title=f"{dataset}: {label}", xlabel="sampling steps" if steps == "last" else
+                     "round (0: the teacher)")
+            if key == "gen_ppl":
+                axis.set_yscale("log")
+                axis.yaxis.set_minor_formatter("{x:g}")
+                axis.yaxis.set_major_formatter("{x:g}")
+            if steps == "last":
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(sorted(points), sorted(points))
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
     save_figure(fig, path)

@@ -24,7 +24,8 @@ import distill                                                       # noqa: E40
 import evaluate                                                      # noqa: E402
 import figures                                                       # noqa: E402
 import likelihood                                                    # noqa: E402
-from common import Processes, command, flag, load_model, parse_flags  # noqa: E402
+from common import (Processes, UserError, command, flag, load_model,  # noqa: E402
+                    parse_flags)
 from data.dataset import load_data                                   # noqa: E402
 from diffusion import unmask_step                                    # noqa: E402
 from metrics import make_judge                                       # noqa: E402
@@ -58,7 +59,7 @@ def variants(n):
             "k4": dict(k=4, rounds=3, steps_per_round=2 * n),
             "k8": dict(k=8, rounds=2, steps_per_round=3 * n),
             "quarter": dict(steps_per_round=n // 4)},
-        "sizes": kld | {name: dict(preset=name) | fresh for name in WIDTHS},
+        "sizes": kld | {name: dict(preset=name, teacher_steps=256) | fresh for name in WIDTHS},
         "attention": kld | {"reveal": dict(attention="reveal") | fresh,
                             "adapted": dict(attention="reveal")}}
 
@@ -260,6 +261,8 @@ def main():
         figures.write_results(RESULTS / f"{c.experiment}.json", {
             "threads": 1, "torch": torch.__version__, "rows": rows})
         print(summary(rows))
+        with contextlib.suppress(UserError):             # where there is no matplotlib
+            figures.draw_experiment(rows, RESULTS / f"{c.experiment}.png")
 
 
 if __name__ == "__main__":

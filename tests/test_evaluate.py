@@ -1,6 +1,7 @@
 """The command: what it measures, what it refuses, and that a seed or two processes change nothing."""
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -126,6 +127,14 @@ def test_pieces_of_the_validation_data_are_rows_evenly_spread(made):
         data.val[i:i + 100].tolist() for i in (0, 100, 200, 300)]
 
 
+def test_likelihood_only_needs_no_judge_and_draws_nothing(made, tmp_path):
+    """Exact."""
+    save(tmp_path / "alone.pt", "mdlm", random_model(), made / "data")
+    call(evaluate, tmp_path / "alone.pt", "--likelihood_only", "--json", tmp_path / "e.json")
+    results = json.loads((tmp_path / "e.json").read_text())
+    assert [row["model"] for row in results["likelihood"]] == ["alone"] and not results["samples"]
+
+
 def test_a_text_file_can_be_the_dataset(made, tmp_path):
     """In the checkpoint's tokens: the likelihood is that of its ids; no training data, no share of
     8-grams. Exact."""
@@ -229,6 +238,15 @@ def test_bad_input_is_refused_in_one_sentence(made, capsys, monkeypatch, argv, w
     (made / "long.jsonl").write_text(json.dumps({"text": " ".join(["w1"] * 13)}))
     assert words in refused(capsys, evaluate, *argv, "--json", "e.json")
     assert not (made / "e.json").exists()
+
+
+def test_mauve_needs_its_package_and_a_gpt2(made, capsys, monkeypatch):
+    """Both are asked for before anything is sampled. Exact."""
+    argv = [made / "teacher.pt", "--mauve", "gpt2.pt", "--continuations", 3]
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    assert "this needs mauve-text (pip install mauve-text)" in refused(capsys, evaluate, *argv)
+    monkeypatch.setitem(sys.modules, "mauve", type(sys)("mauve"))
+    assert "gpt2.pt: no such checkpoint" in refused(capsys, evaluate, *argv)
 
 
 def test_missing_judge_and_zero_samples_are_refused(made, tmp_path, capsys):
