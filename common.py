@@ -48,7 +48,7 @@ def package(name):
     try:
         return importlib.import_module(name)
     except ImportError:
-        called = {"mauve": "mauve-text"}.get(name, name.split(".")[0])
+        called = {"mauve": "mauve-text", "PIL": "pillow"}.get(name, name.split(".")[0])
         raise UserError(f"this needs {called} (pip install {called})")
 
 

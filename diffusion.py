@@ -112,7 +112,7 @@ def plan(z, steps, mask_id):
 
 
 @torch.no_grad()
-def sample(model, z, steps, mask_id, draw=categorical):
+def sample(model, z, steps, mask_id, draw=categorical, watch=None):
     """Ancestral sampling in `steps` equal steps: fill every mask of z (B, L).
 
     Over the whole way each mask opens in a step drawn uniformly from the `steps`, independently of
@@ -126,12 +126,14 @@ def sample(model, z, steps, mask_id, draw=categorical):
     all; and one position for all of it where all is masked and model.relative is true.
 
     z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
-    draw: logits (N, V) -> ids (N,). Returns ids (B, L). Raises ValueError on uneven rows.
+    draw: logits (N, V) -> ids (N,). watch: called with z after each step that opens something.
+    Returns ids (B, L). Raises ValueError on uneven rows.
     """
+    watch = watch or (lambda z: None)
     order, when = plan(z, steps, mask_id)                            # (B, n)
     n = order.shape[1]
     if getattr(model, "reveal", False):
-        return sample_cached(model, z, order, when, draw)
+        return sample_cached(model, z, order, when, draw, watch)
     alike, blank = bool((z == z[:1]).all()), n == z.shape[1] and getattr(model, "relative", False)
     for i in range(int(when.max()) + 1 if n else 0):
         first, end = ((when < k).sum(1, keepdim=True) for k in (i, i + 1))
@@ -146,14 +148,15 @@ def sample(model, z, steps, mask_id, draw=categorical):
             h = model.states(z, at.to(z.device))                     # (B m, C)
         z = z.clone()
         z[row, at[row, col]] = draw_tokens(model, h[row * j.shape[1] + col], draw)
+        watch(z)
     return z
 
 
-def sample_cached(model, z, order, when, draw):
+def sample_cached(model, z, order, when, draw, watch=lambda z: None):
     """sample for a model whose attention follows the order of reveal, with its KV cache: a step
     reads the tokens that opened in the one before, whose keys and values stay in the cache, and the
     masks that open now. So each position is read twice, whatever the number of steps.
-    order, when: see plan."""
+    order, when: see plan; watch: see sample."""
     (B, L), n = z.shape, order.shape[1]
     cache, z = model.cache(B, L), z.clone()
     known = torch.ones(B, L).scatter_(1, order, 0)                   # the prompt, in random order,
@@ -172,6 +175,7 @@ def sample_cached(model, z, order, when, draw):
         else:
             h = model.read(cache, z[at], at[1].to(z.device), row, col, slot, limit, len(tokens))
         z[row[len(tokens):], at[1][len(tokens):]] = draw_tokens(model, h, draw)
+        watch(z)
     return z
 
 

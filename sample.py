@@ -5,14 +5,20 @@
     python sample.py out/stories-nano/teacher.pt --infill "one sunny day _ went to the _ ."
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
 
+    python sample.py out/stories-nano/round7.pt --animate --html text.html
+    python sample.py out/stories-nano --race                 # AR, teacher and last student
+
 The checkpoint is all that is needed. Token draws are exact, in float64; --temperature and --top_p
-change the law that the model has learned, and are off unless given.
+change the law that the model has learned, and are off unless given. Of a folder, --animate, --html
+and --gif show the teacher beside the last student, --race AR too, each at its measured speed.
 """
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+import animate
 from common import UserError, command, flag, load_model, parse_flags, seed_all, start
 from data.dataset import make_tokenizer
 from diffusion import categorical, sample, sharpen
@@ -23,7 +29,8 @@ from model import generate
 class SampleConfig:
     checkpoint: str                          # the argument without --
     steps: int | None = flag(None, "diffusion steps [what the model was distilled for; a teacher "
-                             "32]; an AR model takes one per token", low=1)
+                             "32; of a folder 8, in a race the teacher's 128]; AR takes one per "
+                             "token", low=1)
     num_samples: int = flag(4, "how many texts", low=1)
     prompt: str = flag("", "how the text begins")
     infill: str | None = flag(None, 'a text with gaps: "___" has three tokens, "_20_" twenty')
@@ -32,6 +39,10 @@ class SampleConfig:
                               low=0.01)
     top_p: float = flag(1.0, "draw only among the likeliest tokens that have this probability "
                         "together; changes the law", low=0.01, high=1)
+    animate: bool = flag(False, "show in the terminal how the first text comes about")
+    html: str | None = flag(None, "the same as a web page, in this file")
+    gif: str | None = flag(None, "the same as a GIF (needs matplotlib with pillow)")
+    race: bool = flag(False, "of a folder: AR, teacher and last student by measured time")
     seed: int = flag(0, "seed of the samples")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
 
@@ -69,18 +80,65 @@ def known_tokens(c, model, tokenizer):
     return torch.tensor(ids, dtype=torch.long)
 
 
+def racers(c):
+    """The files that are shown side by side: [(path, title, steps or None)]."""
+    path = Path(c.checkpoint)
+    if not path.is_dir():
+        if c.race:
+            raise UserError(f"--race {path}: give the folder of ar.pt, teacher.pt and round files")
+        return [(path, path.stem, c.steps)]
+    rounds = sorted(path.glob("round*.pt"), key=lambda p: (len(p.name), p.name))
+    missing = [name for name in ("ar.pt", "teacher.pt")[not c.race:] if not (path / name).exists()]
+    if missing or not rounds:
+        raise UserError(f"{path} has no {' or '.join(missing or ['round file'])}; "
+                        "python distill.py makes them")
+    found = [(path / "teacher.pt", "teacher", 128 if c.race else c.steps or 8),
+             (rounds[-1], f"student ({rounds[-1].stem})", c.steps or 8)]
+    return [(path / "ar.pt", "AR with KV cache", None)] * c.race + found
+
+
+def show(c, p, draw):
+    """Record what --animate, --html, --gif or --race ask for, and show it."""
+    traces = []
+    for path, title, steps in racers(c):
+        model, content = load_model(path, p.device)
+        tokenizer = make_tokenizer(content["tokenizer"])
+        known = known_tokens(c, model, tokenizer).to(p.device)
+        length, steps = c.length or model.config.context, steps or content.get("sampling_steps") or 32
+        for _ in range(1 + c.race):          # what is timed is not the first run
+            seed_all(c.seed)
+            trace = animate.record(model, known, length, steps, draw, tokenizer, title)
+        if c.infill is not None:             # the model wrote on after the template
+            trace.texts, trace.opened = trace.texts[:len(known)], trace.opened[:len(known)]
+        traces.append(trace)
+    if c.html:
+        animate.write_page(traces, c.html, c.race)
+    if c.gif:
+        animate.write_gif(traces, c.gif, c.race)
+    if c.animate or not (c.html or c.gif):
+        animate.play(traces, c.race)
+    if c.race:
+        ar = traces[0].seconds[-1]
+        print("\n".join(f"{t.title}: {t.seconds[-1] * 1000:.1f} ms, {ar / t.seconds[-1]:.2f} times AR's"
+                        " speed" for t in traces))
+    for path in filter(None, (c.html, c.gif)):
+        print(f"{path} is written")
+
+
 def main():
     c = parse_flags(SampleConfig, __doc__, checkpoint="of train.py or distill.py")
     p = start(c.device)
+
+    def draw(logits):
+        return categorical(sharpen(logits, c.temperature, c.top_p))
+
+    if c.animate or c.html or c.gif or c.race:
+        return show(c, p, draw)
     model, content = load_model(c.checkpoint, p.device)
     tokenizer = make_tokenizer(content["tokenizer"])
     known = known_tokens(c, model, tokenizer).to(p.device).expand(c.num_samples, -1)     # (B, n)
     length = c.length or model.config.context
     seed_all(c.seed)
-
-    def draw(logits):
-        return categorical(sharpen(logits, c.temperature, c.top_p))
-
     if model.config.causal:
         x = generate(model, known, length, draw)
     else:
