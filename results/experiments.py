@@ -228,8 +228,11 @@ def last_rows(rows):
         plain = {(row["round"], row["steps"]): row["pooled_entropy"] for row in runs["kld"]
                  if row["temperature"] == 1}
         wanted = {"at teacher": plain[0, 1024], "at kld": plain[last["kld"], 8]}
+        teacher = {name: [{**row, "variant": ""} for row in run if row["round"] == 0]
+                   for name, run in runs.items()}
         for name, run in runs.items():
-            for r in (0, last[name]):
+            own = name == "kld" or teacher[name] != teacher["kld"]
+            for r in [0] * own + [last[name]]:
                 entry = found.setdefault((name, r), {"variant": name, "round": r})
                 for key, value in values_of(run, r, wanted).items():
                     entry.setdefault(key, []).append(value)
