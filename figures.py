@@ -224,6 +224,9 @@ def draw_latency(rows, path):
             axis.annotate(*point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axis.set(xscale="log", yscale="log", xlabel=f"seconds for {batch} x {rows[0]['length']} tokens",
              ylabel="generative perplexity (numbers: steps)")
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter("{x:g}")
+        one.set_minor_formatter("{x:g}")
     axis.legend()
     save_figure(fig, path)
 

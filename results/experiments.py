@@ -25,7 +25,7 @@ import evaluate                                                      # noqa: E40
 import figures                                                       # noqa: E402
 import likelihood                                                    # noqa: E402
 from common import (Processes, UserError, command, flag, load_model,  # noqa: E402
-                    parse_flags)
+                    parse_flags, write)
 from data.dataset import load_data                                   # noqa: E402
 from diffusion import unmask_step                                    # noqa: E402
 from metrics import make_judge                                       # noqa: E402
@@ -124,6 +124,11 @@ def train_all(experiment, dataset, seed):
 EACH, LAST, FIRST = [8, 32], [4, 8, 16, 32, 128], [8, 32, 1024]     # steps: of rounds, last, teacher
 HEAT = [0.3, 0.5, 0.7, 0.85, 1.2, 1.4, 1.7, 2.0]     # of the last round and the teacher, at 8 steps
 SAMPLES, PIECES, TASKS = 256, 320, 400
+KEPT = ("variant", "dataset", "seed", "round", "steps", "temperature", "samples", "nfe", "gen_ppl",
+        "gen_ppl_se", "entropy", "entropy_se", "pooled_entropy", "pooled_entropy_se", "valid",
+        "valid_se", "contradictions", "copies", "sequences", "bound", "bound_se", "any_order",
+        "any_order_se", "tasks", "one_pass", "confident", "left", "left_se", "word_ppl",
+        "word_ppl_se")       # of what is measured, in results/
 
 
 def tasks_of(data, context):
@@ -154,8 +159,9 @@ def measure(path, data, judge, store, what, steps, heat):
         else:
             n = SAMPLES if T == 1 else SAMPLES // 2
             row = evaluate.evaluate("", model, judge, data, s, n, CPU, 0, None, temperature=T)
-        rows.append({k: v for k, v in (row | what).items() if v is not None or k in what
-                     or k in ("steps", "temperature")})
+        rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v
+                     for k, v in (what | row | what).items() if k in ("steps", "temperature") or
+                     v is not None and k not in ("model", "joint", "precision")})
         figures.write_results(store, rows)
 
 
@@ -176,7 +182,8 @@ def measure_all(experiment, dataset, seed):
             for path, store, r, steps, heat in files:
                 what = {"dataset": dataset, "seed": seed, "round": r}
                 measure(path, data, judge, store, what, steps, heat)
-            for store in (place / "teacher.json", home / name / "rows.json"):
+            for store in [place / "teacher.json"] * (own or name == "kld") + [
+                    home / name / "rows.json"]:
                 rows += [{"variant": name, **row} for row in json.loads(store.read_text())]
             print(f"{home}: {name} measured", flush=True)
     return rows
@@ -191,6 +198,19 @@ def everywhere(f, experiment, c):
 
 
 # ---- what is shown
+
+def with_teachers(rows):
+    """Rows with a copy of the shared teacher's for each variant that has none of its own."""
+    found = []
+    for dataset, seed, name in dict.fromkeys((r["dataset"], r["seed"], r["variant"]) for r in rows):
+        mine = [r for r in rows if (r["dataset"], r["seed"]) == (dataset, seed)]
+        own = [r for r in mine if r["variant"] == name]
+        if not any(r["round"] == 0 for r in own):
+            own = [r | {"variant": name} for r in mine if r["variant"] == "kld" and not r["round"]
+                   ] + own
+        found += own
+    return found
+
 
 COLUMNS = (("variant", "variant", "s"), ("round", "round", "d"), ("bound", "any_order", ".3f"),
            ("last word", "left", ".1%"), ("ppl, 8", "gen_ppl 8", ".2f"),
@@ -232,7 +252,8 @@ def last_rows(rows):
                    for name, run in runs.items()}
         for name, run in runs.items():
             own = name == "kld" or teacher[name] != teacher["kld"]
-            for r in [0] * own + [last[name]]:
+            between = [6] * (name == "kld" and "k4" in runs and last[name] == 7)     # as k4's last
+            for r in [0] * own + between + [last[name]]:
                 entry = found.setdefault((name, r), {"variant": name, "round": r})
                 for key, value in values_of(run, r, wanted).items():
                     entry.setdefault(key, []).append(value)
@@ -261,8 +282,10 @@ def main():
     everywhere(train_all, c.experiment, c)
     if not c.train_only:
         rows = sum(everywhere(measure_all, c.experiment, c), [])
-        figures.write_results(RESULTS / f"{c.experiment}.json", {
-            "threads": 1, "torch": torch.__version__, "rows": rows})
+        lines = ",\n".join(json.dumps({k: row[k] for k in KEPT if k in row}) for row in rows)
+        text = f'{{"torch": "{torch.__version__}", "threads": 1, "rows": [\n{lines}\n]}}\n'
+        write(RESULTS / f"{c.experiment}.json", lambda f: f.write(text.encode()))
+        rows = with_teachers(rows)
         print(summary(rows))
         with contextlib.suppress(UserError):             # where there is no matplotlib
             figures.draw_experiment(rows, RESULTS / f"{c.experiment}.png")

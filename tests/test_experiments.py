@@ -79,7 +79,7 @@ def test_an_experiment_from_end_to_end(name, tmp_path, monkeypatch):
     assert experiments.measure_all(name, "stories", 0) == rows
     assert [path.stat().st_mtime_ns for path in stores] == before
     torch.set_num_threads(threads)
-    text = experiments.summary(rows)
+    text = experiments.summary(experiments.with_teachers(rows))
     assert [line.split()[:2] for line in text.splitlines()[3:]] == [
         ["kld", "0"], ["kld", "2"], ["k4", "1"]]
     assert json.loads(json.dumps(rows)) == rows and {row["seed"] for row in rows} == {0}
