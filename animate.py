@@ -1,8 +1,8 @@
 """How a text came about: recorded, then played in a terminal, as a web page, or as a GIF.
 
 A trace knows for each position its text and the frame in which it opened, so a frame is the
-difference to the one before, and 1,024 steps of 1,024 tokens are a few kilobytes. Frames are network
-calls; their times were measured while the text was sampled.
+difference to the one before, and 1,024 steps of 1,024 tokens are a few kilobytes. Frames are
+network calls; their times were measured while the text was sampled.
 """
 import bisect
 import dataclasses
@@ -22,7 +22,7 @@ from model import generate
 
 PAGE = Path(__file__).with_name("animate.html")
 BLOCK = "░"                              # a cell of a masked token
-COLORS = (63, 69, 74, 79, 113, 149, 185, 221)    # of a terminal's 256, early to late: blue to yellow
+COLORS = (63, 69, 74, 79, 113, 149, 185, 221)    # of a terminal's 256, from blue to yellow
 VIRIDIS = ("#414487", "#2a788e", "#22a884", "#7ad151", "#c9a800")            # the same on white
 SECONDS = 6.0                            # that an animation takes in a terminal or a GIF
 

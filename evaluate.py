@@ -199,8 +199,8 @@ def open_data(c, config, tokenizer, p):
         return Data(Path(name), ids[:0], ids, tokenizer, None, False, None)
     data = load_data(name, p)
     if data.tokenizer.spec != tokenizer.spec:
-        raise UserError(f"{c.checkpoint[0]} knows other tokens than {data.folder}; give --dataset a "
-                        "folder of the same tokens, or a text file")
+        raise UserError(f"{c.checkpoint[0]} knows other tokens than {data.folder}; give --dataset "
+                        "a folder of the same tokens, or a text file")
     return data
 
 
@@ -322,9 +322,9 @@ def main():
     teachers = [name for name, (_, content) in models.items() if content["kind"] == "mdlm"]
     if c.teacher:
         teachers = [name for name in models if name.split("/")[-1] == Path(c.teacher).stem]
-    results = {"judge": judged, "data": str(data.folder), "teacher": next(iter(teachers), None),
-               "argv": sys.argv[1:], "torch": torch.__version__, "python": platform.python_version(),
-               "likelihood": [], "samples": []}
+    results = {"judge": judged, "data": data.folder.name, "teacher": next(iter(teachers), None),
+               "argv": sys.argv[1:], "torch": torch.__version__,
+               "python": platform.python_version(), "likelihood": [], "samples": []}
 
     def save():
         if c.json and p.rank == 0:
@@ -334,7 +334,7 @@ def main():
          results, save)
     save()
     if p.rank == 0:
-        print(f"{data.folder}; judge: {judged}; texts of {c.length} tokens, seed {c.seed}"
+        print(f"{data.folder.name}; judge: {judged}; texts of {c.length} tokens, seed {c.seed}"
               + ", joint draws" * c.joint + "\n")
         print(figures.show(results))
         if c.plot:

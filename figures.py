@@ -68,11 +68,13 @@ TABLES = {                           # part of the results: (its heading, its co
                  "of all together; empty where the temperatures do not reach it", (
                      ("model", "model", "s"), ("steps", "steps", "d"),
                      ("entropy", "entropy", ".3f"), ("gen ppl", "at_entropy", ".2f±"),
-                     ("of all", "pooled_entropy", ".3f"), ("gen ppl", "at_pooled_entropy", ".2f±"))),
+                     ("of all", "pooled_entropy", ".3f"),
+                     ("gen ppl", "at_pooled_entropy", ".2f±"))),
     **{name: (f"last words ({name}): accuracy in one pass, most certain first, left to right", (
         ("model", "model", "s"), ("tasks", "tasks", "d"), ("one pass", "one_pass", ".1%±"),
-        ("certain", "confident", ".1%±"), ("left", "left", ".1%±"), ("word ppl", "word_ppl", ".2f±"),
-        ("by bound", "by_bound", "d"))) for name in ("lambada", "last_word")},
+        ("certain", "confident", ".1%±"), ("left", "left", ".1%±"),
+        ("word ppl", "word_ppl", ".2f±"), ("by bound", "by_bound", "d")))
+        for name in ("lambada", "last_word")},
     "continuations": ("continuations of prompts", (
         ("model", "model", "s"), ("steps", "steps", "d"), ("texts", "texts", "d"),
         ("prompt", "prompt_tokens", "d"), ("gen ppl", "gen_ppl", ".2f±"),
@@ -254,8 +256,8 @@ def draw_frontier(rows, path):
 
 
 def draw_experiment(rows, path):
-    """The rows of results/experiments.py as a PNG file: a line of pictures for each dataset, in each
-    a curve for each variant, the mean of its seeds, which are the points."""
+    """The rows of results/experiments.py as a PNG file: a line of pictures for each dataset, in
+    each a curve for each variant, the mean of its seeds, which are the points."""
     plt = pyplot()
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     fig, axes = plt.subplots(len(datasets), 4, figsize=(15, 3.6 * len(datasets)),

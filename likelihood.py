@@ -39,7 +39,7 @@ def bound(model, x, mask_id, draws=1):
     """The NELBO of each text of x (B, L) in nats per token, (B,): the integral over t in (0, 1] of
     (1/t) sum over masks of -log p(x_i | z_t) (MDLM, eq. 10), by one u from each of `draws` equal
     parts of (0, 1], t = u^2 and dt / t = 2 du / u. (With t itself uniform the variance is infinite:
-    a text of one mask at t near 0 has weight 1/t. To add the opposite masking, 1 - t, helps little.)
+    a text of one mask at t near 0 has weight 1/t. Adding the opposite masking, 1 - t, hardly helps.)
     """
     B, L = x.shape
     total = torch.zeros(B, dtype=torch.float64, device=x.device)
@@ -51,7 +51,7 @@ def bound(model, x, mask_id, draws=1):
 
 
 def any_order(model, x, mask_id, draws=1, known=0):
-    """The same bound without t: -log p(x) <= E_n (L / n) sum over n random masks of -log p(x_i | z),
+    """The same bound without t: -log p(x) <= E_n (L / n) sum over n random masks of -log p(x_i|z),
     with n uniform in 1..L (arXiv 2110.02037), of the tokens after the first `known`; in nats per
     such token, (B,), by one n from each of `draws` equal parts."""
     B, L = len(x), x.shape[1] - known
@@ -100,7 +100,8 @@ def passages(text, least=20):
     """The paragraphs of a text that have at least so many words."""
     found = [part for part in re.split(r"\n\s*\n", text) if len(WORD.findall(part)) >= least]
     if not found:
-        raise UserError(f"the text has no passage of {least} words between empty lines; use another")
+        raise UserError(f"the text has no passage of {least} words between empty lines; use "
+                        "another")
     return found
 
 
@@ -166,8 +167,8 @@ def complete(model, x, w, mask_id, protocol):
 
 
 def word_nats(model, x, w, mask_id):
-    """-log p of the last w tokens of x (B, L) given the others, (B,): by all w! orders in which they
-    may be revealed one at a time, up to LONGEST tokens; beyond, the bound."""
+    """-log p of the last w tokens of x (B, L) given the others, (B,): by all w! orders in which
+    they may be revealed one at a time, up to LONGEST tokens; beyond, the bound."""
     if w > LONGEST:
         return any_order(model, x, mask_id, DRAWS, x.shape[1] - w) * w
     begin, order, nats = x.shape[1] - w, order_of(model, x, w), {}

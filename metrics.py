@@ -121,8 +121,8 @@ def self_bleu(x, most=4):
 
 
 def distinct(x, most=4):
-    """Distinct-1 .. -`most` (arXiv 1510.03055): different n-grams of all texts x (n, L) together, as
-    a share of all n-grams. A list of (value, SE), the error by leaving out each text in turn."""
+    """Distinct-1 .. -`most` (arXiv 1510.03055): different n-grams of all texts x (n, L) together,
+    as a share of all n-grams. A list of (value, SE), the error by leaving out each text in turn."""
     n, found = len(x), []
     for order in range(1, most + 1):
         counts = grams(x.tolist(), order)

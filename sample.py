@@ -104,7 +104,8 @@ def show(c, p, draw):
         model, content = load_model(path, p.device)
         tokenizer = make_tokenizer(content["tokenizer"])
         known = known_tokens(c, model, tokenizer).to(p.device)
-        length, steps = c.length or model.config.context, steps or content.get("sampling_steps") or 32
+        length = c.length or model.config.context
+        steps = steps or content.get("sampling_steps") or 32
         for _ in range(1 + c.race):          # what is timed is not the first run
             seed_all(c.seed)
             trace = animate.record(model, known, length, steps, draw, tokenizer, title)
@@ -119,8 +120,9 @@ def show(c, p, draw):
         animate.play(traces, c.race)
     if c.race:
         ar = traces[0].seconds[-1]
-        print("\n".join(f"{t.title}: {t.seconds[-1] * 1000:.1f} ms, {ar / t.seconds[-1]:.2f} times AR's"
-                        " speed" for t in traces))
+        for trace in traces:
+            end = trace.seconds[-1]
+            print(f"{trace.title}: {end * 1000:.1f} ms, {ar / end:.2f} times AR's speed")
     for path in filter(None, (c.html, c.gif)):
         print(f"{path} is written")
 

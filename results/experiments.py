@@ -121,7 +121,7 @@ def train_all(experiment, dataset, seed):
 
 # ---- measuring
 
-EACH, LAST, FIRST = [8, 32], [4, 8, 16, 32, 128], [8, 32, 1024]     # steps: of rounds, last, teacher
+EACH, LAST, FIRST = [8, 32], [4, 8, 16, 32, 128], [8, 32, 1024]    # steps: rounds, last, teacher
 HEAT = [0.3, 0.5, 0.7, 0.85, 1.2, 1.4, 1.7, 2.0]     # of the last round and the teacher, at 8 steps
 SAMPLES, PIECES, TASKS = 256, 320, 400
 KEPT = ("variant", "dataset", "seed", "round", "steps", "temperature", "samples", "nfe", "gen_ppl",

@@ -66,8 +66,8 @@ def round_of(teacher, student, x, dt, tokenizer, seed):
           f"{int(opened.sum())} of {int((z == mask_id).sum())} masks:\n\n"
           f"    z_t      {shown(z[0], tokenizer, mask_id)}\n"
           f"    z_t-dt   {shown(z_s[0], tokenizer, mask_id)}\n\n"
-          "What is still masked, it would now predict otherwise. That is what the student learns to "
-          "say at once, from z_t:\n")
+          "What is still masked, it would now predict otherwise. That is what the student learns "
+          "to say at once, from z_t:\n")
     for i in gain.topk(2).indices.sort().values.tolist():
         print(f"    position {i}, where the text has {tokenizer.decode([x[0, i].item()])!r}\n"
               f"        teacher, first step    {likeliest(now[i], tokenizer)}\n"
@@ -88,7 +88,8 @@ def main():
         raise UserError(f"{c.folder} was trained on {flags.dataset}; the examples need stories")
     contradiction(first, tokenizer, c.steps, c.seed)
     dt = 1 / schedule(flags.teacher_steps, content["round"], flags.k)[-2]
-    round_of(teacher, student, val_pieces(data, 1 + c.seed, data.stride)[-1:], dt, tokenizer, c.seed)
+    x = val_pieces(data, 1 + c.seed, data.stride)[-1:]
+    round_of(teacher, student, x, dt, tokenizer, c.seed)
 
 
 if __name__ == "__main__":

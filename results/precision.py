@@ -2,9 +2,9 @@
 
     python results/precision.py          # -> results/precision.json
 
-The law is known (token i has probability 1 / (i H), as in natural text), so nothing but the draw is at
-fault. Rare is a token of less than 6e-5: in 1,024 steps it would open with less than 6e-8 in the first of
-them, which noise of 24 bits cannot reach.
+The law is known (token i has probability 1 / (i H), as in natural text), so nothing but the draw is
+at fault. Rare is a token of less than 6e-5: in the first of 1,024 steps it would open with less
+than 6e-8, which noise of 24 bits cannot reach.
 """
 import math
 import sys

@@ -156,7 +156,8 @@ def test_the_animation_as_tmux_shows_it(tmp_path):
     code = ("import animate; animate.SECONDS = 0.5\n"
             "animate.play([animate.Trace('a model', ['word '] * 40, [1 + i % 3 for i in range(40)],"
             " [0.0, 0.1, 0.2, 0.3], 3)])")
-    (tmp_path / "run.py").write_text(f"import sys; sys.path.insert(0, {str(common.ROOT)!r})\n{code}")
+    path = f"import sys; sys.path.insert(0, {str(common.ROOT)!r})\n"
+    (tmp_path / "run.py").write_text(path + code)
     tmux = ["tmux", "-L", f"nano{os.getpid()}", "-f", "/dev/null"]
     run = f"{sys.executable} {tmp_path}/run.py; touch {tmp_path}/done; sleep 60"
     subprocess.run([*tmux, "new-session", "-d", "-x", "80", "-y", "24", run], check=True)
@@ -242,7 +243,8 @@ def test_the_page_plays_scrubs_and_pauses_in_a_browser(tmp_path, size, dark):
     if not chromium:
         pytest.skip("no Chromium")
     page = tmp_path / "page.html"
-    text = Trace("<i>markup", ["one", " <b>sunny</b>", " day", " ."], [0, 2, 1, 2], [0., .25, 1.], 4)
+    text = Trace("<i>markup", ["one", " <b>sunny</b>", " day", " ."], [0, 2, 1, 2],
+                 [0.0, 0.25, 1.0], 4)
     slow = Trace("AR", [" w"] * 100, list(range(1, 101)), [i / 50 for i in range(101)], None)
     animate.write_page([text, slow], page)
     page.write_text(page.read_text().replace("<main>", PROBE + "<main>"))

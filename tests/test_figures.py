@@ -57,7 +57,8 @@ def test_rows_as_text_aligns_numbers_and_leaves_out_empty_columns():
     columns = [("model", "model", "s"), ("steps", "steps", "d"), ("X", "x", ".1f±"),
                ("Y", "y", ".1f±")]
     assert figures.rows_as_text(rows, columns).splitlines() == [
-        "model  steps         X", "a          8  1.2 ±0.5", "bcd               10.0", "e         16"]
+        "model  steps         X", "a          8  1.2 ±0.5", "bcd               10.0",
+        "e         16"]
 
 
 def sample_row(model, steps, T, gen_ppl, entropy, pooled=4.0):

@@ -53,9 +53,9 @@ def test_what_it_needs_is_said(tmp_path, capsys):
 
 
 def test_a_law_is_drawn_exactly_but_in_float32_with_many_steps(monkeypatch, tmp_path, capsys):
-    """results/precision.py in small: 300 tokens, 8 steps, where nothing is lost: all three draws have
-    the law's mean of -log p within 4 standard errors (another seed fails one time in 5,000), and the
-    table has their four rows."""
+    """results/precision.py in small: 300 tokens, 8 steps, where nothing is lost: all three draws
+    have the law's mean of -log p within 4 standard errors (another seed fails one time in 5,000),
+    and the table has their four rows."""
     c = precision.Config(tokens=300, length=640, steps=8)
     law, *found = precision.rows(c)
     for row in found:

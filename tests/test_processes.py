@@ -106,9 +106,9 @@ def test_two_processes_give_the_table_of_one(runs, tmp_path):
         out = tmp_path / f"{world}.json"
         outputs = together(world, "evaluate.py", [
             str(runs["train.py", 1] / "teacher.pt"), str(runs["distill.py", 1] / "round1.pt"),
-            "--judge", str(runs["train.py", 1].parent / "start/ar.pt"), "--samples", "70", "--steps",
-            "2", "8", "--sequences", "40", "--last_word", str(text), "--continuations", "3",
-            "--prompts", "15", "--device", "cpu", "--json", str(out)])
+            "--judge", str(runs["train.py", 1].parent / "start/ar.pt"), "--samples", "70",
+            "--steps", "2", "8", "--sequences", "40", "--last_word", str(text),
+            "--continuations", "3", "--prompts", "15", "--device", "cpu", "--json", str(out)])
         assert all("samples; too low" in output for output in outputs[:1])
         assert outputs[1:] == [""] * (world - 1)
         found.append(json.loads(out.read_text()))
