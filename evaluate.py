@@ -238,9 +238,9 @@ def settle(c, models, data):
     if c.length > least or data.stride and c.length > data.stride:
         raise UserError(f"--length {c.length} is beyond the context of {least} tokens, or a row of "
                         f"{data.folder}")
-    if len(data.val) < c.length:
-        raise UserError(f"{data.folder}: {len(data.val)} tokens to validate with, fewer than a "
-                        f"text of {c.length}; use more text or a smaller --length")
+    if len(data.val) < 3 * c.length:         # errors need more than one, self-BLEU three
+        raise UserError(f"{data.folder}: {len(data.val)} tokens to validate with, fewer than three "
+                        f"texts of {c.length}; use more text or a smaller --length")
     if c.prompt_tokens >= c.length:
         raise UserError(f"--prompt_tokens {c.prompt_tokens} leaves nothing of a text of {c.length} "
                         "tokens to write; give fewer")
@@ -267,6 +267,10 @@ def open_tasks(c, tokenizer):
     if c.last_word:
         texts = likelihood.passages(likelihood.read_text(c.last_word))[:c.tasks]
         found["last_word"] = likelihood.make_tasks(texts, tokenizer, c.length, cut=True)
+    for part, tasks in found.items():
+        if len(tasks) < 2:
+            raise UserError(f"--{part} {getattr(c, part)} has a single passage, and no standard "
+                            "error; give more")
     return found
 
 

@@ -74,7 +74,7 @@ def published_targets(teacher, z, t, dt, k, mask_id, order=None):
     for w in torch.linspace(1, 0, k).tolist():
         at = z == mask_id
         t_i = (w * t + (1 - t) * (t - k * dt)).clamp(1e-5, 1)
-        after, reveal, _ = unmask_step(teacher, z, t_i, (t_i - dt).clamp(min=0), mask_id)
+        after = unmask_step(teacher, z, t_i, (t_i - dt).clamp(min=0), mask_id)[0]
         h = teacher.states(z, at)                        # of all, as that code has it
         if target is None:
             target = h.new_empty(int(masked.sum()), h.shape[1])
@@ -143,13 +143,17 @@ def tasks_of(data, context):
 
 def measure(path, data, judge, store, what, steps, heat):
     """What is missing of a checkpoint's rows in the file `store`: its bound and last words (a row
-    without steps), and samples at each of `steps`, and of `heat` at 8 steps. what: its names."""
+    without steps), and samples at each of `steps`, and of `heat` at 8 steps. what: its names. Rows
+    of other weights are dropped."""
+    model = load_model(path)[0]
+    what = what | {"weights": distill.fingerprint(model)}
     rows = json.loads(store.read_text()) if store.exists() else []
+    rows = [row for row in rows if row["round"] != what["round"]
+            or row.get("weights") == what["weights"]]
     done = {(row["round"], row["steps"], row["temperature"]) for row in rows}
-    wanted = [(None, None)] + [(s, 1.0) for s in steps] + [(8, T) for T in heat]
-    wanted = [(s, T) for s, T in wanted if (what["round"], s, T) not in done]
-    model = load_model(path)[0] if wanted else None
-    for s, T in wanted:
+    for s, T in [(None, None)] + [(s, 1.0) for s in steps] + [(8, T) for T in heat]:
+        if (what["round"], s, T) in done:
+            continue
         if s is None:
             L = data.context(model.config.context)
             pieces = evaluate.val_pieces(data, PIECES, L)
@@ -160,8 +164,8 @@ def measure(path, data, judge, store, what, steps, heat):
             n = SAMPLES if T == 1 else SAMPLES // 2
             row = evaluate.evaluate("", model, judge, data, s, n, CPU, 0, None, temperature=T)
         rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v
-                     for k, v in (what | row | what).items() if k in ("steps", "temperature") or
-                     v is not None and k not in ("model", "joint", "precision")})
+                     for k, v in (row | what).items()        # without what this dataset has not
+                     if v is not None or k in ("steps", "temperature")})
         figures.write_results(store, rows)
 
 

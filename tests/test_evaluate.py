@@ -223,7 +223,8 @@ def test_continuations_keep_the_prompt_and_are_judged_without_it(made):
     (["teacher.pt", "--mauve", "gpt2.pt"], "give --continuations too"),
     (["teacher.pt", "--teacher", "other.pt"], "--teacher other.pt is not among the checkpoints"),
     (["reveal.pt", "--joint"], "--joint is not for models with attention reveal"),
-    (["teacher.pt", "--dataset", "short.txt"], "5 tokens to validate with, fewer than a text of"),
+    (["teacher.pt", "--dataset", "short.txt"], "5 tokens to validate with, fewer than three"),
+    (["teacher.pt", "--last_word", "single.txt"], "--last_word single.txt has a single passage"),
     (["teacher.pt", "--dataset", "bad.txt"], "'what' is not in the vocabulary"),
     (["teacher.pt", "--lambada", "bad.txt"], "bad.txt, line 1: not a JSON object"),
     (["teacher.pt", "--lambada", "long.jsonl"], "passage 1 has 13 tokens, more than"),
@@ -235,6 +236,7 @@ def test_bad_input_is_refused_in_one_sentence(made, capsys, monkeypatch, argv, w
     monkeypatch.chdir(made)
     (made / "short.txt").write_text("w1 w2 w3 w4 w5")
     (made / "bad.txt").write_text("what is this")
+    (made / "single.txt").write_text("w1 " * 20)
     (made / "long.jsonl").write_text(json.dumps({"text": " ".join(["w1"] * 13)}))
     assert words in refused(capsys, evaluate, *argv, "--json", "e.json")
     assert not (made / "e.json").exists()

@@ -1,5 +1,6 @@
 """results/experiments.py: its variants are real settings, and a small one runs from end to end."""
 import json
+import shutil
 import sys
 
 import pytest
@@ -78,7 +79,12 @@ def test_an_experiment_from_end_to_end(name, tmp_path, monkeypatch):
     before = [path.stat().st_mtime_ns for path in stores]
     assert experiments.measure_all(name, "stories", 0) == rows
     assert [path.stat().st_mtime_ns for path in stores] == before
+    path = experiments.folder("stories", 0) / "kld" / "round2.pt"   # other weights: measured anew
+    shutil.copy(path.with_name("round1.pt"), path)
+    new = experiments.measure_all(name, "stories", 0)
     torch.set_num_threads(threads)
+    changed = [(row["variant"], row["round"]) for row in new if row not in rows]
+    assert len(new) == len(rows) and set(changed) == {("kld", 2)}
     text = experiments.summary(experiments.with_teachers(rows))
     assert [line.split()[:2] for line in text.splitlines()[3:]] == [
         ["kld", "0"], ["kld", "2"], ["k4", "1"]]
