@@ -266,9 +266,9 @@ def draw_experiment(rows, path):
         mine = [row for row in rows if row["dataset"] == dataset]
         for axis, (label, key, steps) in zip(line, (
                 ("bound (nats per token)", "any_order", None),
-                ("generative perplexity, 8 steps", "gen_ppl", 8),
+                ("perplexity, 8 steps", "gen_ppl", 8),
                 ("entropy of all texts, 8 steps", "pooled_entropy", 8),
-                ("generative perplexity, last round", "gen_ppl", "last"))):
+                ("perplexity, last round", "gen_ppl", "last"))):
             for i, name in enumerate(dict.fromkeys(row["variant"] for row in mine)):
                 run = [row for row in mine if row["variant"] == name and row.get(key) is not None
                        and row["temperature"] in (None, 1)]
@@ -292,5 +292,5 @@ def draw_experiment(rows, path):
             if steps == "last":
                 axis.set_xscale("log", base=2)
                 axis.set_xticks(sorted(points), sorted(points))
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
+    axes[0][0].legend()
     save_figure(fig, path)

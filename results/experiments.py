@@ -3,8 +3,9 @@
     python results/experiments.py divergences        # -> results/divergences.json
 
 trains what is missing under out/experiments, several processes with a thread each, and measures the
-students of all rounds. A stop costs nothing: the same command goes on where it was. The
-experiments share teachers, judges and the plain path, "kld".
+students of all rounds. A stop costs nothing: the same command goes on where it was. Rows of datasets
+and seeds that were not asked for stay in the file. The experiments share teachers, judges and the
+plain path, "kld".
 """
 import concurrent.futures
 import contextlib
@@ -285,10 +286,13 @@ def main():
         load_data(dataset, CPU)
     everywhere(train_all, c.experiment, c)
     if not c.train_only:
-        rows = sum(everywhere(measure_all, c.experiment, c), [])
+        store = RESULTS / f"{c.experiment}.json"
+        kept = json.loads(store.read_text())["rows"] if store.exists() else []
+        rows = [row for row in kept if row["dataset"] not in c.datasets
+                or row["seed"] not in c.seeds] + sum(everywhere(measure_all, c.experiment, c), [])
         lines = ",\n".join(json.dumps({k: row[k] for k in KEPT if k in row}) for row in rows)
         text = f'{{"torch": "{torch.__version__}", "threads": 1, "rows": [\n{lines}\n]}}\n'
-        write(RESULTS / f"{c.experiment}.json", lambda f: f.write(text.encode()))
+        write(store, lambda f: f.write(text.encode()))
         rows = with_teachers(rows)
         print(summary(rows))
         with contextlib.suppress(UserError):             # where there is no matplotlib

@@ -89,3 +89,22 @@ def test_an_experiment_from_end_to_end(name, tmp_path, monkeypatch):
     assert [line.split()[:2] for line in text.splitlines()[3:]] == [
         ["kld", "0"], ["kld", "2"], ["k4", "1"]]
     assert json.loads(json.dumps(rows)) == rows and {row["seed"] for row in rows} == {0}
+
+
+def test_rows_of_datasets_and_seeds_that_were_not_asked_for_stay_in_the_file(tmp_path, monkeypatch):
+    """And those that were are replaced, not doubled. Exact."""
+    def row(dataset, seed, bound):
+        return {"variant": "kld", "dataset": dataset, "seed": seed, "bound": bound}
+    kept = [row("stories", 0, 1), row("stories", 1, 1), row("pydoc", 1, 1)]
+    (tmp_path / "sizes.json").write_text(json.dumps({"rows": [row("pydoc", 0, 1)] + kept}))
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "everywhere", lambda f, e, c: (
+        [[row(d, s, 2) for d in c.datasets for s in c.seeds]] if f is experiments.measure_all
+        else None))
+    for name in ("with_teachers", "summary", "load_data"):
+        monkeypatch.setattr(experiments, name, lambda *a: a[0])
+    monkeypatch.setattr(experiments.figures, "draw_experiment", lambda *a: None)
+    monkeypatch.setattr(sys, "argv", ["x", "sizes", "--datasets", "pydoc", "--seeds", "0"])
+    experiments.main()
+    rows = json.loads((tmp_path / "sizes.json").read_text())["rows"]
+    assert rows == kept + [row("pydoc", 0, 2)]
