@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 
 import bench_train
-import evaluate
 import figures
 import metrics
-from common import (Processes, UserError, command, flag, load_model, names, package,
-                    parse_flags, seed_all, start)
+from common import (Processes, UserError, command, flag, load_model, package, parse_flags, seed_all,
+                    start)
 from diffusion import categorical, sample, sample_joint
 from machine import (compiled_decode, describe, fill_times, first_run, header, least_memory, limits,
                      line, prepare, roofline, seconds, transformers_gpt2)
 from model import PRESETS, KVCache, ModelConfig, Transformer, decode, generate
+from sample import draw_samples
 
 COLUMNS = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
            ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"),
@@ -103,7 +103,7 @@ def files(c):
 
 def checkpoints(c, device):
     """The models of files(c), {engine: {name: model}}."""
-    models = {name: load_model(path)[0] for name, path in names(files(c)).items()}
+    models = {name: load_model(path)[0] for name, path in figures.names(files(c)).items()}
     context = min(model.config.context for model in models.values())
     if max(c.length or [0]) > context:
         raise UserError(f"--length {max(c.length)} is beyond the context of the checkpoints, "
@@ -189,7 +189,7 @@ def measure(c, group, device, machine):
 
 def quality(c, models, device, name, label, steps):
     """Perplexity under the AR model, and both entropies, of a trained model's texts."""
-    x = evaluate.draw_samples(models[name][label], c.samples, steps, Processes(device), 0)
+    x = draw_samples(models[name][label], c.samples, steps, Processes(device), 0)
     judge, = list(models["ar"].values())[:1]
     return (metrics.gen_ppl(metrics.make_judge(judge), x.to(device))[0],
             *(f(x, judge.config.vocab)[0] for f in (metrics.entropy, metrics.pooled_entropy)))

@@ -197,13 +197,6 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
     return content
 
 
-def names(paths):
-    """{name: path} of files: their stems, with the folder before it where two have the same."""
-    paths = [Path(path) for path in paths]
-    alike = len({path.stem for path in paths}) < len(paths)
-    return {f"{path.parent.name}/{path.stem}" if alike else path.stem: path for path in paths}
-
-
 def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
     """The averaged (EMA) model of a checkpoint in eval mode, and the checkpoint's other content."""
     content = load_checkpoint(path, kinds)
@@ -237,9 +230,7 @@ def save(run):
 
 def resume(run, c, free):
     """Put run where its checkpoint stands, if there is one; returns the checkpoint, or None.
-
-    Raises UserError where it was made with other flags than c, but for those named in `free`.
-    """
+    Raises UserError where it was made with other flags than c, but for those named in `free`."""
     if not run.path.exists():
         return None
     saved = load_checkpoint(run.path, kinds=(run.content["kind"],))

@@ -27,6 +27,7 @@ from data.dataset import load_data
 from diffusion import q_sample, sample_t, unmask_step
 from metrics import make_judge
 from model import Transformer
+from sample import draw_samples
 from train import FREE, LoopConfig, TrainConfig, as_command, fit, prepare_model, train
 
 
@@ -218,7 +219,7 @@ def show_samples(c, p, data, models):
     text = ""
     for steps in (8, 32):
         for name, model in models.items():
-            rows = evaluate.draw_samples(model, 3, steps, Processes(p.device), c.seed).tolist()
+            rows = draw_samples(model, 3, steps, Processes(p.device), c.seed).tolist()
             texts = [data.tokenizer.decode(row).strip().replace("\n", "\n    ") for row in rows]
             text += f"\n{name}, {steps} steps:\n" + "".join(f"  * {one}\n" for one in texts)
     write(c.folder / "samples.txt", lambda f: f.write(text.encode()))

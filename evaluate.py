@@ -17,19 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import figures
 import likelihood
-from common import (UserError, command, flag, load_model, names, package, parse_flags, seed_all,
-                    start)
+from common import UserError, command, flag, load_model, package, parse_flags, seed_all, start
 from data.dataset import Data, load_data, make_tokenizer
-from diffusion import categorical, sample, sample_joint, sharpen
 from metrics import (diversity, make_judge, mauve, mean_se, measure, perplexity, put, self_bleu)
-from model import generate
+from sample import BATCH, draw_samples, spread
 
-BATCH = 32                           # sequences at a time
 TEMPERATURES = [0.7, 0.8, 0.9, 1.0, 1.1]     # of the frontier
 
 
@@ -66,52 +61,6 @@ class EvaluateConfig:
 
 
 # ---- samples
-
-def spread(parts, f, p, title=None):
-    """[f(part) for part in parts], dealt out to the processes in turn; each gets all results."""
-    parts = list(parts)
-    mine = [f(part) for part in tqdm(parts[p.rank::p.world], desc=title, leave=False, ncols=90,
-                                     disable=title is None or p.rank > 0)]
-    everyone = [mine]
-    if p.world > 1:
-        dist.all_gather_object(everyone := [None] * p.world, mine)
-    return [everyone[i % p.world][i // p.world] for i in range(len(parts))]
-
-
-def draw_samples(model, n, steps, p, seed, title=None, temperature=1.0, precision=64, joint=False,
-                 length=None, prompts=None, calls=None):
-    """n texts (n, L) on the CPU: diffusion in `steps` steps, AR token by token. The same seed gives
-    models of one shape the same order of reveal. prompts: their first tokens (n, P). calls: a list
-    that gets the number of network calls of each batch."""
-    dtype = {32: torch.float32, 64: torch.float64}[precision]
-
-    def draw(logits):
-        return categorical(sharpen(logits, temperature), dtype)
-
-    def write(i):
-        seed_all(seed, "samples", steps, i)
-        known = torch.zeros((min(BATCH, n - i), 0), dtype=torch.long)
-        known = (known if prompts is None else prompts[i:i + BATCH]).to(p.device)
-        L = length or model.config.context
-        if model.config.causal:
-            return generate(model, known, L, draw).cpu()
-        z = torch.full((len(known), L), model.mask_id, device=p.device)
-        z[:, :known.shape[1]] = known
-        if joint:
-            return sample_joint(model, z, steps, model.mask_id, dtype, temperature).cpu()
-        return sample(model, z, steps, model.mask_id, draw).cpu()
-
-    def batch(i):
-        count = []
-        hook = model.embed.register_forward_hook(lambda *_: count.append(1))
-        x = write(i)
-        hook.remove()
-        return x, len(count)
-    x, counts = zip(*spread(range(0, n, BATCH), batch, p, title))
-    if calls is not None:
-        calls += counts
-    return torch.cat(x)
-
 
 def evaluate(name, model, judge, data, steps, n, p, seed, context, more=False, **how):
     """One row of results: n samples of a model (None: n texts of the validation data, of `context`
@@ -206,7 +155,7 @@ def open_data(c, config, tokenizer, p):
 
 def open_models(c, p):
     """{name: (model, content)} of the checkpoints. Raises UserError where they differ in tokens."""
-    models = {name: load_model(path, p.device) for name, path in names(c.checkpoint).items()}
+    models = {name: load_model(path, p.device) for name, path in figures.names(c.checkpoint).items()}
     specs = [content["tokenizer"] for _, content in models.values()]
     if any(spec != specs[0] for spec in specs):
         raise UserError("the checkpoints know different tokens; evaluate them one by one")

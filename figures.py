@@ -9,6 +9,13 @@ from metrics import put
 LOW = 0.1                            # nats of entropy below its measure that are marked
 
 
+def names(paths):
+    """{name: path} of files: their stems, with the folder before it where two have the same."""
+    paths = [Path(path) for path in paths]
+    alike = len({path.stem for path in paths}) < len(paths)
+    return {f"{path.parent.name}/{path.stem}" if alike else path.stem: path for path in paths}
+
+
 def write_results(path, results):
     """results (plain values) as a JSON file."""
     write(Path(path), lambda f: f.write(json.dumps(results, indent=1).encode()))
@@ -279,12 +286,11 @@ def draw_experiment(rows, path):
                 points = {}
                 for row in run:
                     points.setdefault(row[x], []).append(row[key])
-                axis.plot([a for a in sorted(points)],
-                          [sum(points[a]) / len(points[a]) for a in sorted(points)],
-                          color=f"C{i}", label=name)
+                means = {a: sum(values) / len(values) for a, values in sorted(points.items())}
+                axis.plot(list(means), list(means.values()), color=f"C{i}", label=name)
                 axis.plot([row[x] for row in run], [row[key] for row in run], ".", color=f"C{i}")
-            axis.set(title=f"{dataset}: {label}", xlabel="sampling steps" if steps == "last" else
-                     "round (0: the teacher)")
+            axis.set(title=f"{dataset}: {label}", xlabel=(
+                "sampling steps" if steps == "last" else "round (0: the teacher)"))
             if key == "gen_ppl":
                 axis.set_yscale("log")
                 axis.yaxis.set_minor_formatter("{x:g}")

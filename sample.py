@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 import animate
 from common import UserError, command, flag, load_model, parse_flags, seed_all, start
 from data.dataset import make_tokenizer
-from diffusion import categorical, sample, sharpen
+from diffusion import categorical, sample, sample_joint, sharpen
 from model import generate
+
+BATCH = 32                                   # texts at a time
 
 
 @dataclass
@@ -46,6 +50,55 @@ class SampleConfig:
     seed: int = flag(0, "seed of the samples")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
 
+
+# ---- samples
+
+def spread(parts, f, p, title=None):
+    """[f(part) for part in parts], dealt out to the processes in turn; each gets all results."""
+    parts = list(parts)
+    mine = [f(part) for part in tqdm(parts[p.rank::p.world], desc=title, leave=False, ncols=90,
+                                     disable=title is None or p.rank > 0)]
+    everyone = [mine]
+    if p.world > 1:
+        dist.all_gather_object(everyone := [None] * p.world, mine)
+    return [everyone[i % p.world][i // p.world] for i in range(len(parts))]
+
+
+def draw_samples(model, n, steps, p, seed, title=None, temperature=1.0, top_p=1.0, precision=64,
+                 joint=False, length=None, prompts=None, calls=None):
+    """n texts (n, L) on the CPU: diffusion in `steps` steps, AR token by token. The same seed gives
+    models of one shape the same order of reveal. prompts: their first tokens (n, P), for diffusion
+    with mask_id in the gaps. joint: see diffusion.sample_joint; precision: bits of the draw. calls:
+    a list that gets the number of network calls of each batch."""
+    dtype, L = {32: torch.float32, 64: torch.float64}[precision], length or model.config.context
+
+    def draw(logits):
+        return categorical(sharpen(logits, temperature, top_p), dtype)
+
+    def write(i):
+        seed_all(seed, "samples", steps, i)
+        known = torch.zeros((min(BATCH, n - i), 0), dtype=torch.long)
+        known = (known if prompts is None else prompts[i:i + BATCH]).to(p.device)
+        if model.config.causal:
+            return generate(model, known, L, draw).cpu()
+        z = torch.full((len(known), L), model.mask_id, device=p.device)
+        z[:, :known.shape[1]] = known
+        return (sample_joint(model, z, steps, model.mask_id, dtype, temperature) if joint else
+                sample(model, z, steps, model.mask_id, draw)).cpu()
+
+    def batch(i):
+        count = []
+        hook = model.embed.register_forward_hook(lambda *_: count.append(1))
+        x = write(i)
+        hook.remove()
+        return x, len(count)
+    x, counts = zip(*spread(range(0, n, BATCH), batch, p, title))
+    if calls is not None:
+        calls += counts
+    return torch.cat(x)
+
+
+# ---- what is given, and what is shown
 
 def parse_infill(text, tokenizer, mask_id):
     """"a ___ b _20_" -> ids with mask_id in the gaps: 3 for the first, 20 for the second."""
@@ -107,7 +160,7 @@ def show(c, p, draw):
         length = c.length or model.config.context
         steps = steps or content.get("sampling_steps") or 32
         for _ in range(1 + c.race):          # what is timed is not the first run
-            seed_all(c.seed)
+            seed_all(c.seed, "samples", steps, 0)
             trace = animate.record(model, known, length, steps, draw, tokenizer, title)
         if c.infill is not None:             # the model wrote on after the template
             trace.texts, trace.opened = trace.texts[:len(known)], trace.opened[:len(known)]
@@ -130,27 +183,16 @@ def show(c, p, draw):
 def main():
     c = parse_flags(SampleConfig, __doc__, checkpoint="of train.py or distill.py")
     p = start(c.device)
-
-    def draw(logits):
-        return categorical(sharpen(logits, c.temperature, c.top_p))
-
     if c.animate or c.html or c.gif or c.race:
-        return show(c, p, draw)
+        return show(c, p, lambda logits: categorical(sharpen(logits, c.temperature, c.top_p)))
     model, content = load_model(c.checkpoint, p.device)
     tokenizer = make_tokenizer(content["tokenizer"])
-    known = known_tokens(c, model, tokenizer).to(p.device).expand(c.num_samples, -1)     # (B, n)
-    length = c.length or model.config.context
-    seed_all(c.seed)
-    if model.config.causal:
-        x = generate(model, known, length, draw)
-    else:
-        z = torch.full((c.num_samples, length), model.mask_id, device=p.device)
-        z[:, :known.shape[1]] = known
-        steps = c.steps or content.get("sampling_steps") or 32
-        x = sample(model, z, steps, model.mask_id, draw)
+    known = known_tokens(c, model, tokenizer).expand(c.num_samples, -1)      # (B, n)
+    x = draw_samples(model, c.num_samples, c.steps or content.get("sampling_steps") or 32, p,
+                     c.seed, None, c.temperature, c.top_p, length=c.length, prompts=known)
     if c.infill is not None:                 # the model wrote on after the template
         x = x[:, :known.shape[1]]
-    for row in x.tolist():
+    for row in x.tolist() if p.rank == 0 else []:
         print(tokenizer.decode(row))
 
 

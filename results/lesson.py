@@ -16,7 +16,8 @@ from data.dataset import load_data, make_tokenizer                   # noqa: E40
 from data.stories import language                                    # noqa: E402
 from diffusion import q_sample, unmask_step                          # noqa: E402
 from distill import DistillConfig, schedule                          # noqa: E402
-from evaluate import draw_samples, val_pieces                        # noqa: E402
+from evaluate import val_pieces                                      # noqa: E402
+from sample import draw_samples                                      # noqa: E402
 
 CPU = Processes(torch.device("cpu"))
 

@@ -10,6 +10,7 @@ import torch
 import common
 import evaluate
 import figures
+import sample
 import toy
 from common import Processes
 from data import dataset
@@ -55,10 +56,10 @@ def test_samples_depend_on_the_seed_alone(attention):
     """Also on how many are asked for only beyond whole batches. Exact; two sets of 40 random texts
     are never equal by chance."""
     model = random_model(attention, 4, 6, scale=1)
-    one, two, other = (evaluate.draw_samples(model, 40, 3, CPU, seed) for seed in (0, 0, 1))
+    one, two, other = (sample.draw_samples(model, 40, 3, CPU, seed) for seed in (0, 0, 1))
     assert one.shape == (40, 6) and int(one.max()) < 4
     assert torch.equal(one, two) and not torch.equal(one, other)
-    assert torch.equal(one[:32], evaluate.draw_samples(model, 32, 3, CPU, 0))
+    assert torch.equal(one[:32], sample.draw_samples(model, 32, 3, CPU, 0))
 
 
 def test_the_whole_table(made, tmp_path, capsys):
@@ -174,7 +175,7 @@ def test_every_way_to_draw_has_the_models_law(how):
     seed to fail)."""
     torch.manual_seed(0)
     p = toy.joint(3, 3, 0)
-    x = evaluate.draw_samples(law_model(p), 12_000, 2, CPU, 0, **how)
+    x = sample.draw_samples(law_model(p), 12_000, 2, CPU, 0, **how)
     assert toy.chi_square(toy.count(x, 3), toy.ancestral_law(p, 2)) > 0.001
 
 
@@ -182,7 +183,7 @@ def test_temperature_sharpens_what_the_model_has_learned():
     """One position, temperature 1/2: probabilities are squared. Chi-square over 0.001."""
     p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     for joint in (False, True):
-        x = evaluate.draw_samples(law_model(p), 4000, 1, CPU, 0, temperature=0.5, joint=joint)
+        x = sample.draw_samples(law_model(p), 4000, 1, CPU, 0, temperature=0.5, joint=joint)
         assert toy.chi_square(toy.count(x, 3), p ** 2 / (p ** 2).sum()) > 0.001
 
 
@@ -198,17 +199,17 @@ def test_the_joint_draw_loses_rare_tokens_where_noise_has_few_bits():
     rare = []
     for dtype in (torch.float64, torch.float16):
         torch.manual_seed(0)
-        rare.append(int((evaluate.sample_joint(model, z, 64, 201, dtype) > 0).sum()))
+        rare.append(int((sample.sample_joint(model, z, 64, 201, dtype) > 0).sum()))
     assert abs(rare[0] - 256) < 70 and rare[1] < 100
 
 
 def test_continuations_keep_the_prompt_and_are_judged_without_it(made):
     """The first tokens are the prompt's; the judge counts the rest only. Exact."""
     prompts = torch.arange(8).expand(5, 8)
-    x = evaluate.draw_samples(random_model(), 5, 4, CPU, 0, prompts=prompts)
+    x = sample.draw_samples(random_model(), 5, 4, CPU, 0, prompts=prompts)
     assert x.shape == (5, 12) and torch.equal(x[:, :8], prompts)
     ar = random_model("causal")
-    assert torch.equal(evaluate.draw_samples(ar, 5, None, CPU, 0, prompts=prompts)[:, :8], prompts)
+    assert torch.equal(sample.draw_samples(ar, 5, None, CPU, 0, prompts=prompts)[:, :8], prompts)
     nats, tokens = evaluate.make_judge(ar)(x, 8)
     truth = evaluate.likelihood.nll(ar, x, 10)[:, 8:].sum(1)
     assert tokens.tolist() == [4] * 5 and torch.allclose(nats, truth.double(), atol=1e-4)
