@@ -155,7 +155,8 @@ def open_data(c, config, tokenizer, p):
 
 def open_models(c, p):
     """{name: (model, content)} of the checkpoints. Raises UserError where they differ in tokens."""
-    models = {name: load_model(path, p.device) for name, path in figures.names(c.checkpoint).items()}
+    models = {name: load_model(path, p.device)
+              for name, path in figures.names(c.checkpoint).items()}
     specs = [content["tokenizer"] for _, content in models.values()]
     if any(spec != specs[0] for spec in specs):
         raise UserError("the checkpoints know different tokens; evaluate them one by one")

@@ -3,6 +3,7 @@
 The prepare scripts of real text share this.
 """
 import os
+import urllib.request
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,15 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 PARTS = "tokens.part", "ends.part"       # of a corpus that is being encoded
 SAMPLE = 10 ** 8                         # characters
 BLOCK = 2 ** 20                          # tokens or characters in memory at a time
+
+
+def fetch(file, url):
+    """The text of a local file, or of a web address where `file` is None. Raises UserError."""
+    try:
+        with open(file, "rb") if file else urllib.request.urlopen(url, timeout=60) as f:
+            return f.read().decode()
+    except (OSError, UnicodeDecodeError) as e:                       # URLError is an OSError
+        raise UserError(f"{file or url} cannot be read ({e}); give a local copy by --file")
 
 
 def train_bpe(text, size, pattern=PATTERN):

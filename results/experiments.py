@@ -3,9 +3,8 @@
     python results/experiments.py divergences        # -> results/divergences.json
 
 trains what is missing under out/experiments, several processes with a thread each, and measures the
-students of all rounds. A stop costs nothing: the same command goes on where it was. Rows of datasets
-and seeds that were not asked for stay in the file. The experiments share teachers, judges and the
-plain path, "kld".
+students of all rounds. A stop costs nothing: the same command goes on where it was. Rows of other
+datasets and seeds stay in the file. Experiments share teachers, judges and the plain path, "kld".
 """
 import concurrent.futures
 import contextlib

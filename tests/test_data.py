@@ -694,7 +694,7 @@ def test_lambada_from_a_local_file_and_what_is_refused(top, capsys, monkeypatch)
 
     def no_network(*_, **__):
         raise OSError("no network")
-    monkeypatch.setattr(lambada.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     message = refused(capsys, lambada)
     assert lambada.URL in message and "--file" in message and not target.exists()
     call(lambada, "--file", top / "good.jsonl")

@@ -7,14 +7,14 @@ LAMBADA (Paperno et al., arXiv 1606.06031) as OpenAI's GPT-2 was tested on it: l
 "text". Nothing is trained on it. Downloads the file unless a local copy is given.
 """
 import sys
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import UserError, command, flag, parse_flags, write      # noqa: E402
+from common import command, flag, parse_flags, write                 # noqa: E402
+from data.corpus import fetch                                        # noqa: E402
 from likelihood import parse_lambada                                 # noqa: E402
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
@@ -28,11 +28,7 @@ class Config:
 def main(argv=None):
     """Write test.jsonl beside this file."""
     c = parse_flags(Config, __doc__, argv)
-    try:
-        with open(c.file, "rb") if c.file else urllib.request.urlopen(URL, timeout=60) as f:
-            content = f.read().decode()
-    except (OSError, UnicodeDecodeError) as e:                       # URLError is an OSError
-        raise UserError(f"{c.file or URL} cannot be read ({e}); give a local copy by --file")
+    content = fetch(c.file, URL)
     texts = parse_lambada(content, c.file or URL)
     write(FOLDER / "test.jsonl", lambda f: f.write(content.encode()))
     print(f"{FOLDER / 'test.jsonl'}: {len(texts):,} passages")

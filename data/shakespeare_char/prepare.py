@@ -5,15 +5,14 @@
 Downloads the file unless a local copy is given.
 """
 import sys
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import UserError, command, flag, parse_flags             # noqa: E402
-from data.corpus import write_corpus                                 # noqa: E402
+from common import command, flag, parse_flags                        # noqa: E402
+from data.corpus import fetch, write_corpus                          # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -26,12 +25,7 @@ class Config:
 def main(argv=None):
     """Write train.bin, val.bin and meta.json beside this file."""
     c = parse_flags(Config, __doc__, argv)
-    try:
-        with open(c.file, "rb") if c.file else urllib.request.urlopen(URL, timeout=60) as f:
-            text = f.read().decode()
-    except (OSError, UnicodeDecodeError) as e:                       # URLError is an OSError
-        raise UserError(f"{c.file or URL} cannot be read ({e}); give a local copy by --file")
-    write_corpus(FOLDER, [text], "chars", 0)
+    write_corpus(FOLDER, [fetch(c.file, URL)], "chars", 0)
 
 
 if __name__ == "__main__":
