@@ -1,4 +1,4 @@
-"""The scripts as a user meets them: imports, README's commands, flags, bad input, sample.py.
+"""The scripts as a user meets them: imports, flags, bad input, sample.py.
 
 Nothing here is left to chance but what is drawn from fixed seeds: no test has a false alarm unless
 its docstring says so.
@@ -6,9 +6,6 @@ its docstring says so.
 import contextlib
 import dataclasses
 import io
-import re
-import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -44,7 +41,7 @@ def made(tmp_path_factory):
     return top
 
 
-# ---- imports, README, flags
+# ---- imports, flags
 
 def test_every_file_imports_silently():
     """No output, no warning, the random generator untouched and no file written."""
@@ -57,51 +54,6 @@ def test_every_file_imports_silently():
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(ROOT.rglob("*.[!p]*")) == before
-
-
-def readme_commands():
-    """Every command line of README's sh blocks that starts Python or torchrun."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", (ROOT / "README.md").read_text())
-    return [line.split("#")[0].strip() for line in lines
-            if line.startswith(("python ", "torchrun "))]
-
-
-@pytest.mark.parametrize("line", readme_commands())
-def test_readme_command_parses(line, monkeypatch):
-    """The script is there and takes the flags, as far as the end of parse_flags."""
-    words = shlex.split(line)
-    if words[1] == "-m":
-        assert words[2] in ("pytest", "coverage", "venv")
-        return
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-
-    class Parsed(Exception):
-        pass
-
-    def parse_flags(*args, parse=common.parse_flags, **kw):
-        raise Parsed(parse(*args, **kw))
-    monkeypatch.setattr(common, "parse_flags", parse_flags)
-    monkeypatch.setattr(sys, "argv", words[script:])
-    with pytest.raises(Parsed):
-        runpy.run_path(str(ROOT / words[script]), run_name="__main__")
-
-
-def test_readme_has_the_quick_start_commands():
-    """Two sh blocks under the heading; the first ends in the whole path, the second runs tests."""
-    part = (ROOT / "README.md").read_text().split("## Quick start\n")[1].split("\n## ")[0]
-    first, second = re.findall(r"```sh\n(.*?)```", part, re.S)[:2]
-    assert "requirements.txt" in first and first.endswith("python distill.py --rounds 7\n")
-    assert "pytest" in second
-
-
-def test_readme_has_no_placeholder_and_names_only_files_that_exist():
-    """@NAME@ would be a number still to be filled in."""
-    text = (ROOT / "README.md").read_text()
-    assert not re.findall(r"@[A-Z0-9]+@", text)
-    for name in re.findall(r"`(results/[\w.-]+|[\w/]+\.py)[:`]", text):
-        assert (ROOT / name).exists(), name
 
 
 CONFIGS = {"train": train.TrainConfig, "distill": distill.DistillConfig,

@@ -1,0 +1,156 @@
+"""README's commands, in order: each takes its flags, and those that need no network run in small.
+
+No test here has a false alarm: nothing random is looked at.
+"""
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+import machine
+import model
+import train
+from data import dataset
+from helpers import make_dataset
+
+ROOT = Path(common.__file__).resolve().parent
+README = (ROOT / "README.md").read_text()
+
+
+def readme_commands():
+    """Every command line of README's sh blocks, and of its text, that starts Python or torchrun."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", README.replace("\n", " "))
+    return list(dict.fromkeys(line.split("#")[0].strip() for line in lines
+                              if line.startswith(("python ", "torchrun "))))
+
+
+def words_of(line):
+    """A command line's words; {a,b} in them is taken apart as bash does."""
+    found = []
+    for word in shlex.split(line):
+        some = [word]
+        while any("{" in w for w in some):
+            some = [w.replace(part[0], choice, 1) for w in some
+                    for part in [re.search(r"\{([^{}]*)\}", w)]
+                    for choice in (part[1].split(",") if part else [w])]
+        found += dict.fromkeys(some)
+    return found
+
+
+COMMANDS = [(line, words) for line in readme_commands() if (words := words_of(line))[1] != "-m"]
+
+
+@pytest.mark.parametrize("words", [words for _, words in COMMANDS],
+                         ids=[line for line, _ in COMMANDS])
+def test_command_takes_its_flags(words, monkeypatch):
+    """The script is there and takes the flags, as far as the end of parse_flags."""
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+
+    class Parsed(Exception):
+        pass
+
+    def parse_flags(*args, parse=common.parse_flags, **kw):
+        raise Parsed(parse(*args, **kw))
+    monkeypatch.setattr(common, "parse_flags", parse_flags)
+    monkeypatch.setattr(sys, "argv", words[script:])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / words[script]), run_name="__main__")
+
+
+def test_quick_start_has_the_path_and_the_tests():
+    """Two sh blocks under the heading; the first ends in the whole path, the second runs tests."""
+    part = README.split("## Quick start\n")[1].split("\n## ")[0]
+    first, second = re.findall(r"```sh\n(.*?)```", part, re.S)[:2]
+    assert "requirements.txt" in first and first.endswith("python distill.py --rounds 7\n")
+    assert "pytest" in second
+
+
+def test_no_placeholder_and_only_files_that_exist():
+    """@NAME@ would be a number still to be filled in."""
+    assert not re.findall(r"@[A-Z0-9]+@", README) and README.count("\n") <= 350
+    for name in re.findall(r"`(results/[\w.-]+|[\w/]+\.py)[:`]|\]\((results/[\w.-]+)\)", README):
+        assert (ROOT / (name[0] or name[1])).exists(), name
+
+
+# ---- the commands in small
+
+SMALL = {                                # flags that come after README's own and make it quick
+    "distill.py": "--steps_per_round 1 --samples 2 --batch 2",
+    "train.py": "--steps 2 --batch 2", "evaluate.py": "--samples 4 --sequences 4",
+    "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",
+    "results/precision.py": "--tokens 300 --length 64 --steps 8"}
+ELSEWHERE = {                            # what these need, and the tests that run them in small
+    "kuleshov-group": "the hub: test_convert", "jdeschena": "the hub: test_convert",
+    "gpt2-large": "the hub: test_convert, test_metrics, test_evaluate",
+    "lambada/prepare": "the network: test_data", "openwebtext": "the network: test_data",
+    "--site_packages": "minutes: test_data", "torchrun": "processes: test_processes",
+    "experiments.py": "an hour: test_experiments",
+    "bench.py train": "seconds, in processes of their own: test_bench"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder to run in, and a copy of the project in it, so that prepare scripts write there: a
+    dataset pydoc of random words, text for the others, out/stories-nano by the first command, and
+    checkpoints where the experiments would leave them. All presets are tiny."""
+    top = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in model.PRESETS:
+            patch.setitem(model.PRESETS, name, dict(layers=1, heads=1, width=8, context=64))
+        patch.setattr(train.TrainConfig, "__post_init__",
+                      lambda self: setattr(self, "steps", self.steps or 2))
+        patch.setattr(machine, "limits", lambda device, dtype: {
+            "device": "CPU", "threads": 1, "torch": "2", "dtype": "float32", "load": 0.0,
+            "bytes_per_s": 1e10, "flop_per_s": 1e11})    # of seconds' worth of measuring
+        patch.chdir(top)
+        for pattern in ("*.py", "*.html", "data/*.py", "data/*/*.py", "results/*.py"):
+            for path in ROOT.glob(pattern):
+                (copy := top / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, copy)
+        patch.setattr(dataset, "ROOT", top)
+        make_dataset(top / "data/pydoc")
+        (top / "some/folder").mkdir(parents=True)
+        for path in ("input.txt", "some/folder/a.txt"):
+            (top / path).write_text("many words of little sense , one after the other . " * 400)
+        run(words_of("python data/stories/prepare.py --train 64 --val 16"))
+        run(words_of("python distill.py --rounds 7"))
+        run(words_of("python distill.py --rounds 7 --attention reveal"))
+        for source, names in (("stories-nano", ("ar", "teacher", "kld/round7", "tvd/round7",
+                                                "w80/round7")),
+                              ("stories-nano-reveal", ("reveal/round7",))):
+            for name in names:
+                (path := top / f"out/experiments/stories-0/{name}.pt").parent.mkdir(
+                    parents=True, exist_ok=True)
+                shutil.copy(top / "out" / source / f"{name.split('/')[-1]}.pt", path)
+        yield top
+
+
+def run(words):
+    """A command line in this process, with SMALL's flags after its own, and short texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = SMALL.get(words[1], "") + " --length 16" * ("--length" in words)
+        patch.setattr(sys, "argv", words[1:] + small.split())
+        runpy.run_path(words[1], run_name="__main__")
+
+
+@pytest.mark.parametrize("words", [words for line, words in COMMANDS
+                                   if not any(part in line for part in ELSEWHERE)],
+                         ids=lambda words: " ".join(words))
+def test_command_runs_in_small(home, words, capsys):
+    """With status 0; it prints something, and writes the file that it was asked for."""
+    for word, package in (("--plot", "matplotlib"), ("--export", "safetensors"),
+                          ("transformers", "transformers")):
+        if word in words:
+            pytest.importorskip(package)
+    run(words)
+    assert capsys.readouterr().out
+    for flag in ("--json", "--html", "--plot", "--export"):
+        if flag in words:
+            assert (home / words[words.index(flag) + 1]).exists()
