@@ -29,11 +29,13 @@ VOCAB, DT, K = 50257, 1 / 1024, 2
 # ---- the plain forms
 
 def plain_ar(model, x, mask_id):
+    """train.ar_loss of x (B, L) with all logits at once."""
     logits = model(shifted(x, mask_id))                              # (B, L, V)
     return F.cross_entropy(logits.flatten(0, 1), x.flatten())
 
 
 def plain_mdlm(model, x, mask_id):
+    """diffusion.nelbo of x (B, L) with all log-probabilities at once."""
     t = sample_t(len(x), x.device)
     z = q_sample(x, t, mask_id)
     log_p = F.log_softmax(model(z), dim=-1)                          # (B, L, V)

@@ -71,6 +71,7 @@ def fetch(source):
 
 
 def read_json(path):
+    """The JSON object in a file, as a dict. Raises UserError."""
     try:
         content = json.loads(path.read_text())
         if isinstance(content, dict):

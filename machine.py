@@ -230,6 +230,7 @@ def shown(row, name):
 
 
 def header(columns):
+    """The names of columns ((name, format), ...), as wide as line() makes them."""
     return "".join(format(name, re.match(r"[<>]\d+", form)[0]) for name, form in columns)
 
 

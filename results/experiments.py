@@ -100,6 +100,7 @@ def quiet():
 
 
 def folder(dataset, seed):
+    """Where the checkpoints and measurements of a dataset and seed are."""
     return Path("out/experiments") / f"{dataset}-{seed}"
 
 
