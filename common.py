@@ -101,8 +101,7 @@ class Processes(typing.NamedTuple):
 def start(device):
     """Device and processes: 'auto' | 'cpu' | 'cuda' -> Processes.
     Under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK) the processes are joined, by NCCL on
-    GPUs and gloo on the CPU. Raises UserError if CUDA is asked for and absent.
-    """
+    GPUs and gloo on the CPU. Raises UserError if CUDA is asked for and absent."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but this PyTorch finds no CUDA GPU; use --device cpu")
     if device == "auto":

@@ -169,7 +169,6 @@ def inv_freq(size):
 
 def from_mdlm(config, take):
     """MDLM's diffusion transformer (arXiv 2406.07524; SDTT's is the same) as ours.
-
     The published models are conditioned on a time of zero (time_conditioning false): the shifts,
     scales and gates of adaLN are constants and fold into norms and output projections, exactly:
     norm(x) w (1 + scale) + shift, and gate (W y + b)."""

@@ -33,10 +33,8 @@ def q_sample(x, t, mask_id):
 
 def nelbo(model, x, mask_id):
     """Negative evidence lower bound of x (B, L), a scalar in nats per token (MDLM, eq. 10).
-
     Cross-entropy on the masked tokens with weight -alpha'_t / (1 - alpha_t) = 1/t, divided by all
-    B * L tokens (not by the number of masked ones: that would not be a bound).
-    """
+    B * L tokens (not by the number of masked ones: that would not be a bound)."""
     t = sample_t(x.shape[0], x.device)
     z = q_sample(x, t, mask_id)
     at = z == mask_id                                                # (B, L), N of them
@@ -51,11 +49,9 @@ def weighted_nll(logits, x, weight):
 
 def categorical(logits, dtype=torch.float64):
     """One exact draw per row: logits (..., V) -> ids (...).
-
     By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be out of
     reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The exponentials
-    may be float32: that is a relative error, 1e-7 of each probability.
-    """
+    may be float32: that is a relative error, 1e-7 of each probability."""
     cdf = (logits - logits.amax(-1, keepdim=True)).exp_().to(dtype)
     torch.cumsum(cdf, -1, out=cdf)           # with dtype=float64 instead, 7 times as long
     u = torch.rand(cdf.shape[:-1] + (1,), dtype=dtype, device=cdf.device) * cdf[..., -1:]
@@ -82,13 +78,11 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
 
 def unmask_step(model, z, t, s, mask_id, order=None):
     """One ancestral step from z_t to z_s, with t and s (B,) per sequence (MDLM, eq. 7).
-
     The reverse posterior opens each mask with probability (t - s) / t, whatever the network says:
     so that comes first, and the network's head is needed at those positions only.
     order: (B, L), in which the tokens of z were revealed, for a model with model.reveal.
     Returns z_s (B, L), the bool reveal (B, L), and the states (N, C) at the revealed positions,
-    from whose predictions the tokens were drawn.
-    """
+    from whose predictions the tokens were drawn."""
     open_p = torch.where(t > 0, (t - s) / t, 0.0)                    # at t = 0 nothing is masked
     reveal = (z == mask_id) & (torch.rand(z.shape, device=z.device) < open_p[:, None])
     h, z_s = model.states(z, reveal, *[order] * (order is not None)), z.clone()
@@ -114,7 +108,6 @@ def plan(z, steps, mask_id):
 @torch.no_grad()
 def sample(model, z, steps, mask_id, draw=categorical, watch=None):
     """Ancestral sampling in `steps` equal steps: fill every mask of z (B, L).
-
     Over the whole way each mask opens in a step drawn uniformly from the `steps`, independently of
     the others and of the network. So all of that is drawn before the network is asked, and every
     step knows its positions: state, head and draw are computed there only, none is left masked at
@@ -127,8 +120,7 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
 
     z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
     draw: logits (N, V) -> ids (N,). watch: called with z after each step that opens something.
-    Returns ids (B, L). Raises ValueError on uneven rows.
-    """
+    Returns ids (B, L). Raises ValueError on uneven rows."""
     watch = watch or (lambda z: None)
     order, when = plan(z, steps, mask_id)                            # (B, n)
     n = order.shape[1]
@@ -186,8 +178,7 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
     each step logits everywhere and one draw from {V tokens, stay masked} by Gumbel noise. The same
     law as sample's, and the yardstick of its speed; not compiled, as public code runs it. In
     float32, as public code has it, the law is another: a token that would be drawn in a step with
-    less than 6e-8 never is, as noise of 24 bits ends at 16.6 (arXiv 2409.02908).
-    """
+    less than 6e-8 never is, as noise of 24 bits ends at 16.6 (arXiv 2409.02908)."""
     for i in range(steps):
         t, s = 1 - i / steps, 1 - (i + 1) / steps
         p = sharpen(model(z), temperature).to(dtype).softmax(-1)     # (B, L, V)

@@ -70,11 +70,10 @@ SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "seed
 # ---- the method
 
 def schedule(teacher_steps, rounds, k=2):
-    """Sampling steps of the teacher and of each round's student: 1024, 512, ..., 8 (7 rounds).
-
+    """Sampling steps of the teacher and of each round's student: 1024, 512, ..., 8 in the paper's 7
+    rounds; preset nano has 256, 128, ..., 2.
     Round r (from 0) has teacher steps of dt = 1 / schedule[r] = k^r / teacher_steps.
-    Raises UserError where the last student would need less than one step.
-    """
+    Raises UserError where the last student would need less than one step."""
     if k ** rounds > teacher_steps:
         raise UserError(f"--rounds {rounds} with --k {k} needs --teacher_steps of at least "
                         f"{k ** rounds}, not {teacher_steps}: the last student would have to do "
@@ -85,14 +84,12 @@ def schedule(teacher_steps, rounds, k=2):
 @torch.no_grad()
 def sdtt_targets(teacher, z, t, dt, k, mask_id, order=None):
     """What the student shall predict at each mask of z_t (SDTT, algorithm 1).
-
     The teacher takes k reverse steps of size dt from t; a position revealed in a step keeps that
     step's prediction, and those still masked at the end take the last step's. In the last step
     both are the same prediction, so nothing is drawn in it.
     z (B, L), t (B,); order (B, L), numbers below 1: see model.seen_by. Returns the teacher's states
     (N, C) in the order of z[z == mask_id], from which teacher.head makes the N predictions: with
-    V = 50,257 those take 65 times the memory.
-    """
+    V = 50,257 those take 65 times the memory."""
     masked = z == mask_id                                            # (B, L), N of them
     target = None
     for i in range(k):
@@ -111,10 +108,8 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, order=None):
 
 def divergence(student, target, kind):
     """Divergence between log-probabilities student and target (N, V), per position (N,), in nats.
-
     'kld' = KL(student || target), the paper's choice (section 3.2); 'fkl' = KL(target || student);
-    'jsd' Jensen-Shannon; 'tvd' = 1/2 sum |p - q|; 'mse' = mean squared log-ratio over V.
-    """
+    'jsd' Jensen-Shannon; 'tvd' = 1/2 sum |p - q|; 'mse' = mean squared log-ratio over V."""
     if kind == "kld":
         return (student.exp() * (student - target)).sum(-1)
     if kind == "fkl":
@@ -158,10 +153,8 @@ def fingerprint(model):
 
 def distill_round(c, p, data, r, student, ema, optimizers, origin):
     """Round r (from 0), or what is left of it: student and ema are trained in place.
-
     origin: fingerprint of the first teacher. Returns the optimizers, for the next round, and the
-    seconds it took.
-    """
+    seconds it took."""
     dt = 1 / schedule(c.teacher_steps, c.rounds, c.k)[r]
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     if optimizers is None or c.reset_optimizer:
@@ -184,9 +177,7 @@ def distill_round(c, p, data, r, student, ema, optimizers, origin):
 
 def fill_rows(c, p, data, results, name, model, judge, digest, context):
     """Measure what results["rows"] lacks of one model (None: the data), and save it, row by row.
-
-    Rows of an earlier run are kept only if they came from the same weights, judge and settings.
-    """
+    Rows of an earlier run are kept only if they came from the same weights, judge and settings."""
     path, key = c.folder / "results.json", f"{digest} {c.samples} {c.seed}"
     if results["models"].get(name) != key:
         results["rows"] = [row for row in results["rows"] if row["model"] != name]
@@ -321,7 +312,6 @@ def conclude(c, p, data, results, models):
 
 def main():
     c = parse_flags(DistillConfig, __doc__)
-    schedule(c.teacher_steps, c.rounds, c.k)
     distill(c, start(c.device))
 
 

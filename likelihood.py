@@ -39,8 +39,7 @@ def bound(model, x, mask_id, draws=1):
     """The NELBO of each text of x (B, L) in nats per token, (B,): the integral over t in (0, 1] of
     (1/t) sum over masks of -log p(x_i | z_t) (MDLM, eq. 10), by one u from each of `draws` equal
     parts of (0, 1], t = u^2 and dt / t = 2 du / u. (With t itself uniform the variance is infinite:
-    a text of one mask at t near 0 has weight 1/t. Adding the opposite masking hardly helps.)
-    """
+    a text of one mask at t near 0 has weight 1/t. Adding the opposite masking hardly helps.)"""
     B, L = x.shape
     total = torch.zeros(B, dtype=torch.float64, device=x.device)
     for i in range(draws):

@@ -28,7 +28,6 @@ def seconds(run, device):
 
 def peak_bytes(run, device):
     """(result of run(), the most memory that it took beyond what was taken before).
-
     On a GPU as its allocator counts it; on Linux the growth of the process's resident memory, for
     which glibc gives blocks of 1 MB and more back at once, where it usually keeps those up to 32
     MB; elsewhere None."""

@@ -88,9 +88,7 @@ FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_ever
 
 def fit(c, p, data, run, loss):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
-
-    c: LoopConfig; p: Processes; loss: f(model, x (B, L)) -> scalar, in nats per token.
-    """
+    c: LoopConfig; p: Processes; loss: f(model, x (B, L)) -> scalar, in nats per token."""
     if run.step == run.steps:
         return
     if p.rank == 0:
@@ -214,9 +212,7 @@ def ar_loss(model, x, mask_id):
 
 def train(c, p, as_saved=False):
     """Train what TrainConfig c says, or what is left of it; returns the checkpoint's path.
-
-    as_saved: a checkpoint made with other flags goes on with its own instead of being refused.
-    """
+    as_saved: a checkpoint made with other flags goes on with its own instead of being refused."""
     if as_saved and c.path.exists():
         old = load_checkpoint(c.path, kinds=(c.objective,))["config"]
         c = dataclasses.replace(c, **{k: v for k, v in old.items() if k not in FREE})

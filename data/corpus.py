@@ -33,12 +33,10 @@ def fetch(file, url):
 
 def train_bpe(text, size, pattern=PATTERN):
     """Byte-pair encoding (Sennrich et al., arXiv 1508.07909): text -> `size` tokens, as bytes.
-
     The 256 bytes first, then one token per merge of the most frequent pair of neighbours; among
     equals, the pair that comes first in the text. Each distinct word is kept once with its count,
     and a merge touches only the words that contain the pair. Stops early where no pair is left.
-    Raises UserError for a size below 256.
-    """
+    Raises UserError for a size below 256."""
     if size < 256:
         raise UserError(f"a vocabulary of {size} is less than the 256 bytes; ask for more")
     tokens = [bytes([i]) for i in range(256)]
@@ -86,12 +84,10 @@ def merge(word, pair):
 
 def write_corpus(folder, documents, tokenizer, vocab_size, chunk=None):
     """Tokenize documents and write the dataset folder; the last tenth is validation.
-
     documents: strings, or a function that gives an iterator over them, for a corpus larger than
     memory: it is called for every pass. tokenizer: "chars" (documents follow each other in lines),
     or "bpe" (trained here on the first SAMPLE characters, vocab_size tokens with <end>) or "gpt2",
-    which put <end> after each document. chunk: see `pieces`. Raises UserError without text.
-    """
+    which put <end> after each document. chunk: see `pieces`. Raises UserError without text."""
     read = documents if callable(documents) else lambda: documents
     if not any(document.strip() for document in read()):
         raise UserError("there is no text to prepare; name files that hold some")

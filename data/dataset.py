@@ -95,7 +95,6 @@ class _NoClasses(pickle.Unpickler):
 
 def load_data(name, p):
     """A dataset by name (data/NAME, made now if it is built in) or by folder -> Data.
-
     With several processes p, the first one makes it. Raises UserError if it is unknown or broken.
     """
     if p.rank > 0:

@@ -100,7 +100,8 @@ def test_masks_are_blocks_and_tokens_have_the_colour_of_their_frame():
         "one ░░░░░ ░░░ ░", "one ░░░░░ day ░", "one sunny day ."]
     last = animate.paint(lines, STORY, 2, True)[0]
     assert last == "\x1b[0;1mone\x1b[0;38;5;221m sunny\x1b[0;38;5;63m day\x1b[0;38;5;221m .\x1b[0m"
-    assert animate.paint(lines, STORY, 1, True)[0].startswith("\x1b[0;1mone\x1b[0;2m ░░░░░")
+    first = animate.paint(lines, STORY, 1, True)[0]
+    assert first.startswith("\x1b[0;1mone\x1b[0;2m ░░░░░")
 
 
 def test_a_race_shows_where_each_was_at_one_time_and_steps_go_together_otherwise():

@@ -45,7 +45,8 @@ needs_gpt2 = pytest.mark.skipif(
     reason="GPT-2's tokenizer is not in the folder TIKTOKEN_CACHE_DIR")
 DOCUMENTS = ["Once upon a time, there was a time.",
              "It isn't <end> yet!\n\n  He said:\t'17 apples'",
-             "Ünïcödé, кот и кит, 猫が好き 🐈‍⬛ — nul \0", " ", "the cat sat on the mat " * 20]
+             "Ünïcödé, кот и кит, 猫が好き 🐈‍⬛ — nul \0", " ",
+             "the cat sat on the mat " * 20]
 
 
 def sentence(function, *args):
@@ -617,7 +618,8 @@ def test_docstrings_are_found_in_modules_classes_and_functions(tmp_path):
         quoted("b", ""), "class C:", f"    {quoted('C', '    ')}", "    def method(self):",
         f"        {quoted('method', '        ')}", "async def wait():",
         f"    {quoted('wait', '    ')}", "    def inner():", f"        {quoted('inner', ' ' * 8)}",
-        "def short():", "    '''Too short.'''", "def other():", "    '''" + "Déjà vu. " * 9 + "'''",
+        "def short():", "    '''Too short.'''", "def other():",
+        "    '''" + "Déjà vu. " * 9 + "'''",
         "text = '''" + "A string that is not a docstring. " * 3 + "'''"]))
     source(tmp_path, "a/z.py", quoted("a/z", ""))
     source(tmp_path, "a/notes.txt", quoted("notes", ""))
@@ -675,7 +677,7 @@ def test_pydoc_is_the_docstrings_and_topics_each_once(top, monkeypatch):
 
 def test_shakespeare_from_a_local_file_loads_by_name(top):
     """Exact, no false alarm."""
-    words = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, spéak.\n"
+    words = "First Citizen:\nBefore we proceed any further, hear me.\n\nAll:\nSpeak, spéak.\n"
     (top / "input.txt").write_bytes(words.encode())
     call(shakespeare, "--file", top / "input.txt")
     data = load("shakespeare_char")
