@@ -129,7 +129,8 @@ def continuation_row(name, model, judge, gpt2, data, steps, x, c, p, **how):
                          length=x.shape[1], prompts=real[:, :P], **how)
         put(row, "self_bleu4", mean_se(torch.tensor(
             [self_bleu(part[:, P:])[-1][0] for part in y.split(m)])) if m > 2 else (None, None))
-    put(row, "gen_ppl", perplexity(*judge(y.to(p.device), P)) if judge else (None, None))
+    nats, tokens = (part.view(len(x), -1).sum(1) for part in judge(y.to(p.device), P))
+    put(row, "gen_ppl", perplexity(nats, tokens))        # a prompt counts once
     if gpt2 and model is not None:
         put(row, "mauve", mauve(gpt2, x, y, data.tokenizer))
     return row | {"prompts": len(x), "prompt_tokens": P, "texts": len(y)}
@@ -188,9 +189,9 @@ def settle(c, models, data):
     if c.length > least or data.stride and c.length > data.stride:
         raise UserError(f"--length {c.length} is beyond the context of {least} tokens, or a row of "
                         f"{data.folder}")
-    if len(data.val) < 3 * c.length:         # errors need more than one, self-BLEU three
+    if len(data.val) < 3 * (size := data.stride or c.length):    # errors need two, self-BLEU three
         raise UserError(f"{data.folder}: {len(data.val)} tokens to validate with, fewer than three "
-                        f"texts of {c.length}; use more text or a smaller --length")
+                        f"texts of {size}; use more text or a smaller --length")
     if c.prompt_tokens >= c.length:
         raise UserError(f"--prompt_tokens {c.prompt_tokens} leaves nothing of a text of {c.length} "
                         "tokens to write; give fewer")

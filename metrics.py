@@ -20,11 +20,11 @@ SEARCHED, BLOCK = 10 ** 8, 2 ** 20   # tokens of train.bin that it is looked for
 
 
 def mean_se(values):
-    """Mean of values (n,) and its standard error; (None, None) where there are none."""
-    if not len(values):
-        return None, None
-    values = values.double()
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+    """Mean of values (n,), None where there are none, and its standard error, None of fewer than
+    two."""
+    values, n = values.double(), len(values)
+    return (values.mean().item() if n else None,
+            (values.std() / math.sqrt(n)).item() if n > 1 else None)
 
 
 def jackknife(whole, without):

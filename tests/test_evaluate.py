@@ -215,6 +215,21 @@ def test_continuations_keep_the_prompt_and_are_judged_without_it(made):
     assert tokens.tolist() == [4] * 5 and torch.allclose(nats, truth.double(), atol=1e-4)
 
 
+def test_continuations_of_a_prompt_do_not_make_its_error_smaller(monkeypatch):
+    """If a model writes the same four times, perplexity and error are those of one time. Exact."""
+    x = torch.arange(60).view(5, 12)
+    monkeypatch.setattr(evaluate, "draw_samples", lambda *_, **how: x.repeat_interleave(4, 0))
+    c = evaluate.EvaluateConfig([], continuations=4, prompt_tokens=8)
+
+    def judge(y, skip):
+        return y[:, skip:].double().sum(1) / 99, torch.full((len(y),), 12 - skip)
+    once, often = (evaluate.continuation_row("", model, judge, None, None, 3, x, c, CPU)
+                   for model in (None, "any"))
+    for key in ("gen_ppl", "gen_ppl_se"):
+        assert once[key] == pytest.approx(often[key], rel=1e-12)
+    assert (once["texts"], often["texts"], once["prompts"]) == (5, 20, 5)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["teacher.pt", "--judge", "round1.pt"], "kind 'sdtt', but ar is needed"),
     (["teacher.pt", "--judge", "none.pt"], "none.pt: no such checkpoint"),

@@ -36,6 +36,8 @@ def judge(vocab=4, context=6, seed=0):
 def test_mean_and_standard_error():
     """By hand: 1, 2, 3, 6 have mean 3, variance 14/3, standard error sqrt(14/12). Exact."""
     assert metrics.mean_se(torch.tensor([1, 2, 3, 6])) == pytest.approx((3, math.sqrt(14 / 12)))
+    assert metrics.mean_se(torch.tensor([2])) == (2, None)
+    assert metrics.mean_se(torch.tensor([])) == (None, None)
 
 
 def test_standard_error_covers_the_truth_in_about_95_of_100_cases():
