@@ -67,7 +67,7 @@ def evaluate(name, model, judge, data, steps, n, p, seed, context, more=False, *
     tokens) measured, with more by metrics.diversity too. how: see draw_samples."""
     began, calls = time.time(), []
     if model is None:
-        x = val_pieces(data, n, context)                 # none twice, which self-BLEU would notice
+        x = data.pieces(n, context)                  # none twice, which self-BLEU would notice
     else:
         x = draw_samples(model, n, steps, p, seed, f"{name}, {steps} steps", calls=calls, **how)
     row = {"model": name, "steps": steps, "nfe": sum(calls) / len(calls) if calls else None,
@@ -79,14 +79,6 @@ def evaluate(name, model, judge, data, steps, n, p, seed, context, more=False, *
 
 
 # ---- likelihood and last words
-
-def val_pieces(data, n, length):
-    """At most n pieces of val.bin, evenly spread, ids (n, length): rows where it has them."""
-    stride = data.stride or length
-    first = np.arange((len(data.val) - length) // stride + 1) * stride
-    first = first[np.linspace(0, len(first) - 1, min(n, len(first))).astype(int)]
-    return torch.from_numpy(data.val[first[:, None] + np.arange(length)].astype(np.int64))
-
 
 def likelihood_row(name, model, x, p, draws=8):
     """Nats per token of x (n, L): a diffusion model's bound in two estimates, or AR's exact value.
@@ -164,7 +156,7 @@ def open_models(c, p):
     return models
 
 
-def open_judge(c, tokenizer, p):
+def open_judge(c, data, p):
     """(judge, its model where it has the same tokens, what it reads), from --judge or ar.pt beside
     the first checkpoint."""
     path = Path(c.judge) if c.judge else Path(c.checkpoint[0]).with_name("ar.pt")
@@ -173,11 +165,16 @@ def open_judge(c, tokenizer, p):
     if not c.judge and not path.exists():
         raise UserError(f"no {path} to judge the samples; give an AR checkpoint as --judge")
     model, content = load_model(path, p.device, ("ar",))
-    same = content["tokenizer"] == tokenizer.spec
+    same = content["tokenizer"] == data.tokenizer.spec
     if same and c.length > model.config.context:
         raise UserError(f"{path} reads at most {model.config.context} tokens, the texts have "
                         f"{c.length}; give another --judge, or --length")
-    return (make_judge(model, content["tokenizer"], tokenizer), model if same else None,
+    judge = make_judge(model, content["tokenizer"], data.tokenizer)
+    try:
+        judge(data.pieces(1, c.length).to(p.device))
+    except UserError as e:                   # a vocabulary of words
+        raise UserError(f"{path} cannot read these texts ({e}); give another --judge")
+    return (judge, model if same else None,
             f"{path}, " + ("in tokens" if same else "re-tokenised: in its own tokens"))
 
 
@@ -227,7 +224,7 @@ def open_tasks(c, tokenizer):
 
 def fill(c, p, models, judge, judge_model, data, results, save):
     """Measure everything that c asks for, part by part, into results; save() after each row."""
-    tasks, x = open_tasks(c, data.tokenizer), val_pieces(data, c.sequences, c.length)
+    tasks, x = open_tasks(c, data.tokenizer), data.pieces(c.sequences, c.length)
     gpt2 = load_model(c.mauve, p.device, ("ar",)) if c.mauve else None
     readers = models | ({"judge": judge_model} if judge_model else {})
     for name, model in readers.items():
@@ -255,7 +252,7 @@ def fill(c, p, models, judge, judge_model, data, results, save):
     if c.continuations:
         results["continuations"] = []
         gpt2 = gpt2 and (gpt2[0], make_tokenizer(gpt2[1]["tokenizer"]))
-        x = val_pieces(data, c.prompts, c.length)
+        x = data.pieces(c.prompts, c.length)
         for name, model in {"data": None, **models}.items():
             diffusion = model is not None and not model.config.causal
             for steps in c.steps if diffusion else [None]:
@@ -273,7 +270,7 @@ def main():
     tokenizer = make_tokenizer(content["tokenizer"])
     data = open_data(c, content["config"], tokenizer, p)
     settle(c, models, data)
-    judge, judge_model, judged = open_judge(c, tokenizer, p)
+    judge, judge_model, judged = open_judge(c, data, p)
     teachers = [name for name, (_, content) in models.items() if content["kind"] == "mdlm"]
     if c.teacher:
         teachers = [name for name in models if name.split("/")[-1] == Path(c.teacher).stem]

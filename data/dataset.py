@@ -87,6 +87,13 @@ class Data:
         x = tokens[first[:, None] + np.arange(context)].astype(np.int64)
         return torch.from_numpy(x).to(device)
 
+    def pieces(self, n, length):
+        """At most n pieces of val, evenly spread, ids (n, length), int64: rows where it has them."""
+        step = self.stride or length
+        first = np.arange((len(self.val) - length) // step + 1) * step
+        first = first[np.linspace(0, len(first) - 1, min(n, len(first))).astype(int)]
+        return torch.from_numpy(self.val[first[:, None] + np.arange(length)].astype(np.int64))
+
 
 class _NoClasses(pickle.Unpickler):
     def find_class(self, module, name):

@@ -157,7 +157,7 @@ def measure(path, data, judge, store, what, steps, heat):
             continue
         if s is None:
             L = data.context(model.config.context)
-            pieces = evaluate.val_pieces(data, PIECES, L)
+            pieces = data.pieces(PIECES, L)
             row = evaluate.likelihood_row("", model, pieces, CPU, draws=4)
             row |= evaluate.last_word_row("", model, tasks_of(data, L), CPU)
             row |= {"steps": None, "temperature": None}

@@ -16,7 +16,6 @@ from data.dataset import load_data, make_tokenizer                   # noqa: E40
 from data.stories import language                                    # noqa: E402
 from diffusion import q_sample, unmask_step                          # noqa: E402
 from distill import DistillConfig, schedule                          # noqa: E402
-from evaluate import val_pieces                                      # noqa: E402
 from sample import draw_samples                                      # noqa: E402
 
 CPU = Processes(torch.device("cpu"))
@@ -89,7 +88,7 @@ def main():
         raise UserError(f"{c.folder} was trained on {flags.dataset}; the examples need stories")
     contradiction(first, tokenizer, c.steps, c.seed)
     dt = 1 / schedule(flags.teacher_steps, content["round"], flags.k)[-2]
-    x = val_pieces(data, 1 + c.seed, data.stride)[-1:]
+    x = data.pieces(1 + c.seed, data.stride)[-1:]
     round_of(teacher, student, x, dt, tokenizer, c.seed)
 
 

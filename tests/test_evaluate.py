@@ -121,10 +121,10 @@ def test_pieces_of_the_validation_data_are_rows_evenly_spread(made):
     """Rows where the dataset has rows; otherwise pieces that do not overlap. Exact."""
     data = dataset.load_data(str(made / "data"), CPU)
     rows = np.asarray(data.val).reshape(-1, 12)
-    assert evaluate.val_pieces(data, 3, 12).tolist() == rows[[0, 19, 39]].tolist()
-    assert evaluate.val_pieces(data, 100, 5).tolist() == rows[:, :5].tolist()
+    assert data.pieces(3, 12).tolist() == rows[[0, 19, 39]].tolist()
+    assert data.pieces(100, 5).tolist() == rows[:, :5].tolist()
     data.stride = None
-    assert evaluate.val_pieces(data, 100, 100).tolist() == [
+    assert data.pieces(100, 100).tolist() == [
         data.val[i:i + 100].tolist() for i in (0, 100, 200, 300)]
 
 
@@ -233,6 +233,7 @@ def test_continuations_of_a_prompt_do_not_make_its_error_smaller(monkeypatch):
 @pytest.mark.parametrize("argv, words", [
     (["teacher.pt", "--judge", "round1.pt"], "kind 'sdtt', but ar is needed"),
     (["teacher.pt", "--judge", "none.pt"], "none.pt: no such checkpoint"),
+    (["teacher.pt", "--judge", "other.pt"], "other.pt cannot read these texts"),
     (["teacher.pt", "--dataset", "nowhere"], "--dataset nowhere: no such folder"),
     (["teacher.pt", "--length", 13], "--length 13 is beyond the context of 12"),
     (["teacher.pt", "--prompt_tokens", 12, "--continuations", 3], "--prompt_tokens 12 leaves"),
@@ -252,6 +253,7 @@ def test_bad_input_is_refused_in_one_sentence(made, capsys, monkeypatch, argv, w
     monkeypatch.chdir(made)
     (made / "short.txt").write_text("w1 w2 w3 w4 w5")
     (made / "bad.txt").write_text("what is this")
+    save(made / "other.pt", "ar", random_model("causal", 2), "", WORDS | {"items": ["v", "w"]})
     (made / "single.txt").write_text("w1 " * 20)
     (made / "long.jsonl").write_text(json.dumps({"text": " ".join(["w1"] * 13)}))
     assert words in refused(capsys, evaluate, *argv, "--json", "e.json")
