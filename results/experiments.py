@@ -1,4 +1,5 @@
-"""The paper's experiments on two cores: divergences, rounds, sizes, latency; and attention.
+"""The paper's experiments on two cores: divergences, rounds, sizes; and attention. (The fourth,
+latency against AR, is bench.py's, with the checkpoints that these leave.)
 
     python results/experiments.py divergences        # -> results/divergences.json
 
