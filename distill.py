@@ -46,7 +46,6 @@ class DistillConfig(LoopConfig):
                          "teacher: ema (averaged) or raw", choices=["ema", "raw"])
     reset_optimizer: bool = flag(False, "begin each round with a fresh optimizer")
     lr: float = flag(2e-3, "highest learning rate, reached anew in each round", low=0)
-    batch: int = flag(32, "sequences per step, over all processes", low=1)
     warmup: int = flag(10, "steps of linear warm-up in each round", low=0)
     samples: int = flag(256, "samples for each number of a table with up to 32 steps; half as "
                         "many beyond; 0: no judge, no table, only the rounds", low=0)
