@@ -88,7 +88,7 @@ class Data:
         return torch.from_numpy(x).to(device)
 
     def pieces(self, n, length):
-        """At most n pieces of val, evenly spread, ids (n, length), int64: rows where it has them."""
+        """At most n pieces of val, evenly spread, ids (n, length), int64; rows if it has any."""
         step = self.stride or length
         first = np.arange((len(self.val) - length) // step + 1) * step
         first = first[np.linspace(0, len(first) - 1, min(n, len(first))).astype(int)]
