@@ -8,11 +8,16 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import errno
 import hashlib
 import importlib
+import json
 import math
 import os
+import signal
+import socket
 import sys
+import threading
 import typing
 from pathlib import Path
 
@@ -28,19 +33,76 @@ class UserError(Exception):
     """Something the user can mend: one sentence that names it and the remedy."""
 
 
+# ---- running a script
+
+GOES_ON = "stopped; the same command goes on from the last checkpoint"
+
+
 def command(main):
-    """Run a script's main; end in one sentence on stderr and status 2 where the user can help."""
+    """Run a script's main; end in one sentence on stderr and status 2 where the user can help.
+    After Ctrl-C (status 130) that is main.stopped: GOES_ON where a script has checkpoints."""
+    sys.stdout, stdout = Output(sys.stdout), sys.stdout
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\n{getattr(main, 'stopped', 'stopped')}", file=sys.stderr)
         sys.exit(130)
-    except UserError as e:
+    except (UserError, FloatingPointError) as e:         # the latter: a sampler that met NaN
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except Exception as e:
+        if not (why := compiler_trouble(e)):
+            raise
+        print(f"error: {why}", file=sys.stderr)
+        sys.exit(2)
     finally:
+        sys.stdout = stdout
+        release()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def compiler_trouble(error):
+    """A sentence for an exception that torch.compile raised; None for all others."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    modules = [type(e).__module__ for e in chain]
+    if not any(name.startswith(("torch._dynamo", "torch._inductor")) for name in modules):
+        return None
+    why = (str(chain[-1]).strip() or type(chain[-1]).__name__).splitlines()[0][:200]
+    return (f"torch.compile failed ({type(chain[-1]).__name__}: {why}); mend the C++ compiler "
+            "(CXX names it), or go without: leave --compile out, or give --no-compile")
+
+
+class Output:
+    """stdout, whose failures are not the user's mistakes. What its encoding has no sign for is
+    written as an escape; where nobody reads on (`| head -1`), the work goes on unseen."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        with contextlib.suppress(AttributeError, ValueError):    # a notebook's has no encoding
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        return self.attempt(lambda: self.stream.write(text))
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, f):
+        try:
+            return f()
+        except BrokenPipeError:                          # from now on into nothing, also at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as e:
+            raise UserError(f"what is to be shown cannot be written ({reason(e)}); make room, or "
+                            "send it elsewhere")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def package(name):
@@ -150,23 +212,164 @@ def ema_update(ema, model, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
-# ---- checkpoints: one file, plain values and tensors only
+# ---- files: text by one rule, JSON without NaN, whole or not at all, one writer at a time
+
+def reason(error):
+    """What the system says of an OSError, in a few words: "No such file or directory"."""
+    return error.strerror or type(error).__name__
+
+
+def as_text(content, name):
+    """Bytes -> str, by the rule for all text that is read here: UTF-8, a byte order mark at the
+    beginning dropped, line ends as LF. Raises UserError on what is not UTF-8; name: for it."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{name} is not UTF-8 text (byte {e.start}); convert it to UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path):
+    """A text file, as as_text reads it. It is read once: a pipe will do. Raises UserError."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({reason(e)}); name a text file that can")
+    return as_text(content, path)
+
+
+def without_nan(value):
+    """Plain values (dicts, lists, numbers, ...) as JSON can hold them: NaN and infinities -> None.
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def to_json(value, indent=None):
+    """Plain values as JSON, where there is no NaN: null stands for what is not a finite number."""
+    return json.dumps(without_nan(value), indent=indent, allow_nan=False)
+
 
 def write(path, to_file):
-    """Write a file so that a stop at any moment leaves the old or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a file so that a stop at any moment leaves the old or the new one, never a part.
+    to_file(f) writes into f. Ctrl-C waits until the file is there. Raises UserError."""
+    begins, ends = f"{path.name}.{socket.gethostname()}.", ".tmp"
+    temporary = path.with_name(f"{begins}{os.getpid()}{ends}")   # two processes: two names
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            to_file(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with interrupts_later():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for old in path.parent.glob("*" + ends):             # left by a process that was killed
+                if old.name.startswith(begins) and gone(old.name[len(begins):-len(ends)]):
+                    old.unlink(missing_ok=True)
+            with open(temporary, "wb") as f:
+                to_file(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                 # torch.save may wrap the OSError
+        raise UserError(f"{path} cannot be written ({' '.join(str(e).split())[:200]}); "
+                        + remedy(e))
+    finally:
         with contextlib.suppress(OSError):               # there may be none, nor its folder
             temporary.unlink()
-        raise UserError(f"{path} cannot be written ({e}); make room or choose another folder")
 
+
+def remedy(error):
+    """What may help where a file cannot be written."""
+    number = getattr(error, "errno", None)
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose a place that you may write to"
+    if number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        return "a folder and a file are in each other's way; choose another name"
+    if number == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    return "make room or choose another folder"          # also where torch.save hides the reason
+
+
+def gone(pid):
+    """Whether no process of this machine has that number (text)."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, OverflowError, OSError):         # not a number, or another user's
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def interrupts_later():
+    """Ctrl-C inside takes effect at the end, a second one at once. (torch.save turns what comes
+    while it writes into a RuntimeError.)"""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield                                            # nothing arrives here, or it is ignored
+        return
+    pressed = []
+
+    def press(number, frame):
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if pressed:
+            raise KeyboardInterrupt
+
+
+HELD = {}                        # path -> the open file whose lock this process holds
+
+
+def hold(path, wait=False):
+    """Be the only process that writes `path`, until command() ends or the process dies, however
+    that happens: the system gives the lock back. It is on a hidden file beside path, which holds
+    the number of the process. wait: for another one to end; otherwise a UserError names it."""
+    try:
+        import fcntl
+    except ImportError:                                  # not a Unix: no lock
+        return
+    path = Path(path).absolute()
+    if path in HELD:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        f = open(path.with_name(f".{path.name}.lock"), "a+")
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({reason(e)}); {remedy(e)}")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.seek(0)
+        who = f"another run (process {f.read().strip() or 'unknown'})"
+        if not wait:
+            f.close()
+            raise UserError(f"{who} is writing {path}; wait for its end, or choose another folder")
+        print(f"{who} is writing {path}; waiting for its end", file=sys.stderr)
+        fcntl.flock(f, fcntl.LOCK_EX)
+    except OSError:                                      # a file system without locks
+        f.close()
+        return
+    f.truncate(0)
+    f.write(f"{os.getpid()} on {socket.gethostname()}")
+    f.flush()
+    HELD[path] = f
+
+
+def release():
+    """Give back everything that hold() took."""
+    while HELD:
+        HELD.popitem()[1].close()
+
+
+# ---- checkpoints: one file, plain values and tensors only
 
 KEYS = {"kind", "model_config", "model", "ema", "optimizer", "step", "steps", "seconds", "config",
         "tokenizer"}

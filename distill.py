@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import evaluate
 import figures
-from common import (Processes, Run, UserError, command, flag, load_model, make_optimizers,
+from common import (GOES_ON, Processes, Run, UserError, command, flag, load_model, make_optimizers,
                     parse_flags, resume, start, write)
 from data.dataset import load_data
 from diffusion import q_sample, sample_t, unmask_step
@@ -313,6 +313,8 @@ def main():
     c = parse_flags(DistillConfig, __doc__)
     distill(c, start(c.device))
 
+
+main.stopped = GOES_ON
 
 if __name__ == "__main__":
     command(main)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (Run, UserError, command, ema_update, flag, load_checkpoint, load_model,
+from common import (GOES_ON, Run, UserError, command, ema_update, flag, load_checkpoint, load_model,
                     lr_factor, make_optimizers, parse_flags, resume, save, seed_all, start, write)
 from data.dataset import load_data
 from diffusion import nelbo
@@ -245,6 +245,8 @@ def main():
     c = parse_flags(TrainConfig, __doc__)
     train(c, start(c.device))
 
+
+main.stopped = GOES_ON
 
 if __name__ == "__main__":
     command(main)
