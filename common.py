@@ -14,6 +14,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -178,6 +179,39 @@ def start(device):
     return Processes(torch.device(device), rank, world)
 
 
+def first(p, f):
+    """f(), in process 0 alone, for which all others wait; its UserError is raised in all."""
+    error = [None]
+    if p.rank == 0:
+        try:
+            f()
+        except UserError as e:
+            error = [str(e)]
+    if p.world > 1:
+        dist.broadcast_object_list(error, 0)
+    if error[0]:
+        raise UserError(error[0])
+
+
+def agree(p, value, what):
+    """Check that all processes hold an equal value (of plain ones, such as a fingerprint). Raises
+    UserError in all of them where they do not. what: the value's name, for the sentence."""
+    if p.world == 1:
+        return
+    values = [None] * p.world
+    dist.all_gather_object(values, value)
+    if any(one != values[0] for one in values):
+        raise UserError(f"the processes hold different {what} ({values}); --out and the dataset "
+                        "must be the same files for all of them")
+
+
+@torch.no_grad()
+def broadcast(model, p):
+    """Give all processes the weights that process 0 has."""
+    for tensor in model.state_dict().values() if p.world > 1 else []:
+        dist.broadcast(tensor, 0)
+
+
 def seed_all(*key):
     """Seed torch's global generators with a hash of the key, for example (seed, step, i)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -329,44 +363,52 @@ HELD = {}                        # path -> the open file whose lock this process
 
 
 def hold(path, wait=False):
-    """Be the only process that writes `path`, until command() ends or the process dies, however
-    that happens: the system gives the lock back. It is on a hidden file beside path, which holds
-    the number of the process. wait: for another one to end; otherwise a UserError names it."""
+    """Be the only process that writes `path`, until release() or the process's death, however that
+    comes: the system gives the lock back. The lock is on a hidden file beside path, which holds
+    the number of the process. wait: for another run to end; otherwise a UserError names it."""
     try:
         import fcntl
-    except ImportError:                                  # not a Unix: no lock
+    except ImportError:                                  # not a Unix: no locks
         return
     path = Path(path).absolute()
-    if path in HELD:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        f = open(path.with_name(f".{path.name}.lock"), "a+")
-    except OSError as e:
-        raise UserError(f"{path} cannot be written ({reason(e)}); {remedy(e)}")
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        f.seek(0)
-        who = f"another run (process {f.read().strip() or 'unknown'})"
-        if not wait:
+    lock = path.with_name(f".{path.name}.lock")
+    while path not in HELD:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            f = open(lock, "a+")
+        except OSError as e:
+            raise UserError(f"{path} cannot be written ({reason(e)}); {remedy(e)}")
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            owner = f"another run (process {f.read().strip() or 'unknown'})"
+            if not wait:
+                f.close()
+                raise UserError(f"{owner} is writing {path}; wait for its end, or choose another "
+                                "folder")
+            print(f"{owner} is writing {path}; waiting for its end", file=sys.stderr)
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except OSError:                                  # a file system without locks
             f.close()
-            raise UserError(f"{who} is writing {path}; wait for its end, or choose another folder")
-        print(f"{who} is writing {path}; waiting for its end", file=sys.stderr)
-        fcntl.flock(f, fcntl.LOCK_EX)
-    except OSError:                                      # a file system without locks
-        f.close()
-        return
-    f.truncate(0)
-    f.write(f"{os.getpid()} on {socket.gethostname()}")
-    f.flush()
-    HELD[path] = f
+            return
+        # release() removes the file: what was opened before that is no longer the lock
+        if lock.exists() and os.path.samestat(os.stat(lock), os.fstat(f.fileno())):
+            f.truncate(0)
+            f.write(f"{os.getpid()} on {socket.gethostname()}")
+            f.flush()
+            HELD[path] = f
+        else:
+            f.close()
 
 
 def release():
     """Give back everything that hold() took."""
     while HELD:
-        HELD.popitem()[1].close()
+        path, f = HELD.popitem()
+        with contextlib.suppress(OSError):               # its folder may be gone
+            path.with_name(f".{path.name}.lock").unlink()
+        f.close()
 
 
 # ---- checkpoints: one file, plain values and tensors only
@@ -384,13 +426,15 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
     """Read a checkpoint onto the CPU. Raises UserError on a missing, foreign or wrong one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != 1 or not KEYS <= content.keys():
-            raise ValueError("another format")
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train.py and distill.py make them")
+    except OSError as e:
+        what = folder_kind(Path(path)) if Path(path).is_dir() else f"cannot be read ({reason(e)})"
+        raise UserError(f"{path} {what}; name a checkpoint of train.py, distill.py or convert.py")
     except Exception as e:           # torch.load fails in many ways on what is not a checkpoint
-        raise UserError(f"{path} is not a whole checkpoint of this project "
-                        f"({type(e).__name__}); delete it to have it made again")
+        raise UserError(f"{path} is not a checkpoint of this project: {file_kind(Path(path), e)}")
+    if not isinstance(content, dict) or content.get("format") != 1 or not KEYS <= content.keys():
+        raise UserError(f"{path} is not a checkpoint of this project: {content_kind(content)}")
     if "causal" in (sizes := content["model_config"]):       # of checkpoints before `attention`
         sizes["attention"] = "causal" if sizes.pop("causal") else "full"
     if content["kind"] not in kinds:
@@ -399,12 +443,83 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
     return content
 
 
+def folder_kind(path):
+    """What a folder that was given as a checkpoint seems to be, in words."""
+    if (path / "config.json").exists():
+        return "is a folder of published weights, of which convert.py makes a checkpoint"
+    inside = sorted(file.name for file in path.glob("*.pt"))
+    return "is a folder" + (f", which holds {', '.join(inside)}" if inside else "")
+
+
+def file_kind(path, error):
+    """What a file that torch.load refuses with `error` seems to be, in words, with a remedy."""
+    with open(path, "rb") as f:
+        begin = f.read(64)
+    if not begin:
+        return "it is empty; name another"
+    if begin.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs, which fetches the file itself"
+    if path.suffix == ".safetensors" or begin[8:10] == b'{"':
+        return ("it is a safetensors file; convert.py makes a checkpoint of the folder that holds "
+                "it and its config.json")
+    if isinstance(error, pickle.UnpicklingError) and begin[:2] in (b"PK", b"\x80\x02"):
+        return ("it holds Python objects besides plain values and tensors, which are not read "
+                "here because that would run code")
+    if begin.startswith(b"PK"):
+        return "it is not whole, as after a copy that was cut short; copy it again"
+    if begin.startswith(b"\x80"):
+        return "it is a Python pickle, which is not read here because that would run code"
+    return "it is no file of PyTorch's; name another"
+
+
+def content_kind(content):
+    """What the content of a PyTorch file seems to be, in words, with a remedy."""
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}; name another file"
+    if content.get("format", 1) != 1:
+        return (f"its format is number {content['format']}, this version reads number 1; use the "
+                "version that made it")
+    keys = [str(key) for key in content]
+    some = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
+    if {"model", "model_args", "iter_num"} <= content.keys():
+        return (f"it is nanoGPT's ({some}), whose layout is not read here; convert.py reads GPT-2 "
+                "in the transformers package's")
+    if "state_dict" in content:
+        return (f"it is another trainer's ({some}); convert.py reads MDLM, SDTT and GPT-2 from "
+                "a folder with config.json and model.safetensors")
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return (f"it holds bare tensors ({some}); convert.py reads published weights from a "
+                "folder with config.json and model.safetensors")
+    return f"it holds {some or 'nothing'}; name a file of train.py, distill.py or convert.py"
+
+
 def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
-    """The averaged (EMA) model of a checkpoint in eval mode, and the checkpoint's other content."""
+    """The averaged (EMA) model of a checkpoint in eval mode, and the checkpoint's other content.
+    Raises UserError, also for weights that are not finite numbers."""
     content = load_checkpoint(path, kinds)
-    model = Transformer(ModelConfig(**content["model_config"]))
-    model.load_state_dict(content["ema"])
+    try:
+        model = Transformer(ModelConfig(**content["model_config"]))
+        model.load_state_dict(content["ema"])
+    except (TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: its weights do not fit its model_config "
+                        f"({' '.join(str(e).split())[:150]}); make it again, or name another")
+    if not finite(model):
+        raise UserError(f"{path} holds weights that are not finite numbers: its training "
+                        "diverged; train anew with a lower --lr")
     return model.to(device).eval(), content
+
+
+def finite(model):
+    """Whether all weights are finite numbers."""
+    return all(bool(w.isfinite().all()) for w in model.parameters())
+
+
+def fingerprint(model):
+    """A short hash of a model's weights: which model a file or a result belongs to."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
 
 
 @dataclasses.dataclass
@@ -419,34 +534,52 @@ class Run:
     averaged: int = 0            # steps that went into ema before this run
     step: int = 0                # steps done
     seconds: float = 0.0         # time they took
+    micro: int | None = None     # sequences of a micro-batch so far, on which the noise depends
 
 
 def save(run):
     """Write run's checkpoint. The frozen teacher of a round is kept as long as it is needed."""
     content = run.content | ({"teacher": None} if run.step == run.steps else {})
     save_checkpoint(run.path, **content, step=run.step, steps=run.steps, seconds=run.seconds,
-                    model_config=dataclasses.asdict(run.model.config),
+                    micro=run.micro, model_config=dataclasses.asdict(run.model.config),
                     model=run.model.state_dict(), ema=run.ema.state_dict(),
                     optimizer=[o.state_dict() for o in run.optimizers])
 
 
+# what defines a run beside its flags: the key in its checkpoint, and what is said if it is another
+BOUND = (("tokenizer", "was made with other tokens than {dataset} has now"),
+         ("data", "was made from other text than {dataset} holds now"),
+         ("origin", "was distilled from another teacher"),
+         ("init", "began with other weights than --init holds now"))
+NAMES = {"data": "dataset", "init": "init"}      # flags that only name what is bound
+
+
 def resume(run, c, free):
     """Put run where its checkpoint stands, if there is one; returns the checkpoint, or None.
-    Raises UserError where it was made with other flags than c, but for those named in `free`."""
+    Raises UserError where it was made with other flags than c, but for those named in `free`, or
+    from other things than run's, whatever their names: see BOUND."""
     if not run.path.exists():
         return None
     saved = load_checkpoint(run.path, kinds=(run.content["kind"],))
+    named = {flag for key, flag in NAMES.items() if saved.get(key)}
     for key, value in dataclasses.asdict(c).items():
-        if key not in free and saved["config"].get(key) != value:
+        if key not in free and key not in named and saved["config"].get(key) != value:
             raise UserError(f"{run.path} was made with --{key} {saved['config'].get(key)}, not "
-                            f"{value}; give the same flag, remove the file, or choose another "
+                            f"{value}; give the same flag, move the file away, or choose another "
                             "--out")
-    if saved.get("origin") != run.content.get("origin"):
-        raise UserError(f"{run.path} was distilled from another teacher; remove the round files "
-                        "or choose another --out")
-    run.model.load_state_dict(saved["model"])
-    run.ema.load_state_dict(saved["ema"])
-    for optimizer, state in zip(run.optimizers, saved["optimizer"], strict=True):
-        optimizer.load_state_dict(state)
-    run.step, run.seconds = saved["step"], saved["seconds"]
+    for key, what in BOUND:
+        known = saved.get(key)           # older checkpoints do not have all
+        if known is not None and known != run.content.get(key):
+            raise UserError(f"{run.path} {what.format(dataset=c.dataset)}; move it away (of "
+                            "rounds, all of them), or choose another --out")
+    try:
+        run.model.load_state_dict(saved["model"])
+        run.ema.load_state_dict(saved["ema"])
+        for optimizer, state in zip(run.optimizers, saved["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+    except (ValueError, RuntimeError, KeyError) as e:
+        raise UserError(f"{run.path} does not fit the model that it is said to hold "
+                        f"({' '.join(str(e).split())[:150]}); move it away, or choose another "
+                        "--out")
+    run.step, run.seconds, run.micro = saved["step"], saved["seconds"], saved.get("micro")
     return saved

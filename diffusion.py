@@ -15,6 +15,8 @@ Randomness comes from torch's global generators.
 import torch
 import torch.nn.functional as F
 
+from model import NOT_FINITE
+
 ROWS, FEW = 512, 32              # logits (ROWS, V) at a time, and in one draw
 
 
@@ -51,12 +53,15 @@ def categorical(logits, dtype=torch.float64):
     """One exact draw per row: logits (..., V) -> ids (...).
     By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be out of
     reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The exponentials
-    may be float32: that is a relative error, 1e-7 of each probability."""
+    may be float32: that is a relative error, 1e-7 of each probability. A row that holds NaN has no
+    law: it gives V, the mask's id, for which `sample` looks at its end (here it would wait for a
+    GPU)."""
     cdf = (logits - logits.amax(-1, keepdim=True)).exp_().to(dtype)
     torch.cumsum(cdf, -1, out=cdf)           # with dtype=float64 instead, 7 times as long
     u = torch.rand(cdf.shape[:-1] + (1,), dtype=dtype, device=cdf.device) * cdf[..., -1:]
     ids = torch.searchsorted(cdf, u, right=True)[..., 0]             # first entry above u
-    return ids.clamp(max=cdf.shape[-1] - 1)                          # u may round up to the total
+    ids = ids.clamp(max=cdf.shape[-1] - 1)                           # u may round up to the total
+    return torch.where(cdf[..., -1].isfinite(), ids, cdf.shape[-1])
 
 
 def draw_tokens(model, h, draw=categorical):
@@ -120,7 +125,8 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
 
     z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
     draw: logits (N, V) -> ids (N,). watch: called with z after each step that opens something.
-    Returns ids (B, L). Raises ValueError on uneven rows."""
+    Returns ids (B, L). Raises ValueError on uneven rows, and FloatingPointError where the model's
+    predictions are not finite numbers."""
     watch = watch or (lambda z: None)
     order, when = plan(z, steps, mask_id)                            # (B, n)
     n = order.shape[1]
@@ -141,6 +147,13 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
         z = z.clone()
         z[row, at[row, col]] = draw_tokens(model, h[row * j.shape[1] + col], draw)
         watch(z)
+    return without_masks(z, mask_id)
+
+
+def without_masks(z, mask_id):
+    """z, in which no mask is left. One is left where draws met NaN: FloatingPointError."""
+    if bool((z == mask_id).any()):
+        raise FloatingPointError(NOT_FINITE)
     return z
 
 
@@ -168,7 +181,7 @@ def sample_cached(model, z, order, when, draw, watch=lambda z: None):
             h = model.read(cache, z[at], at[1].to(z.device), row, col, slot, limit, len(tokens))
         z[row[len(tokens):], at[1][len(tokens):]] = draw_tokens(model, h, draw)
         watch(z)
-    return z
+    return without_masks(z, model.mask_id)
 
 
 @torch.no_grad()
@@ -182,6 +195,8 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
     for i in range(steps):
         t, s = 1 - i / steps, 1 - (i + 1) / steps
         p = sharpen(model(z), temperature).to(dtype).softmax(-1)     # (B, L, V)
+        if bool(p.isnan().any()):
+            raise FloatingPointError(NOT_FINITE)
         joint = torch.cat((p * (t - s) / t, torch.full_like(p[..., :1], s / t)), dim=-1)
         gumbel = -(-torch.rand_like(joint).log()).log()
         choice = (joint.log() + gumbel).argmax(-1)                   # V, the mask's id: stay

@@ -10,7 +10,6 @@ Stopped at any moment, the same command goes on where it was.
 import copy
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import platform
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 
 import evaluate
 import figures
-from common import (GOES_ON, Processes, Run, UserError, command, flag, load_model, make_optimizers,
-                    parse_flags, resume, start, write)
+from common import (GOES_ON, Processes, Run, UserError, agree, broadcast, command, fingerprint,
+                    first, flag, hold, load_model, make_optimizers, parse_flags, resume, start,
+                    write)
 from data.dataset import load_data
 from diffusion import q_sample, sample_t, unmask_step
 from metrics import make_judge
@@ -62,8 +62,8 @@ class DistillConfig(LoopConfig):
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
 ANYTIME = FREE | {"rounds", "samples", "judge", "teacher"}   # flags that may change between runs
-SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "seed", "device", "bf16",
-          "compile", "recompute")            # flags for what is trained on the way
+SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batch", "micro_batch",
+          "seed", "device", "bf16", "compile", "recompute")  # flags for what is trained on the way
 
 
 # ---- the method
@@ -142,34 +142,32 @@ def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
 
 # ---- the rounds
 
-def fingerprint(model):
-    """A short hash of a model's weights: which model a file or a result belongs to."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
-
-
-def distill_round(c, p, data, r, student, ema, optimizers, origin):
+def distill_round(c, p, data, r, student, ema, previous, origin):
     """Round r (from 0), or what is left of it: student and ema are trained in place.
-    origin: fingerprint of the first teacher. Returns the optimizers, for the next round, and the
-    seconds it took."""
+    previous: the Run of the round before, whose optimizers go on, or None; origin: fingerprint of
+    the first teacher. Returns this round's Run."""
     dt = 1 / schedule(c.teacher_steps, c.rounds, c.k)[r]
+    for model in (student, ema):             # processes may have rounded differently
+        broadcast(model, p)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    if optimizers is None or c.reset_optimizer:
+    if previous is None or c.reset_optimizer:
         optimizers = make_optimizers(student, c)
+    else:
+        optimizers = previous.optimizers
     run = Run(c.folder / f"round{r + 1}.pt", c.steps_per_round, student, ema, optimizers, dict(
         kind="sdtt", round=r + 1, sampling_steps=round(1 / (c.k * dt)), origin=origin,
-        tokenizer=data.tokenizer.spec, config=dataclasses.asdict(c),
+        tokenizer=data.tokenizer.spec, data=data.fingerprint, config=dataclasses.asdict(c),
         teacher=teacher.state_dict()), averaged=r * c.steps_per_round)
+    run.micro = previous.micro if previous else None
     saved = resume(run, c, ANYTIME)
     if saved and saved["teacher"]:
         teacher.load_state_dict(saved["teacher"])
+    agree(p, fingerprint(teacher), f"teachers of round {r + 1}")
     fit(c, p, data, run, functools.partial(sdtt_loss, teacher=prepare_model(teacher, c, p), dt=dt,
                                            k=c.k, kind=c.divergence, mask_id=student.mask_id))
     if c.handover == "ema":
         student.load_state_dict(ema.state_dict())
-    return optimizers, run.seconds
+    return run
 
 
 # ---- the results
@@ -257,6 +255,8 @@ def distill(c, p):
     plan = schedule(c.teacher_steps, c.rounds, c.k)
     data = load_data(c.dataset, p)
     (judge, judge_file), (teacher, teacher_file) = judge_and_teacher(c, p, data)
+    first(p, lambda: hold(c.folder / "results.json"))
+    broadcast(teacher, p)
     results, origin = open_results(c), fingerprint(teacher)
     seconds = results["seconds"]
     seconds |= {"teacher": teacher_file["seconds"]}
@@ -268,7 +268,7 @@ def distill(c, p):
 
     def report(name, model, digest):
         if judge and p.rank == 0:
-            fill_rows(c, p, data, results, name, model, judged, f"{digest} {judged_by}",
+            fill_rows(c, p, data, results, name, model, judged, f"{digest} {judged_by} {data.fingerprint}",
                       teacher.config.context)
         if p.world > 1:
             dist.barrier()
@@ -280,12 +280,12 @@ def distill(c, p):
     student = prepare_model(Transformer(dataclasses.replace(teacher.config, dropout=c.dropout)),
                             c, p)
     student.load_state_dict(teacher.state_dict())
-    ema, optimizers = copy.deepcopy(teacher), None
+    ema, run = copy.deepcopy(teacher), None
     for r in range(c.rounds):
         if p.rank == 0:
             print(f"round {r + 1}: {c.k} steps of 1/{plan[r]:g} in one, for {plan[r + 1]:g} steps")
-        optimizers, seconds[f"round {r + 1}"] = distill_round(
-            c, p, data, r, student, ema, optimizers, origin)
+        run = distill_round(c, p, data, r, student, ema, run, origin)
+        seconds[f"round {r + 1}"] = run.seconds
         report(f"round {r + 1}", ema, fingerprint(ema))
     if judge and p.rank == 0:
         conclude(c, p, data, results, {"teacher": teacher, f"round {c.rounds}": ema})
@@ -298,13 +298,14 @@ def conclude(c, p, data, results, models):
     order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(c.rounds)]
     results["rows"] = [row for name in order for row in results["rows"] if row["model"] == name]
     figures.write_results(c.folder / "results.json", results)
+    drawn = figures.draw_curve(results["rows"], c.folder / "curve.png")
     print(f"\ngenerative perplexity and entropy (judged: {results['judged']})"
           + "\nshare of valid texts, contradictions per text" * bool(data.oracle)
           + "\nentropy of all texts together"
           + ", share that are training texts" * data.texts)
     print(figures.table(results["rows"]))
     show_samples(c, p, data, models)
-    if not figures.draw_curve(results["rows"], c.folder / "curve.png"):
+    if not drawn:
         print("no curve.png: matplotlib is not installed (pip install matplotlib)")
     print(f"{c.folder}: {sum(seconds.values()):.0f} s in all")
 

@@ -39,6 +39,8 @@ PRESETS = {                      # layers, heads, width, context; small to large
     "xl": dict(layers=24, heads=32, width=2048, context=1024),
 }
 CHOICES = {"positions": ("rope", "learned", "both"), "attention": ("full", "causal", "reveal")}
+NOT_FINITE = ("the model's predictions are not finite numbers, so nothing can be drawn from them: its "
+              "training diverged; train it anew with a lower --lr")
 CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB
 
 
@@ -78,7 +80,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if torch.compiler.is_compiling():
-            return F.linear(x, self.weight) + self.bias
+            y = F.linear(x, self.weight)                 # of autocast's type, unlike the bias
+            return y + self.bias.to(y.dtype)
         return super().forward(x)
 
 
@@ -345,9 +348,10 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     prompt: ids (B, P), P may be 0; length: tokens of the result, prompt included;
     draw: logits (B, V) -> ids (B,), for example diffusion.categorical, or an argmax;
     step: decode or machine.compiled_decode(); attention looks at a multiple of `grain` slots, so
-    that a compiled step has few shapes; cache: one to use again. Nothing here waits for a GPU.
+    that a compiled step has few shapes; cache: one to use again. Only the end waits for a GPU.
     Returns ids (B, length). Raises ValueError if the prompt is longer than `length`, or `length`
-    than the context (the start symbol takes the place of the last token, which is never fed)."""
+    than the context (the start symbol takes the place of the last token, which is never fed);
+    FloatingPointError where the model's predictions are not finite numbers."""
     B, P = prompt.shape
     if not P <= length <= model.config.context:
         raise ValueError(f"a prompt of {P} tokens in a text of {length}, "
@@ -363,4 +367,6 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
         if i < length:
             seen = min(length, (i // grain + 1) * grain)
             logits = step(model, out[:, i:i + 1], slots[i:i + 1], cache, seen)
+    if bool((out[:, P + 1:] == model.mask_id).any()):    # what a draw from NaN gives
+        raise FloatingPointError(NOT_FINITE)
     return out[:, 1:]

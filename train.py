@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import shlex
 import time
 from pathlib import Path
@@ -21,8 +22,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (GOES_ON, Run, UserError, command, ema_update, flag, load_checkpoint, load_model,
-                    lr_factor, make_optimizers, parse_flags, resume, save, seed_all, start, write)
+from common import (GOES_ON, Run, UserError, agree, command, ema_update, finite, fingerprint, first, flag,
+                    hold, load_checkpoint, load_model, lr_factor, make_optimizers, parse_flags,
+                    reason, remedy, resume, save, seed_all, start, to_json, write)
 from data.dataset import load_data
 from diffusion import nelbo
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
@@ -48,7 +50,7 @@ class LoopConfig:
     optimizer: str = flag("muon", "muon: Muon for the hidden matrices, AdamW for the rest",
                           choices=["muon", "adamw"])
     weight_decay: float = flag(0.0, "decoupled weight decay", low=0)
-    clip: float = flag(1.0, "largest norm of the gradient", low=0)
+    clip: float = flag(1.0, "largest norm of the gradient; 0: any", low=0)
     dropout: float = flag(0.0, "dropout, in training only", low=0, high=0.9)
     ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", low=0, high=1)
     seed: int = flag(0, "seed of everything random")
@@ -74,7 +76,11 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         usual = (1500, 300) if self.dataset == "stories" else (6000, 1000)
-        self.steps = self.steps or usual[self.objective == "ar"] // (3 if self.init else 1)
+        self.steps = self.steps or usual[self.causal] // (3 if self.init else 1)
+
+    @property
+    def causal(self):
+        return self.objective == "ar"
 
     @property
     def path(self):
@@ -88,20 +94,33 @@ FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_ever
 
 def fit(c, p, data, run, loss):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
-    c: LoopConfig; p: Processes; loss: f(model, x (B, L)) -> scalar, in nats per token."""
+    c: LoopConfig; p: Processes; loss: f(model, x (B, L)) -> scalar, in nats per token.
+    Raises UserError at the first loss or gradient that is not a finite number; the last checkpoint
+    stays as it was."""
+    agree(p, (run.step, run.steps), "steps of " + run.path.name)
     if run.step == run.steps:
         return
     if p.rank == 0:
         rewind_log(run)
-    micro, count = micro_batches(c, p)
+    run.micro, count = micro_batches(c, p, run)
     net = DistributedDataParallel(run.model) if p.world > 1 else run.model
     run.model.train()
     first, spent, began = run.step, run.seconds, time.time()
+    bad = torch.zeros((), device=p.device)       # the first step that was not finite, 0: none
     with tqdm(total=run.steps, initial=first, desc=run.path.stem, disable=p.rank > 0,
               mininterval=1, ncols=90) as bar:
         for step in range(first, run.steps):
-            total = backward(c, p, data, run, net, loss, micro, count)
-            torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.clip)
+            total = backward(c, p, data, run, net, loss, run.micro, count)
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.clip or math.inf)
+            fine = total.isfinite() & norm.isfinite()
+            bad = torch.where(fine | (bad > 0), bad, step + 1)
+            shown = (step + 1) % 20 == 0
+            last = step + 1 == run.steps
+            logged = last or (step + 1) % c.log_every == 0
+            saved = last or (step + 1) % c.save_every == 0
+            # not at every step on a GPU: to read a number there is to wait for it
+            if p.device.type == "cpu" or shown or logged or saved:
+                stop_if_not_finite(c, p, run, bad)
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = c.lr * lr_factor(step, run.steps, c.warmup, c.final_lr)
@@ -111,22 +130,54 @@ def fit(c, p, data, run, loss):
             run.step, run.seconds = step + 1, spent + time.time() - began
             speed = ((run.step - first) * c.batch * run.model.config.context
                      / (time.time() - began))        # tokens per second
-            if run.step % 20 == 0:                   # not always: reading it waits for a GPU
+            if shown:
                 bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", False)
             bar.update()
-            last = run.step == run.steps
-            if last or run.step % c.log_every == 0:
+            if logged or saved:                      # the step itself may have been too large
+                val_loss = validate(run.ema, loss, data, c, p.device, 4 if logged else 1)
+                if not (math.isfinite(val_loss) and finite(run.model)):
+                    bad.fill_(run.step)
+                    stop_if_not_finite(c, p, run, bad)
+            if logged:
                 if p.world > 1:
                     dist.all_reduce(total)
                 write_log(p, run, loss=total.item() / p.world, tokens_per_s=speed,
-                          val_loss=validate(run.ema, loss, data, c, p.device))
-            if p.rank == 0 and (last or run.step % c.save_every == 0):
+                          val_loss=val_loss)
+            if p.rank == 0 and saved:
                 save(run)
 
 
-def micro_batches(c, p):
-    """Sequences of a micro-batch, and how many micro-batches each process has in a step."""
-    micro = c.micro_batch or max(1, c.batch // p.world)
+def stop_if_not_finite(c, p, run, bad):
+    """Raise UserError, in all processes, if `bad`, the first step of any of them whose loss or
+    gradient was not finite, is not 0."""
+    if p.world > 1:
+        bad = bad.clone()
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    if not bad:
+        return
+    kept = "no checkpoint was written yet"
+    if run.path.exists():
+        kept = f"{run.path} is as it was saved last"
+    clip = "" if c.clip else ", or with --clip 1"
+    raise UserError(f"{run.path.stem}: the loss or its gradient is no finite number at step "
+                    f"{int(bad)} of {run.steps}; {kept}; begin anew in another --out with a lower "
+                    f"--lr (it is {c.lr:g}) or a longer --warmup{clip}")
+
+
+def micro_batches(c, p, run=None):
+    """Sequences of a micro-batch, and how many micro-batches each process has in a step.
+    Each micro-batch has a seed of its own, so the noise of a run depends on their size. It is
+    --micro_batch; else a run that goes on keeps the size that it began with, if it can."""
+    share = max(1, c.batch // p.world)
+    begun = run.micro if run else None
+    micro = c.micro_batch or begun or share
+    if c.micro_batch is None and begun and c.batch % (begun * p.world):
+        micro = share
+        if p.rank == 0:
+            print(f"{run.path.stem}: the run began with micro-batches of {begun} sequences, which "
+                  f"do not fit {p.world} processes and a batch of {c.batch}. It goes on with "
+                  f"{micro}: from here its noise is another than it would have been. (With "
+                  "--micro_batch nothing depends on the number of processes.)")
     if c.batch % (micro * p.world):
         raise UserError(f"--batch {c.batch} is not a multiple of {p.world} processes x {micro} "
                         "sequences; choose another --batch or --micro_batch")
@@ -168,9 +219,9 @@ def write_log(p, run, **entry):
         path = run.path.with_suffix(".jsonl")
         try:
             with open(path, "a") as f:
-                f.write(json.dumps({"step": run.step, **entry}) + "\n")
+                f.write(to_json({"step": run.step, **entry}) + "\n")
         except OSError as e:
-            raise UserError(f"{path} cannot be written ({e}); make room or choose another --out")
+            raise UserError(f"{path} cannot be written ({reason(e)}); {remedy(e)}")
 
 
 def rewind_log(run):
@@ -211,33 +262,44 @@ def ar_loss(model, x, mask_id):
 
 
 def train(c, p, as_saved=False):
-    """Train what TrainConfig c says, or what is left of it; returns the checkpoint's path.
+    """Train what TrainConfig c says, or what is left of it; returns the checkpoint's path, where
+    the whole file is when it returns, in all processes.
     as_saved: a checkpoint made with other flags goes on with its own instead of being refused."""
     if as_saved and c.path.exists():
-        old = load_checkpoint(c.path, kinds=(c.objective,))["config"]
-        c = dataclasses.replace(c, **{k: v for k, v in old.items() if k not in FREE})
+        saved = load_checkpoint(c.path, kinds=(c.objective,))
+        if "objective" not in saved["config"]:
+            raise UserError(f"{c.path} was made by convert.py, not by train.py; move it to another "
+                            f"folder and give it as --{'judge' if c.causal else 'teacher'}")
+        own = FREE | ({"dataset"} if saved.get("data") else set())   # resume() compares the data
+        c = dataclasses.replace(c, **{k: v for k, v in saved["config"].items() if k not in own})
     data = load_data(c.dataset, p)
     sizes = PRESETS[c.preset] | {"context": data.context(c.context or PRESETS[c.preset]["context"])}
     seed_all(c.seed, c.objective)
-    attention = "causal" if c.objective == "ar" else c.attention or "full"
+    attention = "causal" if c.causal else c.attention or "full"
     config = ModelConfig(data.tokenizer.vocab, attention=attention, dropout=c.dropout,
                          positions=c.positions or ("both" if data.texts else "rope"), **sizes)
+    content = dict(kind=c.objective, config=dataclasses.asdict(c), tokenizer=data.tokenizer.spec,
+                   data=data.fingerprint)
     if c.init:
-        first, old = load_model(c.init, kinds=("ar",) if c.objective == "ar" else ("mdlm", "sdtt"))
+        kinds = ("ar",) if c.causal else ("mdlm", "sdtt")
+        initial, old = load_model(c.init, kinds=kinds)
         if old["tokenizer"] != data.tokenizer.spec:
             raise UserError(f"--init {c.init} knows other tokens than {data.folder}; give the "
                             "--dataset it was trained on")
-        config = dataclasses.replace(first.config, attention=attention, dropout=c.dropout)
+        config = dataclasses.replace(initial.config, attention=attention, dropout=c.dropout)
+        content["init"] = fingerprint(initial)
     model = prepare_model(Transformer(config), c, p)
     if c.init:
-        model.load_state_dict(first.state_dict())
+        model.load_state_dict(initial.state_dict())
     ema = prepare_model(copy.deepcopy(model).eval(), c, p)
-    run = Run(c.path, c.steps, model, ema, make_optimizers(model, c), dict(
-        kind=c.objective, config=dataclasses.asdict(c), tokenizer=data.tokenizer.spec))
+    run = Run(c.path, c.steps, model, ema, make_optimizers(model, c), content)
+    first(p, lambda: hold(c.path))
     if resume(run, c, FREE) and run.step == run.steps and p.rank == 0:
         print(f"{c.path} is there: {run.steps} steps, {run.seconds:.0f} s")
     fit(c, p, data, run, functools.partial({"ar": ar_loss, "mdlm": nelbo}[c.objective],
                                            mask_id=model.mask_id))
+    if p.world > 1:
+        dist.barrier()                       # process 0 has saved: now the others may read
     return c.path
 
 

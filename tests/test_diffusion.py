@@ -9,7 +9,9 @@ import math
 import pytest
 import torch
 
-from diffusion import categorical, nelbo, q_sample, sample, sample_t, sharpen, unmask_step
+from diffusion import (categorical, nelbo, q_sample, sample, sample_joint, sample_t, sharpen,
+                       unmask_step)
+from model import ModelConfig, Transformer, generate
 from toy import (Model, all_sequences, ancestral_law, chi_square, count, draw, exact_model, joint,
                  nll)
 
@@ -512,3 +514,33 @@ def test_uneven_numbers_of_masks_are_refused():
     """ValueError, before the network is called. No chance involved."""
     with pytest.raises(ValueError, match="same number of masks"):
         sample(None, torch.tensor([[0, 3, 3], [0, 1, 3]]), 4, 3)
+
+
+# ---- numbers that are not finite
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_categorical_gives_the_mask_where_a_row_has_no_law(bad):
+    """V for a row with NaN or +infinity, or without any token; the other rows draw as before, from
+    the same random numbers. Exact."""
+    logits = torch.randn(5, 7)
+    torch.manual_seed(0)
+    expected = categorical(logits.clone())
+    logits[1, 3], logits[3] = bad, -torch.inf
+    torch.manual_seed(0)
+    ids = categorical(logits)
+    assert ids[[1, 3]].tolist() == [7, 7] and torch.equal(ids[[0, 2, 4]], expected[[0, 2, 4]])
+
+
+@pytest.mark.parametrize("attention", ["full", "reveal", "causal", "joint"])
+def test_sampler_that_meets_nan_says_so(attention):
+    """Every sampler, of a network with one weight that is NaN. No false alarm."""
+    torch.manual_seed(0)
+    joint, attention = attention == "joint", {"joint": "full"}.get(attention, attention)
+    model = Transformer(ModelConfig(7, 8, 2, 2, 16, attention=attention)).eval()
+    model.blocks[1].mlp_out.weight.data[0, 0] = torch.nan
+    z = torch.full((2, 8), 7)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        if attention == "causal":
+            generate(model, z[:, :0], 8, categorical)
+        else:
+            (sample_joint if joint else sample)(model, z, 4, 7)

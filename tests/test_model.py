@@ -558,6 +558,21 @@ def test_compiled_decoding_is_one_graph_and_gives_the_same_tokens():
         assert torch.equal(*texts) and len(set(texts[0][0].tolist())) > 1
 
 
+def test_compiled_decoding_of_float32_weights_keeps_the_type_of_the_blocks():
+    """bfloat16 inside the blocks, weights in float32: keys, values and tokens are those of the step
+    as it is. Traced by the compiler's front end alone, which needs no C++ compiler. Greedy, so
+    that no chance is in it; the arithmetic is the same."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(50, 16, 2, 2, 32, attention="causal")).eval()
+    model.bf16 = True
+    torch.compiler.reset()
+    step = torch.compile(decode, fullgraph=True, backend="eager")
+    prompt = torch.zeros((2, 0), dtype=torch.long)
+    compiled, plain = (generate(model, prompt, 16, lambda logits: logits.argmax(-1), f)
+                       for f in (step, decode))
+    assert torch.equal(compiled, plain)
+
+
 @pytest.mark.parametrize("bf16, dtype", [(False, torch.float32), (True, torch.bfloat16)])
 def test_generation_stores_as_many_keys_as_it_needs_in_the_type_of_the_blocks(monkeypatch, bf16,
                                                                               dtype):

@@ -96,6 +96,106 @@ def test_micro_batches_that_do_not_fill_the_batch_are_refused():
     assert train.micro_batches(c, common.Processes(torch.device("cpu"), 1, 2)) == (2, 2)
 
 
+WAY = """
+import sys, time
+import common, distill, train
+
+distill.COLUMNS[:] = [8]
+usual, c = train.TrainConfig.__post_init__, train.TrainConfig
+
+
+def few_steps(c):
+    c.steps = c.steps or 5
+    usual(c)
+
+
+def save_late(run, save=common.save):        # by process 0, while the other one has nothing to do
+    time.sleep(0.5)
+    save(run)
+
+
+def agree(p, value, what, check=common.agree):
+    print(what, value, flush=True)
+    check(p, value, what)
+
+
+c.__post_init__, train.save, distill.agree = few_steps, save_late, agree
+
+
+def main():
+    distill.main()
+    p = common.start("cpu")
+    for f in (lambda: common.agree(p, p.rank, "ranks"), lambda: common.first(p, refuse)):
+        try:
+            f()
+        except common.UserError as e:
+            print("refused:", e, flush=True)
+
+
+def refuse():
+    raise common.UserError("by the first")
+
+
+common.command(main)
+"""
+
+
+def test_processes_that_train_on_the_way_distil_from_one_teacher(tmp_path):
+    """Judge and teacher are missing, and process 0 saves each checkpoint half a second late: the
+    second process waits, and holds the teacher that the first one saved, in both rounds. Processes
+    that hold different things are told so, all of them, as they are where the first is refused. A
+    process that did not wait would find step 3, or no file. No false alarm."""
+    script = tmp_path / "way.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + WAY)
+    outputs = together(2, str(script), [
+        "--dataset", str(make_dataset(tmp_path / "data")), "--out", str(tmp_path / "out"),
+        "--rounds", "2", "--teacher_steps", "8", "--steps_per_round", "2", "--samples", "2",
+        "--batch", "6", "--micro_batch", "3", "--save_every", "3", "--device", "cpu"])
+    teacher = common.load_model(tmp_path / "out/teacher.pt")[0]
+    held = [[line for line in output.splitlines() if line.startswith("teachers of round")]
+            for output in outputs]
+    assert held[0] == held[1] and len(held[0]) == 2
+    assert held[0][0] == f"teachers of round 1 {common.fingerprint(teacher)}"
+    for output in outputs:
+        assert "refused: the processes hold different ranks ([0, 1])" in output
+        assert "refused: by the first" in output
+
+
+def test_batches_of_any_number_of_processes_reach_what_is_trained_on_the_way(monkeypatch, tmp_path):
+    """--batch 6 on 3 processes: judge and teacher are trained with it too, not with 32."""
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def note(t, p, as_saved):
+        asked.append((t.objective, t.batch, t.micro_batch))
+        raise Asked
+    monkeypatch.setattr(distill, "train", note)
+    c = distill.DistillConfig(batch=6, micro_batch=2, out=str(tmp_path))
+    for objective in ("ar", "mdlm"):
+        with pytest.raises(Asked):
+            distill.get_model(c, common.Processes(torch.device("cpu"), 1, 3), None, objective,
+                              None, (objective,))
+    assert asked == [("ar", 6, 2), ("mdlm", 6, 2)]
+
+
+def test_run_keeps_its_micro_batches_where_other_processes_can_deal_them_out(capsys):
+    """Their size decides the noise. Begun by 4 processes (8 sequences each of 32), 1 and 2 go on as
+    it was, without a word; 8 cannot, and it is said; --micro_batch is what it is. Exact."""
+    def run(begun):
+        return common.Run(Path("teacher.pt"), 9, None, None, [], {}, micro=begun)
+
+    def go_on(world, begun, **flags):
+        c = train.TrainConfig(batch=32, **flags)
+        return train.micro_batches(c, common.Processes(torch.device("cpu"), 0, world), run(begun))
+    assert go_on(1, 8) == (8, 4) and go_on(2, 8) == (8, 2) and go_on(4, 8) == (8, 1)
+    assert go_on(2, None) == (16, 1) and go_on(2, None, micro_batch=4) == (4, 4)
+    assert capsys.readouterr().out == ""
+    assert go_on(8, 8) == (4, 1)
+    assert "noise is another" in capsys.readouterr().out
+
+
 def test_two_processes_give_the_table_of_one(runs, tmp_path):
     """evaluate.py, all parts, 70 samples (three batches on two processes): every number but the
     seconds; the second process prints nothing. Exact, with one thread each."""

@@ -6,7 +6,9 @@ and costs no start-up. The children have one thread, and all comparisons are bit
 import errno
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,16 +24,19 @@ from helpers import call, make_dataset, refused
 ROOT = Path(common.__file__).resolve().parent
 SMALL = ["--batch", "8", "--device", "cpu", "--log_every", "1", "--save_every", "2"]
 TRAIN = SMALL + ["--steps", "12", "--warmup", "3"]
+QUIET = TRAIN + ["--log_every", "20", "--save_every", "2"]
 ROUNDS = SMALL + ["--rounds", "2", "--teacher_steps", "8", "--steps_per_round", "5",
                   "--samples", "4", "--warmup", "2"]
 OTHER = ["--handover", "raw", "--reset_optimizer", "--dropout", "0.2", "--micro_batch", "4"]
 
 # argv[1]: jobs as JSON, {"script", "argv", "seed"}; with a seed, each attempt is killed at a random
-# moment until one comes through. Prints a list of {"code", "places" of the kills, "out"}.
+# moment until one comes through; with "kill" (place, number) there is one attempt, killed there.
+# Prints a list of {"code", "places" of the kills, "out"}.
 DRIVER = """
 import io, json, os, random, signal, sys, tempfile
 import torch
 import common, distill, train
+import data.text.prepare as prepare
 
 torch.set_num_threads(1)
 distill.COLUMNS[:] = [4, 8]
@@ -86,7 +91,8 @@ def attempt(job, kill, out):
         if kill:
             arm(*kill)
         sys.argv = [job["script"]] + job["argv"]
-        common.command({"train.py": train.main, "distill.py": distill.main}[job["script"]])
+        common.command({"train.py": train.main, "distill.py": distill.main,
+                        "prepare.py": prepare.main}[job["script"]])
         code = 0
     except SystemExit as e:
         code = e.code
@@ -106,9 +112,9 @@ for job in json.loads(sys.argv[1]):
     with tempfile.TemporaryFile("w+") as out:
         while True:
             place = PLACES[len(places) % len(PLACES)]
-            kill = (place, rng.randint(1, 4)) if job["seed"] is not None else None
+            kill = (place, rng.randint(1, 4)) if job["seed"] is not None else job.get("kill")
             status = attempt(job, kill, out)
-            if not os.WIFSIGNALED(status) or len(places) > 60:
+            if job.get("kill") or not os.WIFSIGNALED(status) or len(places) > 60:
                 break
             places.append(place)
         out.seek(0)
@@ -131,6 +137,21 @@ def runs(tmp_path_factory):
             out = str(top / f"{name}-{how}")
             jobs[f"{name}-{how}"] = dict(script=script, argv=argv + data + ["--out", out],
                                          seed=seed)
+    texts = {name: " ".join(random.Random(seed).choices(letters, k=3000)) for name, seed, letters in
+             (("first", 1, "abcdefgh"), ("second", 2, "abcdefgh"), ("third", 3, "stuvwxyz"))}
+    mine = TRAIN + ["--dataset", str(top / "mine"), "--context", "16"]
+    for name, text in texts.items():         # one after the other, all under the same name
+        (top / f"{name}.txt").write_text(text)
+        jobs[f"prepare-{name}"] = dict(script="prepare.py", seed=None, argv=[
+            str(top / f"{name}.txt"), "--name", str(top / "mine"), "--tokenizer", "chars"])
+        jobs[f"train-{name}"] = dict(script="train.py", seed=None, argv=mine + [
+            "--out", str(top / "rebound")])
+    jobs["train-first"]["kill"] = ["in a step", 6]
+    jobs["prepare-again"] = jobs["prepare-first"]
+    jobs["train-again"] = dict(script="train.py", seed=None, argv=jobs["train-second"]["argv"])
+    jobs["diverging"] = dict(script="train.py", seed=None, argv=TRAIN + data + [
+        "--lr", "1e30", "--log_every", "20", "--save_every", "20",
+        "--out", str(top / "diverging")])
     done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(list(jobs.values()))],
                           cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                           capture_output=True, timeout=300)
@@ -384,3 +405,136 @@ def test_interrupt_ends_with_status_130_and_leaves_a_checkpoint(runs, tmp_path, 
         call(train, *TRAIN, "--dataset", runs["dataset"], "--out", tmp_path)
     assert stop.value.code == 130 and "the same command" in capsys.readouterr().err
     assert load(tmp_path / "teacher.pt")["step"] == 2
+
+
+# ---- what a run is bound to
+
+@pytest.mark.parametrize("name, said", [("second", "other text"), ("third", "other tokens")])
+def test_run_does_not_go_on_with_another_text_of_the_same_name(runs, name, said):
+    """A training of the first text was killed; then texts of the same letters, and of others, were
+    prepared under the same name: both are refused. No false alarm."""
+    reports = runs["reports"]
+    assert reports["train-first"]["code"] == -signal.SIGKILL
+    assert reports[f"prepare-{name}"]["code"] == 0
+    assert reports[f"train-{name}"]["code"] == 2
+    assert said in reports[f"train-{name}"]["out"] and "Traceback" not in str(reports)
+
+
+def test_run_goes_on_where_the_first_text_is_there_again(runs):
+    """Prepared anew it has the same tokens: what counts are these, not when they were made."""
+    assert runs["reports"]["train-again"]["code"] == 0
+    assert load(runs["dataset"].parent / "rebound/teacher.pt")["step"] == 12
+
+
+def test_run_goes_on_with_the_same_data_under_another_name(runs, tmp_path):
+    """The folder was moved: no reason to refuse. No false alarm."""
+    out, data = tmp_path / "out", tmp_path / "moved"
+    killed_in_step(4, train, QUIET + ["--dataset", runs["dataset"], "--out", out])
+    shutil.copytree(runs["dataset"], data)
+    call(train, *QUIET, "--dataset", data, "--out", out)
+    assert load(out / "teacher.pt")["step"] == 12
+
+
+def test_run_begun_from_weights_is_bound_to_them_and_not_to_their_path(runs, tmp_path, capsys):
+    """The same file elsewhere goes on, another file under the old path does not. Exact."""
+    first, other = runs["mdlm-whole"] / "teacher.pt", runs["distill-whole"] / "teacher.pt"
+    init = tmp_path / "init.pt"
+    argv = QUIET + ["--dataset", runs["dataset"], "--out", tmp_path / "out", "--init"]
+    shutil.copy(first, init)
+    killed_in_step(4, train, argv + [init])
+    shutil.copy(other, init)
+    assert "other weights" in refused(capsys, train, *argv, init)
+    call(train, *argv, first)
+    assert load(tmp_path / "out/teacher.pt")["step"] == 12
+
+
+def test_finished_teacher_of_another_text_is_not_distilled(runs, tmp_path, capsys):
+    """distill.py finds a teacher.pt in --out that was trained on other rows. No false alarm."""
+    argv, data = start_from(runs, tmp_path), tmp_path / "data"
+    shutil.copytree(runs["dataset"], data)
+    (data / "train.bin").write_bytes((data / "train.bin").read_bytes()[::-1])
+    assert "other text" in refused(capsys, distill, *argv, "--dataset", data)
+
+
+# ---- numbers that are not finite
+
+def test_diverging_training_stops_at_the_first_bad_step(runs):
+    """A learning rate of 1e30: status 2, the step and the remedy; nothing is saved. float32 cannot
+    hold the second step's states: no false alarm."""
+    report, folder = runs["reports"]["diverging"], runs["dataset"].parent / "diverging"
+    assert report["code"] == 2
+    assert "at step 2 of 12" in report["out"] and "lower --lr" in report["out"]
+    assert not (folder / "teacher.pt").exists()
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_divergence_keeps_the_last_good_checkpoint(runs, tmp_path, capsys, step):
+    """Weights blow up in step 5, or in 6, which is saved: the checkpoint of step 4 stays, and the
+    same command goes on from it. No false alarm."""
+    argv = QUIET + ["--dataset", runs["dataset"], "--out", tmp_path]
+
+    def lr_factor(i, *args, usual=common.lr_factor):
+        return 1e38 if i + 1 == step else usual(i, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "lr_factor", lr_factor)
+        assert "at step 6" in refused(capsys, train, *argv)
+    assert load(tmp_path / "teacher.pt")["step"] == 4
+    call(train, *argv)
+    assert same(load(tmp_path / "teacher.pt")["model"],
+                load(runs["mdlm-whole"] / "teacher.pt")["model"])
+
+
+def test_clip_0_does_not_clip(runs, tmp_path):
+    """As elsewhere in the field: the same weights as with a norm that no gradient reaches, and
+    they move. Bit for bit."""
+    argv = QUIET + ["--dataset", runs["dataset"], "--steps", "3"]
+    call(train, *argv, "--clip", "0", "--out", tmp_path / "none")
+    call(train, *argv, "--clip", "1e9", "--out", tmp_path / "far")
+    none, far = (load(tmp_path / name / "teacher.pt") for name in ("none", "far"))
+    assert same(none["model"], far["model"])
+    assert not same(none["model"], none["ema"])          # which follows the weights that move
+
+
+# ---- two runs at a time, and Ctrl-C in the middle of a checkpoint
+
+SLOW = """
+import sys, time
+import torch
+import common, train
+
+class Slow:                          # a file that says when it is written
+    def __init__(self, f):
+        self.f = f
+    def write(self, part):
+        print("writing", flush=True)
+        time.sleep(0.001)
+        return self.f.write(part)
+    def __getattr__(self, name):
+        return getattr(self.f, name)
+
+torch.set_num_threads(1)
+torch.save = lambda content, f, save=torch.save: save(content, Slow(f))
+common.command(train.main)
+"""
+
+
+def test_second_run_in_a_folder_is_told_of_the_first_and_ctrl_c_waits_for_the_checkpoint(
+        runs, tmp_path, capsys):
+    """While the first run writes its checkpoint of step 2, a second one is refused and names its
+    process; then Ctrl-C: the file is still written whole, status 130, and the second run goes on
+    from it to the weights of a run by itself. A false alarm needs a machine on which the first
+    run writes 900 parts, 1 ms each, before this process has parsed its flags."""
+    argv = [str(word) for word in TRAIN + ["--dataset", runs["dataset"], "--out", tmp_path]]
+    first = subprocess.Popen([sys.executable, "-c", SLOW, *argv], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert any("writing" in line for line in first.stdout)
+    message = refused(capsys, train, *argv)
+    assert str(first.pid) in message and str(tmp_path / "teacher.pt") in message
+    first.send_signal(signal.SIGINT)
+    error = first.communicate(timeout=60)[1]
+    assert first.returncode == 130 and "goes on from the last checkpoint" in error
+    assert "make room" not in error and "Traceback" not in error
+    assert load(tmp_path / "teacher.pt")["step"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["teacher.jsonl", "teacher.pt"]
+    call(train, *argv)
+    assert load(tmp_path / "teacher.pt")["step"] == 12
