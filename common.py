@@ -365,11 +365,12 @@ HELD = {}                        # path -> the open file whose lock this process
 def hold(path, wait=False):
     """Be the only process that writes `path`, until release() or the process's death, however that
     comes: the system gives the lock back. The lock is on a hidden file beside path, which holds
-    the number of the process. wait: for another run to end; otherwise a UserError names it."""
+    the number of the process. wait: for another run to end; otherwise a UserError names it.
+    Returns whether this call took it: it may be held by this process already."""
     try:
         import fcntl
     except ImportError:                                  # not a Unix: no locks
-        return
+        return False
     path = Path(path).absolute()
     lock = path.with_name(f".{path.name}.lock")
     while path not in HELD:
@@ -391,21 +392,24 @@ def hold(path, wait=False):
             fcntl.flock(f, fcntl.LOCK_EX)
         except OSError:                                  # a file system without locks
             f.close()
-            return
+            return False
         # release() removes the file: what was opened before that is no longer the lock
         if lock.exists() and os.path.samestat(os.stat(lock), os.fstat(f.fileno())):
             f.truncate(0)
             f.write(f"{os.getpid()} on {socket.gethostname()}")
             f.flush()
             HELD[path] = f
-        else:
-            f.close()
+            return True
+        f.close()
+    return False
 
 
-def release():
-    """Give back everything that hold() took."""
-    while HELD:
-        path, f = HELD.popitem()
+def release(path=None):
+    """Give back what hold(path) took, or everything."""
+    for path in list(HELD) if path is None else [Path(path).absolute()]:
+        f = HELD.pop(path, None)
+        if f is None:
+            continue
         with contextlib.suppress(OSError):               # its folder may be gone
             path.with_name(f".{path.name}.lock").unlink()
         f.close()

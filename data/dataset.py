@@ -2,21 +2,23 @@
 
 A folder holds train.bin and val.bin, all tokens in a row as uint16 (uint32 where V > 65536), read
 from the disk as they are needed, and meta.json with the tokenizer. A folder as nanoGPT prepares it
-works too: without meta it is GPT-2's tokens, with meta.pkl characters.
+works too: without meta it is GPT-2's tokens, with meta.pkl characters. What a folder of others
+holds is looked at before it is believed.
 """
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import json
 import pickle
+import re
 import typing
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from common import ROOT, UserError, write
+from common import ROOT, UserError, first, hold, reason, release, write
 
 
 # ---- tokenizers: plain JSON in, functions out
@@ -54,7 +56,27 @@ def make_tokenizer(spec):
         ranks = {token.encode("latin-1"): i for i, token in enumerate(spec["items"])}
         bpe = tiktoken.Encoding("ours", pat_str=spec["pattern"], mergeable_ranks=ranks,
                                 special_tokens={"<end>": len(ranks)})
-    return Tokenizer(spec, bpe.n_vocab, bpe.encode_ordinary, bpe.decode)
+    return Tokenizer(spec, bpe.n_vocab, lambda text: encode_long(bpe, text), bpe.decode)
+
+
+# white space of GPT-2's rule, which does not count the four separators of ASCII as such
+BLANK = r"[^\S\x1c-\x1f]"
+LONG = 100_000
+LONG_BLANK = re.compile(BLANK + f"{{{LONG},}}")
+
+
+def encode_long(bpe, text):
+    """Text -> the ids of a tiktoken encoding. Long runs of white space, at which tiktoken panics,
+    are cut where GPT-2's rule cuts in any case, before the run and before its last sign, which
+    belongs to the word that follows, and in between at each LONG signs."""
+    ids, begin = [], 0
+    for run in LONG_BLANK.finditer(text):
+        last = run.end() if run.end() == len(text) else run.end() - 1
+        ids += bpe.encode_ordinary(text[begin:run.start()])
+        for i in range(run.start(), last, LONG):
+            ids += bpe.encode_ordinary(text[i:min(i + LONG, last)])
+        begin = last
+    return ids + bpe.encode_ordinary(text[begin:])
 
 
 # ---- data
@@ -68,6 +90,17 @@ class Data:
     stride: int | None               # a row begins at each multiple of it; None: anywhere
     texts: bool                      # each row is a text
     oracle: str | None               # "stories": its texts can be checked without error
+
+    @property
+    def fingerprint(self):
+        """A short hash of what a run or a result is bound to: the tokenizer, the rows, and the
+        tokens (of large files, the sizes and a sample)."""
+        said = [self.tokenizer.spec, self.stride, self.texts, len(self.train), len(self.val)]
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+        for tokens in (self.train, self.val):
+            for block in looked_at(tokens):
+                digest.update(np.asarray(block, np.uint32).tobytes())
+        return digest.hexdigest()[:12]
 
     def context(self, context):
         """The context to train with: the one wanted, or the length of a row. Raises UserError if
@@ -95,6 +128,18 @@ class Data:
         return torch.from_numpy(self.val[first[:, None] + np.arange(length)].astype(np.int64))
 
 
+BLOCK, BLOCKS = 2 ** 16, 64           # tokens of a block, and blocks of a file that are looked at
+
+
+def looked_at(tokens):
+    """All tokens of a small file, or BLOCKS blocks of a large one, evenly spread, the first and the
+    last among them: a list of arrays."""
+    if len(tokens) <= BLOCK * BLOCKS:
+        return [tokens]
+    begins = np.linspace(0, len(tokens) - BLOCK, BLOCKS).astype(np.int64)
+    return [tokens[begin:begin + BLOCK] for begin in begins]
+
+
 class _NoClasses(pickle.Unpickler):
     def find_class(self, module, name):
         raise UserError(f"meta.pkl asks for {module}.{name}; only plain dicts and lists are read")
@@ -104,47 +149,137 @@ def load_data(name, p):
     """A dataset by name (data/NAME, made now if it is built in) or by folder -> Data.
     With several processes p, the first one makes it. Raises UserError if it is unknown or broken.
     """
-    if p.rank > 0:
-        dist.barrier()
-    data = _load_data(name)
-    if p.rank == 0 and p.world > 1:
-        dist.barrier()
-    return data
+    first(p, lambda: make_if_built_in(name))
+    return open_folder(folder_of(name))
 
 
-def _load_data(name):
+def folder_of(name):
+    """The folder of a dataset by name or path. Raises UserError."""
     folder = ROOT / "data" / name if (ROOT / "data" / name).is_dir() else Path(name)
     if not folder.is_dir():
         known = sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py"))
         raise UserError(f"--dataset {name}: no such folder, and none of {', '.join(known)}")
+    return folder
+
+
+def make_if_built_in(name):
+    """Make the dataset `name` if it is built in and not there yet. Another process that makes it
+    at this moment is waited for. Raises UserError where it is not there and cannot be made."""
+    folder = folder_of(name)
+    if (folder / "val.bin").exists():
+        return
+    if name not in ("stories", "pydoc"):
+        how = "name a folder that has one"
+        if folder.name == "lambada":
+            how = "it is for --lambada of evaluate.py"
+        elif (folder / "prepare.py").exists():
+            how = f"python data/{folder.name}/prepare.py makes it"
+        elif (folder / "meta.json").exists():            # of ours, and not finished
+            how = "give the command that prepares it again"
+        raise UserError(f"{folder} has no val.bin; {how}")
+    hold(folder / "val.bin", wait=True)
     if not (folder / "val.bin").exists():
-        if name not in ("stories", "pydoc"):                         # the built-in ones
-            how = ("it is for --lambada of evaluate.py" if folder.name == "lambada" else
-                   f"python data/{folder.name}/prepare.py makes it"
-                   if (folder / "prepare.py").exists() else "prepare it again")
-            raise UserError(f"{folder} has no val.bin; {how}")
         importlib.import_module(f"data.{name}.prepare").main([])
-    meta, path = {}, folder / "meta.json"
-    try:
-        if path.exists():
-            meta = json.loads(path.read_text())
-        elif (path := folder / "meta.pkl").exists():                 # nanoGPT's characters
-            with open(path, "rb") as f:
-                itos = _NoClasses(f).load()["itos"]
-            meta["tokenizer"] = dict(kind="chars", items=[itos[i] for i in range(len(itos))])
-        tokenizer = make_tokenizer(meta.get("tokenizer", {"kind": "gpt2"}))
-    except UserError:
-        raise
-    except Exception as e:           # json, pickle and tiktoken fail in many ways
-        raise UserError(f"{path} describes no tokenizer ({type(e).__name__}); prepare it again")
-    try:
-        train, val = (np.memmap(folder / f"{s}.bin", id_type(tokenizer.vocab), "r")
-                      for s in ("train", "val"))
-    except (ValueError, OSError) as e:
-        raise UserError(f"{folder}: train.bin and val.bin cannot be read ({e}); prepare it again")
+    release(folder / "val.bin")
+
+
+def open_folder(folder):
+    """A folder with train.bin and val.bin -> Data. Raises UserError if something in it is broken
+    or does not belong together."""
+    meta = read_meta(folder)
+    tokenizer = make_tokenizer(meta["tokenizer"])
+    train, val = (open_tokens(folder / f"{split}.bin", tokenizer) for split in ("train", "val"))
     stride = meta.get("stride")
     return Data(folder, train, val, tokenizer, stride, meta.get("texts", stride is not None),
                 meta.get("oracle"))
+
+
+def read_meta(folder):
+    """What meta.json, or nanoGPT's meta.pkl, says of a folder: a dict with a tokenizer's spec; of
+    GPT-2's where there is neither. Raises UserError, with the cause."""
+    path = folder / "meta.json"
+    if not path.exists():
+        path = folder / "meta.pkl"
+    if not path.exists():
+        return {"tokenizer": {"kind": "gpt2"}}
+    try:
+        if path.suffix == ".json":
+            meta = json.loads(path.read_bytes())
+        else:
+            with open(path, "rb") as f:
+                meta = _NoClasses(f).load()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({reason(e)}); make it readable")
+    except UserError:
+        raise
+    except Exception as e:               # json and pickle fail in many ways
+        what = "JSON" if path.suffix == ".json" else "a pickle"
+        raise UserError(f"{path} is not whole {what} ({type(e).__name__}); put the right one there")
+    needed = "tokenizer" if path.suffix == ".json" else "itos"
+    if not isinstance(meta, dict) or needed not in meta:
+        holds = f"a {type(meta).__name__}"
+        if isinstance(meta, dict):
+            holds = f"the keys {', '.join(map(str, meta))}"
+        raise UserError(f"{path} describes no tokenizer: it holds {holds}, and not {needed}")
+    try:
+        if needed == "itos":                                         # nanoGPT's characters
+            itos = meta["itos"]
+            meta = {"tokenizer": dict(kind="chars", items=[itos[i] for i in range(len(itos))])}
+        make_tokenizer(meta["tokenizer"])
+    except UserError:
+        raise
+    except Exception as e:               # whatever stands in place of a spec
+        raise UserError(f"{path} describes no tokenizer that is known here ({type(e).__name__}: "
+                        f"{e}); put the right one there")
+    return meta
+
+
+def open_tokens(path, tokenizer):
+    """The ids in a file, as a memmap, after a look at them: see looked_at. Raises UserError where
+    they cannot be the tokenizer's, with what they seem to be."""
+    dtype = np.dtype(id_type(tokenizer.vocab))
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f"{path} holds no token ids: it is a folder")
+        if not size:
+            raise UserError(f"{path} holds no token ids: it is empty")
+        if size % dtype.itemsize:
+            raise UserError(f"{path} holds no token ids: its {size} bytes are no whole number of "
+                            f"ids of {dtype.itemsize} bytes each")
+        tokens = np.memmap(path, dtype, "r")
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({reason(e)})")
+    blocks = looked_at(tokens)
+    most = max(int(block.max()) for block in blocks)
+    kind = foreign_kind(path, blocks)
+    ours = (path.parent / "meta.json").exists()
+    if most >= tokenizer.vocab:
+        kind = kind or ("its meta file, or the lack of one, belongs to other tokens: put the right "
+                        "one beside it")
+        raise UserError(f"{path} holds the id {most:,}, but its tokenizer has {tokenizer.vocab:,} "
+                        f"tokens; {kind}")
+    if kind and not ours:                # what we wrote ourselves is what meta.json says
+        raise UserError(f"{path} does not hold ids of {dtype.itemsize} bytes each; {kind}")
+    return tokens
+
+
+def foreign_kind(path, blocks):
+    """What a file seems to be, in words with a remedy, if it is not ids of the width expected."""
+    with open(path, "rb") as f:
+        begin = f.read(1024)
+    if int.from_bytes(begin[:4], "little") in (20240520, 20240801) and len(begin) == 1024:
+        return ("it begins with a header of 1,024 bytes, as llm.c's and modded-nanogpt's files do; "
+                "write it without")
+    halves = [block.view(np.uint16) for block in blocks]
+    if sum(map(len, halves)) < 64 or not any(half[::2].any() for half in halves):
+        return None
+    if not any(half[1::2].any() for half in halves):     # little-endian: the upper halves
+        width = 4 if any(half[2::4].any() for half in halves) else 8
+        return f"it seems to hold numbers of {width} bytes; write them as uint16"
+    if blocks[0].dtype == np.uint32 and blocks[0].max() >= 2 ** 24:
+        return "it seems to hold numbers of 2 bytes; write them as uint32"
+    return None
 
 
 def id_type(vocab):

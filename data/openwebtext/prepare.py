@@ -3,7 +3,8 @@
     python data/openwebtext/prepare.py [--chunk 1024]
 
 Streams it from the Hugging Face hub (pip install datasets), encodes it on all cores, and writes
-train.bin and val.bin as nanoGPT does. Stopped at any moment, the same command goes on where it was.
+train.bin and val.bin as nanoGPT does. Rows without a text (null) are left out, and counted. Stopped
+at any moment, the same command goes on where it was.
 """
 import sys
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from tqdm import tqdm
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import UserError, command, flag, package, parse_flags, write     # noqa: E402
-from data.corpus import PARTS, append_tokens, begun, finish          # noqa: E402
+from common import (UserError, command, flag, hold, package,         # noqa: E402
+                    parse_flags, write)
+from data.corpus import (PARTS, append_tokens, begun, finish,        # noqa: E402
+                         refuse_outputs)
 from data.dataset import id_type, make_tokenizer                     # noqa: E402
 
 GPT2 = {"kind": "gpt2"}
@@ -33,7 +36,9 @@ class Config:
 
 
 def stream(source, first, documents):
-    """The texts of a source from document number `first` on, with a progress bar."""
+    """The texts of a source from document number `first` on, with a progress bar, as parts (text,
+    True); the text is None where a row has none."""
+    empty = 0
     datasets = package("datasets")
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)
@@ -43,9 +48,18 @@ def stream(source, first, documents):
         with tqdm(total=total, initial=first, desc="documents", mininterval=1, ncols=90) as bar:
             for number, row in enumerate(rows, first):
                 if number >= (documents or number + 1):
-                    return
-                yield row["text"]
+                    break
+                text = row["text"]
+                if not isinstance(text, str | None):
+                    raise UserError(f"--source {source}, row {number}: its text is of type "
+                                    f"{type(text).__name__}; it must be a string")
+                empty += text is None
+                yield text, True
                 bar.update()
+        if empty:
+            print(f"{source}: rows without a text, left out: {empty:,}")
+    except UserError:
+        raise
     except KeyError as e:
         raise UserError(f"--source {source} has no column {e}; it needs one named `text`")
     except Exception as e:           # of the hub, of several network packages, of file formats
@@ -59,6 +73,8 @@ def main(argv=None):
     c = parse_flags(Config, __doc__, argv)
     package("datasets")
     make_tokenizer(GPT2)
+    refuse_outputs(c.source, FOLDER)
+    hold(FOLDER / "val.bin")
     source, done = FOLDER / "source.part", begun(FOLDER, id_type(make_tokenizer(GPT2).vocab))
     if done and (not source.exists() or source.read_text() != c.source):
         raise UserError(f"{FOLDER} holds {done:,} documents of another --source; give the same, or "
@@ -67,13 +83,15 @@ def main(argv=None):
     append_tokens(FOLDER, stream(c.source, done, c.documents), GPT2)
 
     def cut(ends):
-        if len(ends) <= c.val_documents:
+        if len(ends) <= c.val_documents or not ends[-1 - c.val_documents]:
             raise UserError(f"--val_documents {c.val_documents} of {len(ends)} documents leave "
                             "none for training; give fewer")
         return int(ends[-1 - c.val_documents])
-    finish(FOLDER, GPT2, cut, c.chunk)
+    finish(FOLDER, GPT2, cut, c.chunk, "more --documents and --val_documents")
     source.unlink()
 
+
+main.stopped = "stopped; the same command goes on where it was"
 
 if __name__ == "__main__":
     command(main)

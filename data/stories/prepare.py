@@ -13,7 +13,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import command, flag, parse_flags                        # noqa: E402
+from common import command, flag, hold, parse_flags                  # noqa: E402
 from data.dataset import write_data                                  # noqa: E402
 from data.stories.language import VOCABULARY, generate               # noqa: E402
 
@@ -28,6 +28,7 @@ class Config:
 def main(argv=None):
     """Write train.bin, val.bin and meta.json beside this file."""
     c = parse_flags(Config, __doc__, argv)
+    hold(FOLDER / "val.bin")
     rng = random.Random(c.seed)
     ids = {word: i for i, word in enumerate(VOCABULARY)}
 
