@@ -9,18 +9,22 @@ SOURCE is a folder with config.json and model.safetensors (or several, with thei
 of one on the Hugging Face hub, with @revision where it is not main. Needs safetensors, and
 huggingface_hub for what is not on the disk yet.
 """
+import errno
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import (UserError, command, flag, load_checkpoint, package, parse_flags,
+from common import (UserError, command, flag, load_checkpoint, package, parse_flags, reason,
                     save_checkpoint, write)
+from data.dataset import make_tokenizer
 from model import ModelConfig, Transformer
 
+VOCABULARIES = "vocab.json", "tokenizer.json"        # which tokens a model knows, where it is said
+GPT2_TOKENS, PADDED = 50257, 50304                   # GPT-2's, and the next multiple of 64
 PICKLES = (".bin", ".ckpt", ".pth", ".pkl")
 COND, FREQUENCIES = 128, 256     # MDLM's conditioning: its width in an export, and its sinusoids
 MDLM = (("embed.weight", "vocab_embed.embedding"), ("norm.", "output_layer.norm_final."),
@@ -60,14 +64,43 @@ def fetch(source):
     name, _, revision = source.partition("@")
     try:
         return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=[
-            "config.json", "model*.safetensors", "model.safetensors.index.json"]))
+            "config.json", "model*.safetensors", "model.safetensors.index.json", *VOCABULARIES]))
     except Exception as e:           # the hub's own errors, and those of several network packages
-        why = {"HFValidationError": "it is neither a folder nor an id on the hub, OWNER/NAME",
-               "RepositoryNotFoundError": "the hub has no such repository that you may read",
-               "RevisionNotFoundError": f"the hub's {name} has no revision {revision!r}"}
-        raise UserError(f"{source} cannot be had: " + why.get(
-            type(e).__name__, f"the hub cannot be reached ({type(e).__name__}); connect, or name "
-            "a folder that holds config.json and model.safetensors"))
+        raise UserError(f"{source} cannot be fetched: {hub_trouble(e, name, revision)}")
+
+
+def hub_trouble(error, name, revision):
+    """What an error of the hub's package means, in words with a remedy. The cause is often another
+    error in its chain."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    classes = {one.__name__ for e in chain for one in type(e).__mro__}
+    status = [getattr(getattr(e, "response", None), "status_code", None) for e in chain]
+    numbers = {getattr(e, "errno", None) for e in chain}
+    cache = "its cache (the folder in HF_HOME)"
+    if "HFValidationError" in classes:
+        return "it is neither a folder nor an id on the hub, OWNER/NAME"
+    if "RevisionNotFoundError" in classes:
+        return f"the hub's {name} has no revision {revision!r}"
+    if "GatedRepoError" in classes or 403 in status:
+        return ("its owners grant access one by one; ask for it on its page of the hub, then log in "
+                "(hf auth login, or HF_TOKEN)")
+    if "RepositoryNotFoundError" in classes:
+        return "the hub has no such repository that you may read"
+    if 401 in status:
+        return "the hub does not accept your token; log in anew (hf auth login), or unset HF_TOKEN"
+    if 429 in status:
+        return "the hub was asked too often; wait some minutes, or log in (hf auth login)"
+    if any(one and one >= 500 for one in status):
+        return f"the hub itself has a fault (status {max(filter(None, status))}); try again later"
+    if numbers & {errno.ENOSPC, errno.EDQUOT}:
+        return f"there is no room in {cache}; make some, or set HF_HOME to another"
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return f"{cache} cannot be written; set HF_HOME to one that can"
+    return (f"the hub cannot be reached ({type(chain[0]).__name__}); connect, or name a folder "
+            "that holds config.json and model.safetensors")
 
 
 def read_json(path):
@@ -79,7 +112,9 @@ def read_json(path):
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}; copy it there from where the weights "
                         "came from")
-    except (OSError, ValueError):
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({reason(e)}); make it readable")
+    except ValueError:                                   # also of text that is not UTF-8
         pass
     raise UserError(f"{path} is not a JSON object; get it again")
 
@@ -101,7 +136,9 @@ def read_tensors(folder):
             raise UserError(f"{folder} has no {path.name}; get the whole folder again")
         try:
             loaded = load_file(path)
-        except Exception as e:       # SafetensorError, OSError
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({reason(e)}); make it readable")
+        except Exception as e:       # SafetensorError
             raise UserError(f"{path} is not a whole safetensors file ({type(e).__name__}); get it "
                             "again")
         for name, tensor in loaded.items():
@@ -156,8 +193,11 @@ def load_published(folder):
 
 
 def check(take, name, constant):
-    """A tensor that may be there, but is a constant of the architecture."""
-    if not torch.allclose(take(name, constant.shape, constant), constant, rtol=1e-3):
+    """A tensor that may be there, but is a constant of the architecture, perhaps rounded to the
+    type that the file has its tensors in."""
+    tensor = take(name, constant.shape, constant)
+    rounded = [constant.to(t).float() for t in (torch.float32, torch.bfloat16, torch.float16)]
+    if not any(torch.allclose(tensor, one, rtol=1e-3) for one in rounded):
         raise ValueError(f"{name} is not the usual constant")
 
 
@@ -210,7 +250,8 @@ def from_mdlm(config, take):
 
 def from_gpt2(config, take):
     """GPT-2 as the transformers package keeps it, as ours. Its linear layers are transposed, its
-    head is the embedding; our start symbol is its <|endoftext|>, the last token."""
+    head is the embedding; our start symbol is the token that config.json calls bos_token_id,
+    GPT-2's <|endoftext|> (without one, or with one that is no token, the last)."""
     C, context = config["n_embd"], config["n_positions"]
     for key, usual in dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=4 * C,
                            scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False).items():
@@ -220,7 +261,10 @@ def from_gpt2(config, take):
                        attention="causal", positions="learned")
     model = Transformer(size)
     embed = take("wte.weight", (size.vocab, C))
-    state = {"embed.weight": torch.cat((embed, embed[-1:])),
+    start = config.get("bos_token_id")
+    if not isinstance(start, int) or not 0 <= start < size.vocab:
+        start = size.vocab - 1
+    state = {"embed.weight": torch.cat((embed, embed[start:start + 1])),
              "lm_head.weight": take("lm_head.weight", embed.shape, embed),
              "lm_head.bias": torch.zeros(size.vocab)}
     for name, ours in model.state_dict().items():
@@ -277,24 +321,87 @@ def export(path, folder):
     return extra
 
 
-def tokenizer_of(config, V):
-    """The tokenizer's spec: what an export kept, GPT-2's, or numbers where V is another."""
-    return config.get("nanosdtt", {}).get("tokenizer") or (
-        {"kind": "gpt2"} if V == 50257 else {"kind": "words", "items": [str(i) for i in range(V)]})
+def byte_signs():
+    """How GPT-2's vocabulary files write each of the 256 bytes: as the character of that number if
+    it is a visible one, else as one of the characters from number 256 on, in their order."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+def gpt2_vocabulary():
+    """GPT-2's tokens as its vocab.json has them, {spelling: id}."""
+    import tiktoken
+    make_tokenizer({"kind": "gpt2"})                     # says what to do where it is missing
+    bpe = tiktoken.get_encoding("gpt2")
+    signs = byte_signs()
+    return {"".join(signs[b] for b in bpe.decode_single_token_bytes(i)): i
+            for i in range(GPT2_TOKENS)}
+
+
+def vocabulary_of(folder):
+    """What vocab.json or tokenizer.json in a folder say, {spelling: id}; None without them."""
+    for name in VOCABULARIES:
+        if (folder / name).exists():
+            content = read_json(folder / name)
+            if name == "tokenizer.json":                 # special tokens stand beside the others
+                extra = {one["content"]: one["id"] for one in content.get("added_tokens", [])}
+                content = content.get("model", {}).get("vocab", {}) | extra
+            return content
+    return None
+
+
+def tokenizer_of(folder, config, V):
+    """The tokenizer's spec of a published model of V tokens, and a note for the user, or None. What
+    an export kept; GPT-2's where the folder's vocabulary is GPT-2's, or, where the folder has
+    none, V is its size or that padded; else numbers."""
+    kept = config.get("nanosdtt", {}).get("tokenizer")
+    if kept:
+        return kept, None
+    numbers = {"kind": "words", "items": [str(i) for i in range(V)]}
+    vocabulary = vocabulary_of(folder)
+    if vocabulary is None and GPT2_TOKENS <= V <= PADDED:
+        return {"kind": "gpt2"}, ("the folder does not say which tokens it knows; by their number "
+                                  "they are taken for GPT-2's")
+    if vocabulary is not None and V >= GPT2_TOKENS:
+        if all(vocabulary.get(token) == i for token, i in gpt2_vocabulary().items()):
+            return {"kind": "gpt2"}, None
+    return numbers, ("its tokens are not GPT-2's and cannot be read here: texts are the numbers of "
+                     "tokens")
+
+
+def drop_padding(model, V):
+    """The model without the tokens from V on, which no text has: its law is then that of the first
+    V, given that it is one of them."""
+    state = model.state_dict()
+    old = model.config.vocab
+    state["embed.weight"] = torch.cat((state["embed.weight"][:V], state["embed.weight"][old:]))
+    for name in ("lm_head.weight", "lm_head.bias"):
+        state[name] = state[name][:V]
+    smaller = Transformer(replace(model.config, vocab=V))
+    smaller.load_state_dict(state)
+    return smaller.eval()
 
 
 def convert(source, out):
-    """A published model as a checkpoint of ours, `out`. Returns the model."""
+    """A published model as a checkpoint of ours, `out`. Returns the model, and notes for the user.
+    """
     folder = fetch(source)
     model = load_published(folder)
-    spec = tokenizer_of(read_json(folder / "config.json"), model.config.vocab)
+    spec, note = tokenizer_of(folder, read_json(folder / "config.json"), model.config.vocab)
+    notes = [note] if note else []
+    extra = model.config.vocab - GPT2_TOKENS
+    if spec["kind"] == "gpt2" and extra > 0:
+        model = drop_padding(model, GPT2_TOKENS)
+        notes.append(f"the last {extra} of its {GPT2_TOKENS + extra:,} rows, which are no tokens of "
+                     "GPT-2's, are left out: its predictions are those given the others")
     trained = re.search(r"@(?:baselines|scaling)_\w+_step_(\d+)0000$", source)       # SDTT's rounds
     save_checkpoint(out, kind="ar" if model.config.causal else "sdtt" if trained else "mdlm",
                     model_config=asdict(model.config), model=model.state_dict(),
                     ema=model.state_dict(), optimizer=[], step=0, steps=0, seconds=0.0,
                     config={"source": source}, tokenizer=spec,
                     sampling_steps=trained and 1024 >> int(trained[1]))
-    return model
+    return model, notes
 
 
 def main():
@@ -307,11 +414,13 @@ def main():
                   f"{extra[0]}; convert.py reads them")
         return
     out = Path(c.out or f"out/{re.split('[/@]', c.source.rstrip('/'))[-1]}.pt")
-    model = convert(c.source, out)
+    model, notes = convert(c.source, out)
     size = model.config
     print(f"{out}: {'autoregressive' if size.causal else 'masked diffusion'}, {size.layers} "
           f"layers, width {size.width}, {size.vocab:,} tokens, context {size.context:,}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    for note in notes:
+        print(f"note: {note}")
 
 
 if __name__ == "__main__":

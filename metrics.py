@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common import package
-from data.dataset import make_tokenizer
+from data.dataset import make_tokenizer, retokenise
 from model import nll
 
 BATCH = 32                           # texts that a judge reads at a time
@@ -38,13 +38,15 @@ def jackknife(whole, without):
 def make_judge(model, spec=None, tokenizer=None):
     """An AR model as a judge: f(x (n, L), skip=0) -> nats (n,), tokens (n,), what each text costs
     it but for its first `skip` tokens, and of how many of its tokens that is. spec: of the judge's
-    tokenizer; where `tokenizer`, the texts', is another, they are decoded and encoded anew, and
-    judged up to the judge's context."""
+    tokenizer; where `tokenizer`, the texts', is another, they are read in the judge's tokens (see
+    data.dataset.retokenise), and judged up to the judge's context."""
     same = tokenizer is None or spec == tokenizer.spec
-    encode = None if same else make_tokenizer(spec).encode
+    judges = None if same else make_tokenizer(spec)
 
     def read(row):
-        return row if same else encode(tokenizer.decode(row))[:model.config.context]
+        if same:
+            return row
+        return retokenise(row, tokenizer, judges)[:model.config.context]
 
     @torch.no_grad()
     def judge(x, skip=0):
@@ -60,11 +62,16 @@ def make_judge(model, spec=None, tokenizer=None):
     return judge
 
 
+def exp(x):
+    """e to the x, infinite where a float cannot hold it."""
+    return math.exp(x) if x < 709 else math.inf
+
+
 def perplexity(nats, tokens):
     """exp of the mean nats per token of texts that cost nats (n,), and its standard error."""
     mean = (nats.sum() / tokens.sum()).item()
     se = mean_se((nats - mean * tokens) / tokens.double().mean())[1]
-    return math.exp(mean), math.exp(mean) * se
+    return exp(mean), exp(mean) * se
 
 
 def gen_ppl(judge, x):
@@ -236,7 +243,7 @@ def mauve(gpt2, x, y, tokenizer, seeds=5, **settings):
     (model, tokens), package_ = gpt2, package("mauve")
 
     def features(texts):
-        rows = [tokens.encode(tokenizer.decode(row))[:model.config.context] or [tokens.vocab - 1]
+        rows = [retokenise(row, tokenizer, tokens)[:model.config.context] or [tokens.vocab - 1]
                 for row in texts.tolist()]
         device = next(model.parameters()).device
         return np.stack([model.norm(model.hidden(torch.tensor([row], device=device))[0, -1].float()

@@ -12,7 +12,10 @@ The checkpoint is all that is needed. Token draws are exact, in float64; --tempe
 change the law that the model has learned, and are off unless given. Of a folder, --animate, --html
 and --gif show the teacher beside the last student, --race AR too, each at its measured speed.
 """
+import os
 import re
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +40,8 @@ class SampleConfig:
                              "token", low=1)
     num_samples: int = flag(4, "how many texts", low=1)
     prompt: str = flag("", "how the text begins")
-    infill: str | None = flag(None, 'a text with gaps: "___" has three tokens, "_20_" twenty')
+    infill: str | None = flag(None, 'a text with gaps: "___" has three tokens, "_20_" twenty; a gap '
+                              "stands between spaces or ends, any other underscore is text")
     length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
     temperature: float = flag(1.0, "below 1: likelier tokens more often; changes the law",
                               low=0.01)
@@ -100,18 +104,31 @@ def draw_samples(model, n, steps, p, seed, title=None, temperature=1.0, top_p=1.
 
 # ---- what is given, and what is shown
 
+GAP = re.compile(r"(?<!\S)(_+\d+_+|_+)(?!\S)")      # alone between white space or ends
+
+
 def parse_infill(text, tokenizer, mask_id):
-    """"a ___ b _20_" -> ids with mask_id in the gaps: 3 for the first, 20 for the second."""
+    """"a ___ b _20_" -> ids with mask_id in the gaps: 3 for the first, 20 for the second. Any other
+    underscore is text, as in file_name."""
     ids = []
-    for part in re.split(r"(_+\d+_+|_+)", text):
-        if part.startswith("_"):
+    for i, part in enumerate(GAP.split(text)):
+        if i % 2:                            # every second part is a gap
             number = part.strip("_")
             ids += [mask_id] * int(number or len(part))
         elif tokenizer.spec["kind"] == "chars":
             ids += tokenizer.encode(part)
         else:                                # the space before a gap belongs to the gap's token
-            ids += tokenizer.encode(part.rstrip())
+            ids += tokenizer.encode(part.removesuffix(" "))
     return ids
+
+
+def without_last_space(c, tokenizer):
+    """Drop the spaces at the end of c.prompt where words have theirs before them (GPT-2's tokens
+    and ours), and say so: a space by itself is hardly ever followed by a word."""
+    if tokenizer.spec["kind"] in ("bpe", "gpt2") and c.prompt.endswith(" "):
+        c.prompt = c.prompt.rstrip(" ")
+        print("the space at the end of --prompt is left out: it belongs to the token that follows",
+              file=sys.stderr)
 
 
 def known_tokens(c, model, tokenizer):
@@ -124,6 +141,7 @@ def known_tokens(c, model, tokenizer):
     if c.length and c.length > model.config.context:
         raise UserError(f"--length {c.length} is beyond the model's context of "
                         f"{model.config.context} tokens")
+    without_last_space(c, tokenizer)
     ids = (tokenizer.encode(c.prompt) if c.infill is None else
            parse_infill(c.infill, tokenizer, model.mask_id))
     length = c.length or model.config.context
@@ -150,21 +168,49 @@ def racers(c):
     return [(path / "ar.pt", "AR with KV cache", None)] * c.race + found
 
 
+RUNS, LONGEST = 5, 30.0              # timed runs of each in a race, and seconds for all of them
+
+
+def race(records):
+    """The best of several runs of each, alternating: records are functions that run once and give
+    a Trace. The first run of each is not timed."""
+    best = [record() for record in records]
+    best = [record() for record in records]
+    began = time.perf_counter()
+    for _ in range(RUNS - 1):
+        if time.perf_counter() - began > LONGEST:
+            break
+        for i, record in enumerate(records):
+            trace = record()
+            if trace.seconds[-1] < best[i].seconds[-1]:
+                best[i] = trace
+    return best
+
+
+def busy():
+    """A warning where others use the machine, else None (also where the system does not tell)."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5 * torch.get_num_threads():
+        return f"warning: the machine is busy (load {load:.1f}); times may be several times too long"
+
+
 def show(c, p, draw):
     """Record what --animate, --html, --gif or --race ask for, and show it."""
-    traces = []
+    warning, records = busy(), []
     for path, title, steps in racers(c):
         model, content = load_model(path, p.device)
         tokenizer = make_tokenizer(content["tokenizer"])
         known = known_tokens(c, model, tokenizer).to(p.device)
         length = c.length or model.config.context
         steps = steps or content.get("sampling_steps") or 32
-        for _ in range(1 + c.race):          # what is timed is not the first run
-            seed_all(c.seed, "samples", steps, 0)
-            trace = animate.record(model, known, length, steps, draw, tokenizer, title)
-        if c.infill is not None:             # the model wrote on after the template
-            trace.texts, trace.opened = trace.texts[:len(known)], trace.opened[:len(known)]
-        traces.append(trace)
+
+        def record(args=(model, known, length, steps, draw, tokenizer, title)):
+            seed_all(c.seed, "samples", args[3], 0)
+            return animate.record(*args)
+        records.append(record)
+    traces = race(records) if c.race else [record() for record in records]
+    for trace in traces if c.infill is not None else []:         # the model wrote on after it
+        trace.texts, trace.opened = trace.texts[:len(known)], trace.opened[:len(known)]
     if c.html:
         animate.write_page(traces, c.html, c.race)
     if c.gif:
@@ -176,6 +222,9 @@ def show(c, p, draw):
         for trace in traces:
             end = trace.seconds[-1]
             print(f"{trace.title}: {end * 1000:.1f} ms, {ar / end:.2f} times AR's speed")
+        print(f"each the best of at most {RUNS} runs in turn")
+        if warning:
+            print(warning)
     for path in filter(None, (c.html, c.gif)):
         print(f"{path} is written")
 

@@ -29,6 +29,7 @@ class Tokenizer:
     vocab: int                       # V
     encode: typing.Callable          # str -> list of ids; UserError on what it cannot express
     decode: typing.Callable          # list of ids -> str
+    end: int | None = None           # the special token that ends a document, which no text has
 
 
 def make_tokenizer(spec):
@@ -56,7 +57,27 @@ def make_tokenizer(spec):
         ranks = {token.encode("latin-1"): i for i, token in enumerate(spec["items"])}
         bpe = tiktoken.Encoding("ours", pat_str=spec["pattern"], mergeable_ranks=ranks,
                                 special_tokens={"<end>": len(ranks)})
-    return Tokenizer(spec, bpe.n_vocab, lambda text: encode_long(bpe, text), bpe.decode)
+    return Tokenizer(spec, bpe.n_vocab, lambda text: encode_long(bpe, text), bpe.decode,
+                     end=bpe.n_vocab - 1)
+
+
+def retokenise(ids, source, target):
+    """A list of ids of one tokenizer -> the ids of another, for the same text. The special token
+    that ends a document becomes the other's, or is left out where the other has none; what stands
+    between is decoded and encoded. Raises UserError where the other cannot express it."""
+    if source.spec == target.spec:
+        return list(ids)
+    found, text = [], []                     # text: ids since the last special one
+    for one in [*ids, None]:
+        if one is not None and one != source.end:
+            text.append(one)
+            continue
+        if text:
+            found += target.encode(source.decode(text))
+            text = []
+        if one is not None and target.end is not None:
+            found.append(target.end)
+    return found
 
 
 # white space of GPT-2's rule, which does not count the four separators of ASCII as such

@@ -5,6 +5,7 @@ that they are compared with come from this file's own forward passes, which foll
 use nothing of model.py. ../shared/fixtures is read too where it is. Differences of float32 rounding
 were under 2e-6 here with 20 seeds; CLOSE leaves room.
 """
+import errno
 import json
 import math
 import os
@@ -486,11 +487,119 @@ def test_only_masked_diffusion_of_ours_can_be_exported(capsys, tmp_path, gpt2, m
     """An AR model, a folder. No chance involved."""
     call(convert, gpt2, "--out", tmp_path / "ar.pt")
     assert "kind 'ar'" in refused(capsys, convert, tmp_path / "ar.pt", "--export", tmp_path / "e")
-    assert "not a whole checkpoint" in refused(capsys, convert, mdlm, "--export", tmp_path / "e")
+    assert "folder of published weights" in refused(capsys, convert, mdlm, "--export", tmp_path / "e")
     assert not (tmp_path / "e").exists()
 
 
-def test_gpt2s_tokenizer_goes_with_its_vocabulary():
-    """50,257 tokens are GPT-2's; others are numbers. Exact."""
-    assert convert.tokenizer_of({}, 50257) == {"kind": "gpt2"}
-    assert convert.tokenizer_of({}, 3) == {"kind": "words", "items": ["0", "1", "2"]}
+# ---- what the tokens are, and the start symbol
+
+needs_gpt2 = pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ,
+                                reason="GPT-2's tokenizer needs TIKTOKEN_CACHE_DIR")
+
+
+def test_tokens_are_gpt2s_by_their_number_where_nothing_else_is_known(tmp_path):
+    """50,257 of them, or padded up to 50,304: said in a note; others are numbers. Exact."""
+    for V in (50257, 50258, 50304):
+        spec, note = convert.tokenizer_of(tmp_path, {}, V)
+        assert spec == {"kind": "gpt2"} and "taken for GPT-2's" in note
+    for V in (3, 50305):
+        spec, note = convert.tokenizer_of(tmp_path, {}, V)
+        assert spec == {"kind": "words", "items": [str(i) for i in range(V)]} and "numbers" in note
+    kept = {"nanosdtt": {"tokenizer": {"kind": "chars", "items": ["a"]}}}
+    assert convert.tokenizer_of(tmp_path, kept, 50257) == (kept["nanosdtt"]["tokenizer"], None)
+
+
+@needs_gpt2
+@pytest.mark.parametrize("name", convert.VOCABULARIES)
+def test_a_vocabulary_in_the_folder_decides_whether_tokens_are_gpt2s(tmp_path, name):
+    """GPT-2's own; the same with special tokens after it; one with two words exchanged, which is
+    another language's for all one knows. Exact."""
+    known = convert.gpt2_vocabulary()
+    assert known["\u0120the"] == 262 and known["<|endoftext|>"] == 50256 and len(known) == 50257
+
+    def spec(vocabulary, V):
+        content = vocabulary
+        if name == "tokenizer.json":
+            special = {t: i for t, i in vocabulary.items() if i >= 50256}
+            content = {"model": {"vocab": {t: i for t, i in vocabulary.items() if i < 50256}},
+                       "added_tokens": [{"content": t, "id": i} for t, i in special.items()]}
+        (tmp_path / name).write_text(json.dumps(content))
+        return convert.tokenizer_of(tmp_path, {}, V)
+    assert spec(known, 50257) == ({"kind": "gpt2"}, None)
+    assert spec(known | {"<pad>": 50257}, 50258) == ({"kind": "gpt2"}, None)
+    other = known | {"\u0120the": known["\u0120a"], "\u0120a": known["\u0120the"]}
+    assert spec(other, 50257)[0]["kind"] == "words"
+
+
+@pytest.mark.parametrize("V", [50258, 50304])
+def test_rows_beyond_gpt2s_tokens_are_left_out_and_it_is_said(tmp_path, capsys, V):
+    """The law is the published one given that the token is one of GPT-2's. float32: 1e-4."""
+    config = GPT2 | dict(n_layer=1, n_head=1, n_embd=4, n_positions=8, vocab_size=V)
+    folder = publish(tmp_path / "m", config, gpt2_tensors(V, 4, 1, 8))
+    call(convert, folder, "--out", tmp_path / "c.pt")
+    assert f"last {V - 50257} of its {V:,} rows" in capsys.readouterr().out
+    model, content = common.load_model(tmp_path / "c.pt")
+    assert model.config.vocab == 50257 and content["tokenizer"] == {"kind": "gpt2"}
+    whole, x = convert.load_published(folder), torch.tensor([[5, 50256, 7]])
+    expected = whole(x)[..., :50257].log_softmax(-1)
+    assert (model(x).log_softmax(-1) - expected).abs().max() < CLOSE
+    assert torch.equal(model.embed.weight[50257], whole.embed.weight[V])
+
+
+@pytest.mark.parametrize("start, row", [(0, 0), (7, 7), (None, 30), (50256, 30)])
+def test_start_symbol_is_the_token_that_the_config_says(tmp_path, start, row):
+    """bos_token_id; without one, or where there is no such token, the last. Exact."""
+    config = GPT2 | ({} if start is None else {"bos_token_id": start})
+    model = convert.load_published(publish(tmp_path / "m", config, gpt2_tensors()))
+    assert torch.equal(model.embed.weight[model.mask_id], model.embed.weight[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [MDLM, SDTT])
+def test_half_precision_weights_are_read(tmp_path, config, dtype):
+    """inv_freq, a constant, is rounded in them too; another constant is still refused. The logits
+    are those of the rounded weights. float32: 1e-4."""
+    tensors = {name: t.to(dtype) for name, t in mdlm_tensors().items()}
+    model = convert.load_published(publish(tmp_path / "m", config, tensors, "backbone."))
+    full = {name: t.float() for name, t in tensors.items()} | {
+        "rotary_emb.inv_freq": mdlm_tensors()["rotary_emb.inv_freq"]}
+    exact = convert.load_published(publish(tmp_path / "f", config, full, "backbone."))
+    x = torch.randint(31, (2, 24))
+    assert (model(x) - exact(x)).abs().max() < CLOSE
+    tensors["rotary_emb.inv_freq"] = (1.02 * tensors["rotary_emb.inv_freq"].float()).to(dtype)
+    with pytest.raises(common.UserError, match="constant"):
+        convert.load_published(publish(tmp_path / "b", config, tensors, "backbone."))
+
+
+# ---- what the hub says
+
+class Answer:
+    def __init__(self, status):
+        self.status_code = status
+
+
+@pytest.mark.parametrize("classes, status, number, said", [
+    (("GatedRepoError", "RepositoryNotFoundError"), 403, None, "grant access"),
+    (("HfHubHTTPError",), 401, None, "does not accept your token"),
+    (("LocalEntryNotFoundError", "HfHubHTTPError"), 429, None, "asked too often"),
+    (("HfHubHTTPError",), 503, None, "status 503"),
+    (("OSError",), None, errno.ENOSPC, "no room in its cache"),
+    (("OSError",), None, errno.EROFS, "cannot be written; set HF_HOME"),
+    (("LocalEntryNotFoundError", "ConnectError"), None, errno.ECONNREFUSED, "cannot be reached")])
+def test_each_trouble_with_the_hub_has_its_own_sentence(monkeypatch, capsys, tmp_path, classes,
+                                                       status, number, said):
+    """Errors by the names that huggingface_hub 0.3x to 2.4 gives them, each caused by the next, the
+    last with the server's status or the system's number. No chance involved."""
+    hub = pytest.importorskip("huggingface_hub")
+
+    def download(*args, **kwargs):
+        error = None
+        for name in reversed(classes):
+            cause, error = error, type(name, (OSError,), {})("many\nlines")
+            error.__cause__ = cause
+            if cause is None:
+                error.response, error.errno = Answer(status), number
+        raise error
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    message = refused(capsys, convert, "owner/name", "--out", tmp_path / "c.pt")
+    assert said in message and "owner/name" in message and not os.listdir(tmp_path)

@@ -11,9 +11,9 @@ import torch
 import figures
 import metrics
 import toy
-from data.dataset import make_tokenizer
+from data.dataset import make_tokenizer, retokenise
 from data.stories import language
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, nll
 
 WORDS = make_tokenizer(dict(kind="words", items=["a", "b", "c", "d"]))
 
@@ -123,6 +123,33 @@ def test_a_judge_of_other_tokens_weighs_tokens_and_its_error_covers_the_truth():
     nats, tokens = model(x[:3])
     assert tokens.tolist() == [len(words.decode(row)) for row in x[:3].tolist()]
     assert nats.shape == (3,) and len(set(tokens.tolist())) > 1
+
+
+def test_special_tokens_go_from_tokenizer_to_tokenizer_as_such():
+    """<end> of ours becomes the other's end, or is left out where there is none; the text between
+    is read anew, piece by piece; the word "<end>" in a text stays text. By hand, exact."""
+    letters = dict(kind="bpe", pattern=r".", items=[chr(i) for i in range(256)])
+    pairs = letters | {"pattern": r"[a-z]+|.", "items": letters["items"] + ["ab"]}
+    ours, other = make_tokenizer(letters), make_tokenizer(pairs)
+    chars = make_tokenizer(dict(kind="chars", items=list("abc")))
+    a, b, c, end, ab = 97, 98, 99, 256, 256
+    row = [end, a, b, end, end, b, a, b]
+    assert retokenise(row, ours, other) == [257, ab, 257, 257, b, ab]
+    assert retokenise(row, ours, chars) == [0, 1, 1, 0, 1]
+    assert retokenise([ab, c, 257], other, ours) == [a, b, c, end]
+    assert retokenise([0, 1, 2], chars, other) == [ab, c]
+    assert retokenise([], ours, other) == [] and retokenise(row, ours, ours) == row
+    word = ours.encode("<end>")
+    assert len(word) == 5 and retokenise(word, ours, other) == word
+    model = judge(258, 8)
+    nats, tokens = metrics.make_judge(model, pairs, ours)(torch.tensor([row]), skip=3)
+    expected = nll(model, torch.tensor([[257, ab, 257, 257, b, ab]]), 258)[0, 2:].sum()
+    assert tokens.tolist() == [4] and nats.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_perplexity_beyond_what_a_float_holds_is_infinite():
+    """Not a traceback: 800 nats a token."""
+    assert metrics.perplexity(torch.tensor([800.0, 810.0]), torch.tensor([1, 1]))[0] == math.inf
 
 
 def test_results_are_plain_json(tmp_path):

@@ -9,6 +9,7 @@ import io
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ import distill
 import evaluate
 import sample
 import train
-from data.dataset import write_data
+from data.dataset import make_tokenizer, write_data
 from helpers import call, make_dataset, refused
+from model import ModelConfig, Transformer
 
 ROOT = Path(common.__file__).resolve().parent
 SCRIPTS = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.py"),
@@ -208,6 +210,61 @@ def test_infilling_keeps_the_words_and_fills_gaps_of_the_lengths_given(made, cap
         words = line.split()
         assert len(words) == 2 + 4 + 1 + 4
         assert (words[0], words[3], words[4], words[9]) == ("w1", "w2", "w3", "w4")
+
+
+CHARS = make_tokenizer(dict(kind="chars", items=sorted(set("file_name is\n."))))
+
+
+@pytest.mark.parametrize("infill, expected", [
+    ("file_name is __.\n", "file_name is __.\n"), ("_ is\n__ file", "? is\n?? file"),
+    ("file_name _3_ _", "file_name ??? ?"), ("_is is_ _i_", "_is is_ _i_")])
+def test_a_gap_stands_alone_and_all_else_is_kept(infill, expected):
+    """Characters, "?" for a mask: underscores within a word are text, and line ends stay. Exact."""
+    ids = sample.parse_infill(infill, CHARS, 99)
+    assert "".join("?" if i == 99 else CHARS.decode([i]) for i in ids) == expected
+
+
+def test_only_the_space_before_a_gap_belongs_to_it():
+    """Where tokens begin with a space: one space is the gap's, line ends and other spaces stay."""
+    spec = dict(kind="bpe", pattern=r"\s?\S+|\s", items=[chr(i) for i in range(256)])
+    ids = sample.parse_infill("a _ b\n_ c  _", make_tokenizer(spec), 999)
+    assert "".join("?" if i == 999 else chr(i) for i in ids) == "a? b\n? c ?"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "chars"])
+def test_space_at_the_end_of_a_prompt_is_left_out_where_words_begin_with_theirs(capsys, kind):
+    """And it is said, once; of characters it is one. Exact."""
+    spec = dict(kind="chars", items=["a", " "])
+    if kind == "bpe":
+        spec = dict(kind="bpe", pattern=r"\s?\S+|\s", items=[chr(i) for i in range(256)])
+    c = sample.SampleConfig(checkpoint="x.pt", prompt="a  ")
+    model = Transformer(ModelConfig(257, 8, 1, 1, 2))
+    for _ in range(2):
+        n = len(sample.known_tokens(c, model, make_tokenizer(spec)))
+        assert n == (1 if kind == "bpe" else 3)
+    assert capsys.readouterr().err.count("belongs to the token that follows") == (kind == "bpe")
+
+
+def test_a_race_takes_the_best_of_several_runs_in_turn():
+    """Times as a busy machine gives them; the first run of each counts for nothing. Exact."""
+    times = {"a": [1, 9, 5, 7, 6, 8], "b": [0, 4, 3, 9, 2, 9]}
+    order = []
+
+    def record(name):
+        order.append(name)
+        return types.SimpleNamespace(seconds=[0, times[name].pop(0)])
+    best = sample.race([lambda: record("a"), lambda: record("b")])
+    assert [trace.seconds[-1] for trace in best] == [5, 2]
+    assert order == ["a", "b"] * 6
+
+
+@pytest.mark.parametrize("load, warned", [(0.1, False), (50.0, True)])
+def test_a_busy_machine_is_told(monkeypatch, load, warned):
+    """By the system's load. Exact."""
+    monkeypatch.setattr(sample.os, "getloadavg", lambda: (load, load, load))
+    assert bool(sample.busy()) == warned
+    monkeypatch.delattr(sample.os, "getloadavg")
+    assert sample.busy() is None
 
 
 def test_low_temperature_and_small_top_p_give_the_likeliest_words(made, capsys):
