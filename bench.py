@@ -233,8 +233,9 @@ def settle(c, train, device):
     if not trained and c.plot or trained and "transformers" in engines:
         raise UserError("--plot is of trained weights (give --out), --engine transformers of "
                         "random ones (give --preset)")
-    for name in ["matplotlib"] * bool(c.plot) + ["transformers"] * ("transformers" in engines):
-        package(name)
+    figures.check_picture(c.plot)
+    if "transformers" in engines:
+        package("transformers")
     c.dtype = c.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     c.compile = bool(shutil.which("g++")) if c.compile is None else c.compile
     c.engine, c.preset = engines, c.preset or ([] if trained else ["small"])
@@ -245,7 +246,7 @@ def settle(c, train, device):
 
 
 def bench(c, device, machine):
-    """Measure and print everything that c asks for; returns the rows."""
+    """Measure, save and print everything that c asks for; returns the rows."""
     rows = []
     columns = COLUMNS[:-3] if c.preset else COLUMNS
     print(header(columns))
@@ -263,12 +264,20 @@ def bench(c, device, machine):
                     of = row["engine"], row["model"], row["steps"]
                     row["gen_ppl"], row["entropy"], row["of all"] = judged(*of)
             against_ar(new)
-            print("\n".join(line(row, columns) for row in new), flush=True)
             rows += new
+            save(c, machine, rows)
+            print("\n".join(line(row, columns) for row in new), flush=True)
     print("\n".join(against_ar(rows)))
     if any((row["steps"] or 0) > row["length"] for row in rows):
         print("more steps than tokens: steps that open nothing call no network (nfe)")
     return rows
+
+
+def save(c, machine, rows):
+    """Write the rows to --json, if it is given."""
+    if c.json:
+        results = {"argv": sys.argv[1:], "machine": machine, "rows": rows}
+        figures.write_results(c.json, results)
 
 
 def main():
@@ -279,9 +288,7 @@ def main():
     machine = limits(device, getattr(torch, c.dtype))
     print(describe(machine), flush=True)
     rows = (bench_train.bench if train else bench)(c, device, machine)
-    if c.json:
-        results = {"argv": sys.argv[1:], "machine": machine, "rows": rows}
-        figures.write_results(c.json, results)
+    save(c, machine, rows)
     if all("error" in row for row in rows):
         raise UserError("nothing fits in memory; choose a smaller --batch, --length or --preset")
     if c.plot:

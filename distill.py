@@ -298,15 +298,13 @@ def conclude(c, p, data, results, models):
     order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(c.rounds)]
     results["rows"] = [row for name in order for row in results["rows"] if row["model"] == name]
     figures.write_results(c.folder / "results.json", results)
-    drawn = figures.draw_curve(results["rows"], c.folder / "curve.png")
+    figures.draw_curve(results["rows"], c.folder / "curve.png")      # says why if it cannot
     print(f"\ngenerative perplexity and entropy (judged: {results['judged']})"
           + "\nshare of valid texts, contradictions per text" * bool(data.oracle)
           + "\nentropy of all texts together"
           + ", share that are training texts" * data.texts)
     print(figures.table(results["rows"]))
     show_samples(c, p, data, models)
-    if not drawn:
-        print("no curve.png: matplotlib is not installed (pip install matplotlib)")
     print(f"{c.folder}: {sum(seconds.values()):.0f} s in all")
 
 

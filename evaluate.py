@@ -8,11 +8,10 @@ Every number has a standard error, every row says how its samples were drawn. Pe
 bought by repetition: rows whose entropy is too low are marked, and --frontier compares models at
 equal entropy. The same seed gives the same table, on one process or on several.
 """
-import math
+import dataclasses
 import platform
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,16 @@ import torch
 
 import figures
 import likelihood
-from common import UserError, command, flag, load_model, package, parse_flags, seed_all, start
+from common import (UserError, command, flag, load_model, package, parse_flags, read_text,
+                    seed_all, start)
 from data.dataset import Data, load_data, make_tokenizer
-from metrics import (diversity, make_judge, mauve, mean_se, measure, perplexity, put, self_bleu)
+from metrics import (diversity, exp, make_judge, mauve, mean_se, measure, perplexity, put, self_bleu)
 from sample import BATCH, draw_samples, spread
 
 TEMPERATURES = [0.7, 0.8, 0.9, 1.0, 1.1]     # of the frontier
 
 
-@dataclass
+@dataclasses.dataclass
 class EvaluateConfig:
     checkpoint: list[str]            # the arguments without --
     steps: list[int] | None = flag(None, "diffusion steps [8 16 32]", low=1)
@@ -95,7 +95,7 @@ def likelihood_row(name, model, x, p, draws=8):
     for key in parts[0]:
         put(row, key, mean_se(torch.cat([part[key] for part in parts])))
     best = min(parts[0], key=lambda key: row[key + "_se"])
-    put(row, "ppl", (math.exp(row[best]), math.exp(row[best]) * row[best + "_se"]))
+    put(row, "ppl", (exp(row[best]), exp(row[best]) * row[best + "_se"]))
     return row
 
 
@@ -130,20 +130,33 @@ def continuation_row(name, model, judge, gpt2, data, steps, x, c, p, **how):
 
 # ---- the command
 
-def open_data(c, config, tokenizer, p):
-    """The dataset to measure on: a folder, or a text file in the tokens of the checkpoints. Raises
-    UserError where it does not fit."""
-    name = c.dataset or config.get("dataset")
+def open_data(c, content, tokenizer, p):
+    """The dataset to measure on: a folder, or a text file in the tokens of the checkpoints, the
+    first of which holds content. Raises UserError where it does not fit."""
+    name = c.dataset or content["config"].get("dataset")
     if name is None:
         raise UserError(f"{c.checkpoint[0]} does not say what it was trained on; give --dataset")
     if Path(name).is_file():
-        ids = np.array(tokenizer.encode(likelihood.read_text(name)))
+        ids = np.array(tokenizer.encode(read_text(name)))
         return Data(Path(name), ids[:0], ids, tokenizer, None, False, None)
     data = load_data(name, p)
     if data.tokenizer.spec != tokenizer.spec:
         raise UserError(f"{c.checkpoint[0]} knows other tokens than {data.folder}; give --dataset "
                         "a folder of the same tokens, or a text file")
+    if c.dataset is None and content.get("data") not in (None, data.fingerprint):
+        raise UserError(f"{c.checkpoint[0]} was trained on other text than {data.folder} holds now; "
+                        "to measure on what is there, give --dataset too")
     return data
+
+
+def with_oracle(data, length):
+    """data as texts of `length` tokens can be measured, and a note for the user, or None: pieces of
+    a row are no texts that an oracle could judge."""
+    if data.oracle and length != data.stride:
+        return dataclasses.replace(data, oracle=None), (
+            f"texts of {length} tokens are pieces of {data.folder.name}'s rows of {data.stride}: "
+            "whether they are valid is not measured")
+    return data, None
 
 
 def open_models(c, p):
@@ -194,10 +207,9 @@ def settle(c, models, data):
                         "tokens to write; give fewer")
     if c.mauve and not c.continuations:
         raise UserError("--mauve compares continuations; give --continuations too, such as 5")
-    if c.teacher and Path(c.teacher).stem not in {name.split("/")[-1] for name in models}:
-        raise UserError(f"--teacher {c.teacher} is not among the checkpoints; name it there too")
-    for name in ["matplotlib.pyplot"] * bool(c.plot) + ["mauve"] * bool(c.mauve):
-        package(name)
+    figures.check_picture(c.plot)
+    if c.mauve:
+        package("mauve")
     c.temperature = c.temperature or (TEMPERATURES if c.frontier or c.plot else [1.0])
     c.steps = sorted(c.steps or [8, 16, 32])
     c.sequences = c.sequences or max(32, 2 ** 15 // c.length)
@@ -206,15 +218,27 @@ def settle(c, models, data):
                         "keep; leave it out")
 
 
-def open_tasks(c, tokenizer):
-    """{"lambada" or "last_word": tasks} of the files that are given."""
+def teacher_of(c, models):
+    """The name of the checkpoint that others are measured by: --teacher's, a file among those that
+    are given, or the first that is not distilled, or None. Raises UserError."""
+    if c.teacher:
+        for name, path in figures.names(c.checkpoint).items():
+            if path.resolve() == Path(c.teacher).resolve():
+                return name
+        raise UserError(f"--teacher {c.teacher} is not among the checkpoints; name it there too")
+    return next((name for name, (_, content) in models.items() if content["kind"] == "mdlm"), None)
+
+
+def open_tasks(c, tokenizer, context):
+    """{"lambada" or "last_word": tasks} of the files that are given, for models that read at most
+    `context` tokens."""
     found = {}
     if c.lambada:
-        texts = likelihood.parse_lambada(likelihood.read_text(c.lambada), c.lambada)[:c.tasks]
-        found["lambada"] = likelihood.make_tasks(texts, tokenizer, c.length)
+        texts = likelihood.parse_lambada(read_text(c.lambada), c.lambada)[:c.tasks]
+        found["lambada"] = likelihood.make_tasks(texts, tokenizer, context)
     if c.last_word:
-        texts = likelihood.passages(likelihood.read_text(c.last_word))[:c.tasks]
-        found["last_word"] = likelihood.make_tasks(texts, tokenizer, c.length, cut=True)
+        texts = likelihood.passages(read_text(c.last_word))[:c.tasks]
+        found["last_word"] = likelihood.make_tasks(texts, tokenizer, context, cut=True)
     for part, tasks in found.items():
         if len(tasks) < 2:
             raise UserError(f"--{part} {getattr(c, part)} has a single passage, and no standard "
@@ -224,9 +248,10 @@ def open_tasks(c, tokenizer):
 
 def fill(c, p, models, judge, judge_model, data, results, save):
     """Measure everything that c asks for, part by part, into results; save() after each row."""
-    tasks, x = open_tasks(c, data.tokenizer), data.pieces(c.sequences, c.length)
-    gpt2 = load_model(c.mauve, p.device, ("ar",)) if c.mauve else None
     readers = models | ({"judge": judge_model} if judge_model else {})
+    context = min(model.config.context for model in readers.values())
+    tasks, x = open_tasks(c, data.tokenizer, context), data.pieces(c.sequences, c.length)
+    gpt2 = load_model(c.mauve, p.device, ("ar",)) if c.mauve else None
     for name, model in readers.items():
         results["likelihood"].append(likelihood_row(name, model, x, p))
         save()
@@ -268,13 +293,12 @@ def main():
     models = open_models(c, p)
     content = next(iter(models.values()))[1]
     tokenizer = make_tokenizer(content["tokenizer"])
-    data = open_data(c, content["config"], tokenizer, p)
+    data = open_data(c, content, tokenizer, p)
     settle(c, models, data)
+    data, note = with_oracle(data, c.length)
+    teacher = teacher_of(c, models)
     judge, judge_model, judged = open_judge(c, data, p)
-    teachers = [name for name, (_, content) in models.items() if content["kind"] == "mdlm"]
-    if c.teacher:
-        teachers = [name for name in models if name.split("/")[-1] == Path(c.teacher).stem]
-    results = {"judge": judged, "data": data.folder.name, "teacher": next(iter(teachers), None),
+    results = {"judge": judged, "data": data.folder.name, "teacher": teacher,
                "argv": sys.argv[1:], "torch": torch.__version__,
                "python": platform.python_version(), "likelihood": [], "samples": []}
 
@@ -287,7 +311,7 @@ def main():
     save()
     if p.rank == 0:
         print(f"{data.folder.name}; judge: {judged}; texts of {c.length} tokens, seed {c.seed}"
-              + ", joint draws" * c.joint + "\n")
+              + ", joint draws" * c.joint + (f"\n{note}" if note else "") + "\n")
         print(figures.show(results))
         if c.plot:
             figures.draw_frontier(results["samples"], c.plot)

@@ -1,36 +1,84 @@
-"""What results look like: tables as text, and pictures as PNG files, which need matplotlib."""
-import json
+"""What results look like: tables as text, and pictures, which need matplotlib. A picture that
+cannot be drawn is a notice: the numbers are there without it."""
+import functools
 import math
+import os
+import sys
 from pathlib import Path
 
-from common import UserError, package, write
+from common import UserError, package, to_json, write
 from metrics import put
 
 LOW = 0.1                            # nats of entropy below its measure that are marked
 
 
 def names(paths):
-    """{name: path} of files: their stems, with the folder before it where two have the same."""
-    paths = [Path(path) for path in paths]
-    alike = len({path.stem for path in paths}) < len(paths)
-    return {f"{path.parent.name}/{path.stem}" if alike else path.stem: path for path in paths}
+    """{name: path} of files: the ends of their paths, without .pt, with as few folders before them
+    as tell all of them apart. A file that is given twice is there once."""
+    different = {}
+    for path in map(Path, paths):
+        different.setdefault(path.resolve(), path)
+    paths = list(different.values())
+    parts = [(*path.absolute().parent.parts, path.stem) for path in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(part[-n:]) for part in parts]
+        if len(set(ends)) == len(ends):
+            break
+    return dict(zip(ends, paths))
 
 
 def write_results(path, results):
-    """results (plain values) as a JSON file."""
-    write(Path(path), lambda f: f.write(json.dumps(results, indent=1).encode()))
+    """results (plain values) as a JSON file, null where a number is not finite."""
+    write(Path(path), lambda f: f.write(to_json(results, indent=1).encode()))
+
+
+FORMATS = "png", "pdf", "svg"
+
+
+def check_picture(path):
+    """Raises UserError where a picture of that name cannot be drawn: matplotlib is missing, or the
+    name's ending is none of FORMATS."""
+    if path and Path(path).suffix[1:].lower() not in FORMATS:
+        raise UserError(f"--plot {path}: the ending says the format; take one of ."
+                        + ", .".join(FORMATS))
+    if path:
+        package("matplotlib")
 
 
 def pyplot():
-    """matplotlib's, drawing into files. Raises UserError where it is not installed."""
-    package("matplotlib").use("Agg")
-    return package("matplotlib.pyplot")
+    """matplotlib's, drawing into files, whatever MPLBACKEND says (a notebook's names a package
+    that is not there). Raises UserError where it is not installed."""
+    usual = os.environ.pop("MPLBACKEND", None)
+    try:
+        package("matplotlib").use("Agg")
+        return package("matplotlib.pyplot")
+    finally:
+        if usual is not None:
+            os.environ["MPLBACKEND"] = usual
 
 
 def save_figure(fig, path):
-    """A figure as a PNG file."""
-    write(Path(path), lambda f: fig.savefig(f, format="png", dpi=120))
+    """A figure as a file in the format that its name says."""
+    kind = Path(path).suffix[1:].lower()
+    write(Path(path), lambda f: fig.savefig(f, format=kind, dpi=120))
     pyplot().close(fig)
+
+
+def picture(draw):
+    """Make of draw(rows, path) a function that tells whether it could draw: where matplotlib fails
+    in a way of its own, it prints a notice. UserErrors are raised as they are."""
+    @functools.wraps(draw)
+    def attempt(rows, path):
+        try:
+            draw(rows, path)
+            return True
+        except UserError:
+            raise
+        except Exception as e:
+            why = " ".join(str(e).split())[:200]
+            print(f"no {path}: matplotlib failed ({type(e).__name__}: {why})", file=sys.stderr)
+            return False
+    return attempt
 
 
 def rows_as_text(rows, columns):
@@ -181,12 +229,20 @@ def table(rows):
 
 
 def draw_curve(rows, path):
-    """Generative perplexity and both entropies against steps, a line per model, as a PNG file,
-    where matplotlib is installed. Returns whether it was drawn."""
+    """The curve below, where matplotlib is installed. Returns whether it was drawn; if not, it was
+    said why."""
     try:
-        plt = pyplot()
-    except UserError:
+        package("matplotlib")
+    except UserError as e:
+        print(f"no {Path(path).name}: {e}")
         return False
+    return draw_quality(rows, path)
+
+
+@picture
+def draw_quality(rows, path):
+    """Generative perplexity and both entropies against steps, a line per model."""
+    plt = pyplot()
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     names = list(dict.fromkeys(row["model"] for row in rows))
     columns = sorted({row["steps"] for row in rows if row["steps"]})
@@ -211,11 +267,11 @@ def draw_curve(rows, path):
     axes[0].yaxis.set_major_formatter("{x:g}")
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     save_figure(fig, path)
-    return True
 
 
+@picture
 def draw_latency(rows, path):
-    """bench.py's rows as SDTT's figure, a PNG file: generative perplexity against latency, a point
+    """bench.py's rows as SDTT's figure: generative perplexity against latency, a point
     for each number of steps; AR is a cross of lines. The smallest batch; needs matplotlib."""
     plt = pyplot()
     fig, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
@@ -240,8 +296,9 @@ def draw_latency(rows, path):
     save_figure(fig, path)
 
 
+@picture
 def draw_frontier(rows, path):
-    """evaluate.py's rows as a PNG file: generative perplexity against entropy, within a text and of
+    """evaluate.py's rows as a picture: generative perplexity against entropy, within a text and of
     all texts together, a line over the temperatures for each model and number of steps."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
@@ -262,8 +319,9 @@ def draw_frontier(rows, path):
     save_figure(fig, path)
 
 
+@picture
 def draw_experiment(rows, path):
-    """The rows of results/experiments.py as a PNG file: a line of pictures for each dataset, in
+    """The rows of results/experiments.py as a picture: a line of pictures for each dataset, in
     each a curve for each variant, the mean of its seeds, which are the points."""
     plt = pyplot()
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))

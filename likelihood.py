@@ -9,16 +9,17 @@ import json
 import math
 import re
 
+import regex                 # comes with tiktoken
 import torch
 
 from common import UserError
 from diffusion import ROWS
-from metrics import mean_se, put
+from metrics import exp, mean_se, put
 from model import cross_entropy, nll, shifted
 
 LONGEST = 5                  # tokens of a word whose orders are enumerated: 120
 DRAWS = 16                   # maskings for the bound of a longer one
-WORD = re.compile(r"\w+(?:['’-]\w+)*")
+WORD = regex.compile(r"[\w\p{M}]+(?:['’-][\w\p{M}]+)*")   # with combining marks, as in e\u0301
 
 
 # ---- whole texts
@@ -71,9 +72,10 @@ def exact(model, x, mask_id):
 # ---- the last word of a passage
 
 def parse_lambada(content, name):
-    """The "text" of each line of JSON. Raises UserError with the number of a bad line of `name`."""
+    """The "text" of each line of JSON. Raises UserError with the number of a bad line of `name`.
+    Only a line feed ends a line of JSON: other signs, such as U+2028, may stand within a text."""
     texts = []
-    for i, line in enumerate(content.splitlines(), 1):
+    for i, line in enumerate(content.split("\n"), 1):
         try:
             texts += [json.loads(line)["text"]] if line.strip() else []
             if texts and not (isinstance(texts[-1], str) and WORD.search(texts[-1])):
@@ -84,15 +86,6 @@ def parse_lambada(content, name):
     if not texts:
         raise UserError(f"{name} has no passages; data/lambada/prepare.py fetches some")
     return texts
-
-
-def read_text(path):
-    """A text file. Raises UserError if it cannot be read."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} cannot be read as text ({type(e).__name__}); name a text file")
 
 
 def passages(text, least=20):
@@ -204,5 +197,5 @@ def last_word(answers, tasks):
         values = [a[name] for a in answers if name in a]
         put(row, name, mean_se(torch.cat(values)) if values else (None, None))
     mean, se = mean_se(torch.cat([a["nats"] for a in answers]))
-    put(row, "word_ppl", (math.exp(mean), math.exp(mean) * se))
+    put(row, "word_ppl", (exp(mean), exp(mean) * se))
     return row

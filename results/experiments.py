@@ -25,8 +25,8 @@ import distill                                                       # noqa: E40
 import evaluate                                                      # noqa: E402
 import figures                                                       # noqa: E402
 import likelihood                                                    # noqa: E402
-from common import (Processes, UserError, command, flag, load_model,  # noqa: E402
-                    parse_flags, write)
+from common import (GOES_ON, Processes, UserError, command,           # noqa: E402
+                    fingerprint, flag, load_model, parse_flags, to_json, write)
 from data.dataset import load_data                                   # noqa: E402
 from diffusion import unmask_step                                    # noqa: E402
 from metrics import make_judge                                       # noqa: E402
@@ -146,12 +146,12 @@ def tasks_of(data, context):
 def measure(path, data, judge, store, what, steps, heat):
     """What is missing of a checkpoint's rows in the file `store`: its bound and last words (a row
     without steps), and samples at each of `steps`, and of `heat` at 8 steps. what: its names. Rows
-    of other weights are dropped."""
+    of other weights, or measured on other text, are dropped."""
     model = load_model(path)[0]
-    what = what | {"weights": distill.fingerprint(model)}
+    what = what | {"weights": fingerprint(model), "text": data.fingerprint}
     rows = json.loads(store.read_text()) if store.exists() else []
-    rows = [row for row in rows if row["round"] != what["round"]
-            or row.get("weights") == what["weights"]]
+    rows = [row for row in rows if row.get("text", what["text"]) == what["text"]
+            and (row["round"] != what["round"] or row.get("weights") == what["weights"])]
     done = {(row["round"], row["steps"], row["temperature"]) for row in rows}
     for s, T in [(None, None)] + [(s, 1.0) for s in steps] + [(8, T) for T in heat]:
         if (what["round"], s, T) in done:
@@ -291,7 +291,7 @@ def main():
         kept = json.loads(store.read_text())["rows"] if store.exists() else []
         rows = [row for row in kept if row["dataset"] not in c.datasets
                 or row["seed"] not in c.seeds] + sum(everywhere(measure_all, c.experiment, c), [])
-        lines = ",\n".join(json.dumps({k: row[k] for k in KEPT if k in row}) for row in rows)
+        lines = ",\n".join(to_json({k: row[k] for k in KEPT if k in row}) for row in rows)
         text = f'{{"torch": "{torch.__version__}", "threads": 1, "rows": [\n{lines}\n]}}\n'
         write(store, lambda f: f.write(text.encode()))
         rows = with_teachers(rows)
@@ -299,6 +299,8 @@ def main():
         with contextlib.suppress(UserError):             # where there is no matplotlib
             figures.draw_experiment(rows, RESULTS / f"{c.experiment}.png")
 
+
+main.stopped = GOES_ON
 
 if __name__ == "__main__":
     command(main)

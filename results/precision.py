@@ -75,8 +75,8 @@ def rows(c):
 def main():
     c = parse_flags(Config, __doc__)
     found = rows(c)
-    print(figures.rows_as_text(found, COLUMNS))
     figures.write_results(Path(__file__).with_suffix(".json"), {"rows": found})
+    print(figures.rows_as_text(found, COLUMNS))
 
 
 if __name__ == "__main__":

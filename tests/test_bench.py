@@ -353,6 +353,38 @@ def test_missing_packages_are_named(folder, capsys, monkeypatch):
                                                  "transformers")
 
 
+def test_rows_are_in_the_file_after_each_group(folder, monkeypatch):
+    """An end in the middle, as of a terminal that is closed, leaves those of the first batch."""
+    measured = []
+
+    def measure(c, group, device, machine, usual=bench.measure):
+        measured.append(1)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        usual(c, group, device, machine)
+    monkeypatch.setattr(bench, "measure", measure)
+    with pytest.raises(SystemExit) as stop:
+        call(bench, "--batch", 1, 2, "--steps", 2, "--samples", 4, "--repeats", 1, "--no-compile",
+             "--engine", "ar", "--json", "rows.json")
+    rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
+    assert stop.value.code == 130 and [row["batch"] for row in rows] == [1]
+
+
+def test_checkpoints_of_one_name_have_a_row_each(folder, tmp_path):
+    """a/x/round2.pt and b/x/round2.pt. Exact."""
+    paths = []
+    for name in "ab":
+        path = tmp_path / name / "x" / "round2.pt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes((folder / "round2.pt").read_bytes())
+        paths.append(path)
+    call(bench, "--checkpoint", folder / "ar.pt", *paths, "--batch", 1, "--steps", 2, "--samples",
+         4, "--repeats", 1, "--no-compile", "--engine", "diffusion", "--json", "rows.json")
+    rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
+    assert [row["model"].split("/")[-3:] for row in rows] == [["a", "x", "round2"],
+                                                              ["b", "x", "round2"]]
+
+
 def test_models_that_do_not_belong_together_are_refused(folder, capsys):
     """Different vocabularies, and no diffusion model at all. No chance involved."""
     save(folder, 31, ["teacher"])

@@ -1,6 +1,7 @@
 """The command: what it measures, what it refuses, and that a seed gives the same table again."""
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ import evaluate
 import figures
 import sample
 import toy
-from common import Processes
+from common import Processes, UserError
 from data import dataset
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
@@ -246,7 +247,7 @@ def test_continuations_of_a_prompt_do_not_make_its_error_smaller(monkeypatch):
     (["teacher.pt", "--lambada", "bad.txt"], "bad.txt, line 1: not a JSON object"),
     (["teacher.pt", "--lambada", "long.jsonl"], "passage 1 has 13 tokens, more than"),
     (["teacher.pt", "--last_word", "short.txt"], "no passage of 20 words"),
-    (["teacher.pt", "--last_word", "missing.txt"], "missing.txt cannot be read as text"),
+    (["teacher.pt", "--last_word", "missing.txt"], "missing.txt cannot be read"),
 ])
 def test_bad_input_is_refused_in_one_sentence(made, capsys, monkeypatch, argv, words):
     """And before anything is written. Exact."""
@@ -287,3 +288,87 @@ def test_models_of_different_tokens_are_refused(made, tmp_path, capsys):
                                               tmp_path / "other.pt")
     assert "knows other tokens than" in refused(capsys, evaluate, tmp_path / "other.pt", "--judge",
                                                 made / "ar.pt")
+
+
+# ---- what is measured is what was asked for
+
+def test_checkpoints_of_one_name_have_a_row_each_and_the_teacher_is_a_file(made, tmp_path, capsys):
+    """a/kld/round1.pt and b/kld/round1.pt; --teacher is found by its file, and one that is not
+    among those given is refused although another has its name. Exact."""
+    for folder in ("a", "b"):
+        (tmp_path / folder / "kld").mkdir(parents=True)
+    shutil.copy(made / "round1.pt", tmp_path / "a/kld/round1.pt")
+    shutil.copy(made / "teacher.pt", tmp_path / "b/kld/round1.pt")
+    paths = [tmp_path / folder / "kld/round1.pt" for folder in "ab"]
+    argv = [*paths, "--judge", made / "ar.pt", *FEW, "--json", tmp_path / "e.json"]
+    call(evaluate, *argv, "--teacher", tmp_path / "a/../b/kld/round1.pt")
+    results = json.loads((tmp_path / "e.json").read_text())
+    names = [row["model"] for row in results["samples"]]
+    assert names == ["data", "a/kld/round1", "b/kld/round1"]
+    assert results["teacher"] == "b/kld/round1"
+    one, two = results["samples"][1:]
+    assert one["gen_ppl"] != two["gen_ppl"]
+    message = refused(capsys, evaluate, *argv, "--teacher", tmp_path / "nowhere/round1.pt")
+    assert "nowhere/round1.pt" in message
+
+
+def test_data_that_changed_under_its_name_are_not_measured_unless_asked_for(made, tmp_path,
+                                                                           capsys):
+    """The checkpoint says which tokens it was trained on. Exact."""
+    data = tmp_path / "data"
+    shutil.copytree(made / "data", data)
+    content = torch.load(made / "teacher.pt", weights_only=True)
+    mark = dataset.load_data(str(data), CPU).fingerprint
+    for known, fine in ((mark, True), ("another", False)):
+        content["config"]["dataset"], content["data"] = str(data), known
+        torch.save(content, tmp_path / "teacher.pt")
+        argv = [tmp_path / "teacher.pt", "--likelihood_only", "--sequences", 4]
+        if fine:
+            call(evaluate, *argv)
+        else:
+            assert "other text" in refused(capsys, evaluate, *argv)
+            call(evaluate, *argv, "--dataset", data)
+
+
+def test_pieces_of_texts_are_not_called_invalid(made, tmp_path, capsys):
+    """With an oracle and a shorter --length validity is not measured, which is said; at full length
+    it is. The words are not the oracle's, so all are faulty. Exact."""
+    data = tmp_path / "data"
+    shutil.copytree(made / "data", data)
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"oracle": "stories"}))
+    whole, note = evaluate.with_oracle(dataset.load_data(str(data), CPU), 12)
+    assert whole.oracle == "stories" and note is None
+    pieces, note = evaluate.with_oracle(whole, 11)
+    assert pieces.oracle is None and "12" in note and "11" in note
+    call(evaluate, made / "teacher.pt", "--dataset", data, *FEW, "--length", 11, "--json",
+         tmp_path / "e.json")
+    rows = json.loads((tmp_path / "e.json").read_text())["samples"]
+    assert all(row["valid"] is None for row in rows) and note in capsys.readouterr().out
+
+
+def test_tasks_have_the_models_context_whatever_the_length_of_samples(made, tmp_path):
+    """Passages of 12 words for models that read 12, with samples of 9. Exact."""
+    lines = [json.dumps({"text": " ".join(f"w{(i + j) % 10}" for i in range(12))})
+             for j in range(3)]
+    (tmp_path / "l.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    call(evaluate, made / "teacher.pt", "--length", 9, "--lambada", tmp_path / "l.jsonl", *FEW,
+         "--json", tmp_path / "e.json")
+    rows = json.loads((tmp_path / "e.json").read_text())["lambada"]
+    assert [(row["model"], row["tasks"]) for row in rows] == [("teacher", 3), ("judge", 3)]
+
+
+def test_results_are_in_the_file_before_anything_is_shown(made, tmp_path, monkeypatch):
+    """A table that cannot be shown is not lost. Exact."""
+    def show(results):
+        raise UserError("the terminal is gone")
+    monkeypatch.setattr(figures, "show", show)
+    with pytest.raises(SystemExit):
+        call(evaluate, made / "teacher.pt", *FEW, "--json", tmp_path / "e.json")
+    assert len(json.loads((tmp_path / "e.json").read_text())["samples"]) == 2
+
+
+def test_picture_of_an_unknown_format_is_refused_before_anything_is_measured(made, capsys):
+    """By the ending of its name. Exact."""
+    message = refused(capsys, evaluate, made / "teacher.pt", *FEW, "--plot", "x.jpeg2")
+    assert "--plot x.jpeg2" in message

@@ -5,6 +5,7 @@ import math
 import pytest
 
 import figures
+from common import UserError
 
 
 def rows(oracle):
@@ -128,3 +129,62 @@ def test_pictures_of_frontier_and_latency_are_png_files(tmp_path):
     figures.draw_latency(rows, tmp_path / "latency.png")
     for name in ("frontier", "latency"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_tell_files_apart_by_as_few_folders_as_that_takes(tmp_path):
+    """Same stem, same folder's name; a file given twice, also through a link, is there once."""
+    (tmp_path / "a/kld").mkdir(parents=True)
+    (tmp_path / "a/kld/round7.pt").touch()
+    (tmp_path / "link.pt").symlink_to(tmp_path / "a/kld/round7.pt")
+
+    def names(*paths):
+        return list(figures.names([tmp_path / path for path in paths]))
+    assert names("a/kld/round7.pt", "a/tvd/teacher.pt") == ["round7", "teacher"]
+    assert names("a/kld/round7.pt", "a/tvd/round7.pt") == ["kld/round7", "tvd/round7"]
+    assert names("a/kld/round7.pt", "b/kld/round7.pt") == ["a/kld/round7", "b/kld/round7"]
+    assert names("round7.pt", "x/v1.5.pt") == ["round7", "v1.5"]
+    assert names("a/kld/round7.pt", "x.pt", "a/kld/../kld/round7.pt", "link.pt") == ["round7", "x"]
+
+
+def test_results_are_json_also_where_a_number_is_not_finite(tmp_path):
+    """null stands for it."""
+    figures.write_results(tmp_path / "x.json", {"rows": [{"a": math.nan, "b": [math.inf, 1]}]})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
+        "rows": [{"a": None, "b": [None, 1]}]}
+
+
+@pytest.mark.parametrize("name, begin", [("x.png", b"\x89PNG"), ("x.pdf", b"%PDF"),
+                                         ("x.SVG", b"<?xml")])
+def test_a_picture_has_the_format_of_its_name(tmp_path, monkeypatch, name, begin):
+    """With matplotlib, also under a notebook's MPLBACKEND, which stays as it is. Exact."""
+    pytest.importorskip("matplotlib")
+    backend = "module://nowhere.backend_inline"
+    monkeypatch.setenv("MPLBACKEND", backend)
+    figures.check_picture(name)
+    assert figures.draw_curve(rows(True), tmp_path / name) is True
+    assert (tmp_path / name).read_bytes().startswith(begin)
+    assert figures.os.environ["MPLBACKEND"] == backend
+
+
+@pytest.mark.parametrize("name", ["x", "x.gif", "x.txt", "png"])
+def test_a_picture_of_an_unknown_format_is_refused(name):
+    """With the known ones. Exact."""
+    with pytest.raises(UserError, match=f"--plot {name}.*.png, .pdf, .svg"):
+        figures.check_picture(name)
+
+
+def test_a_picture_that_fails_is_a_notice(tmp_path, monkeypatch, capsys):
+    """Whatever goes wrong in matplotlib; nothing is half-written. A place that cannot be written
+    stays an error of the user's."""
+    pytest.importorskip("matplotlib")
+
+    def fail(*args):
+        raise RuntimeError("no font\nat all")
+    monkeypatch.setattr(figures, "save_figure", fail)
+    assert figures.draw_curve(rows(True), tmp_path / "curve.png") is False
+    assert "matplotlib failed (RuntimeError: no font at all)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        figures.draw_curve(rows(True), tmp_path / "file" / "curve.png")

@@ -257,3 +257,26 @@ def test_last_word_row_has_accuracies_and_perplexity():
     row = likelihood.last_word(answers, [([0], [1])] * 2 + [([0], [1] * 6)])
     assert row["left"] == pytest.approx(2 / 3) and row["word_ppl"] == pytest.approx(math.e)
     assert row["one_pass"] is None and (row["tasks"], row["by_bound"]) == (3, 1)
+
+
+def test_only_a_line_feed_ends_a_line_of_json():
+    """U+2028, U+2029, U+0085 and others may stand within a text; CRLF is no text. Exact."""
+    text = "one\u2028two\u2029three\x85four\x1cfive six"
+    content = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in (text, "a b"))
+    assert likelihood.parse_lambada(content, "x") == [text, "a b"]
+
+
+@pytest.mark.parametrize("word", ["cafe\u0301", "naïve", "हिन्दी", "don't", "Zoe\u0308's", "well-known"])
+def test_the_last_word_keeps_its_combining_marks(word):
+    """Composed or not: the task's word is the whole word. Exact."""
+    text = f"she said {word}."
+    tokenizer = make_tokenizer(dict(kind="chars", items=sorted(set(text))))
+    (before, ids), = likelihood.make_tasks([text], tokenizer, 100)
+    assert tokenizer.decode(ids) == f" {word}" and tokenizer.decode(before) == "she said"
+
+
+def test_word_perplexity_beyond_what_a_float_holds_is_infinite():
+    """Not a traceback."""
+    answers = [{"left": torch.tensor([True, False]), "nats": torch.tensor([900.0, 800.0])}]
+    row = likelihood.last_word(answers, [([1], [2])] * 2)
+    assert row["word_ppl"] == math.inf and row["left"] == 0.5
