@@ -42,7 +42,8 @@ GOES_ON = "stopped; the same command goes on from the last checkpoint"
 def command(main):
     """Run a script's main; end in one sentence on stderr and status 2 where the user can help.
     After Ctrl-C (status 130) that is main.stopped: GOES_ON where a script has checkpoints."""
-    sys.stdout, stdout = Output(sys.stdout), sys.stdout
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, needed=False)
     try:
         main()
         sys.stdout.flush()
@@ -58,7 +59,7 @@ def command(main):
         print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
     finally:
-        sys.stdout = stdout
+        sys.stdout, sys.stderr = streams
         release()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -79,11 +80,12 @@ def compiler_trouble(error):
 
 
 class Output:
-    """stdout, whose failures are not the user's mistakes. What its encoding has no sign for is
-    written as an escape; where nobody reads on (`| head -1`), the work goes on unseen."""
+    """stdout or stderr, whose failures are not the user's mistakes. What the encoding has no sign
+    for is written as an escape; where nobody reads on (`| head -1`), the work goes on unseen.
+    needed: whether other failures, such as a full disk, end the work (UserError)."""
 
-    def __init__(self, stream):
-        self.stream = stream
+    def __init__(self, stream, needed=True):
+        self.stream, self.needed = stream, needed
         with contextlib.suppress(AttributeError, ValueError):    # a notebook's has no encoding
             stream.reconfigure(errors="backslashreplace")
 
@@ -99,8 +101,9 @@ class Output:
         except BrokenPipeError:                          # from now on into nothing, also at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         except OSError as e:
-            raise UserError(f"what is to be shown cannot be written ({reason(e)}); make room, or "
-                            "send it elsewhere")
+            if self.needed:
+                raise UserError(f"what is to be shown cannot be written ({reason(e)}); make room, "
+                                "or send it elsewhere")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

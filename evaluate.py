@@ -136,7 +136,7 @@ def open_data(c, content, tokenizer, p):
     name = c.dataset or content["config"].get("dataset")
     if name is None:
         raise UserError(f"{c.checkpoint[0]} does not say what it was trained on; give --dataset")
-    if Path(name).is_file():
+    if Path(name).exists() and not Path(name).is_dir():      # a pipe will do
         ids = np.array(tokenizer.encode(read_text(name)))
         return Data(Path(name), ids[:0], ids, tokenizer, None, False, None)
     data = load_data(name, p)

@@ -9,7 +9,9 @@ import math
 import os
 import pickle
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -194,6 +196,28 @@ def test_work_goes_on_where_nobody_reads_on(monkeypatch):
             done.append(i)
     assert status(main) == 0 and done == [0, 1, 2]
     sys.stdout.close()
+
+
+def test_work_goes_on_where_nobody_reads_the_bar_either():
+    """`2>&1 | head -1`, through a real process: both streams are closed after the first line, and
+    the work ends with status 0."""
+    script = ("import sys, common\n"
+              "def main():\n"
+              "    for i in range(3):\n"
+              "        print('x' * 100_000, flush=True)\n"
+              "        print('y' * 100_000, file=sys.stderr, flush=True)\n"
+              "    open(sys.argv[1], 'w').write('done')\n"
+              "common.command(main)\n")
+    reader, writer = os.pipe()
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen([sys.executable, "-c", script, folder + "/file"], cwd=path,
+                                   stdout=writer, stderr=writer)
+        os.close(writer)
+        os.read(reader, 10)
+        os.close(reader)
+        assert process.wait(timeout=60) == 0
+        assert open(folder + "/file").read() == "done"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
