@@ -19,16 +19,14 @@ from pathlib import Path
 
 import torch
 
-import bench_train
-import figures
-import metrics
 from common import (Processes, UserError, command, flag, load_model, package, parse_flags, seed_all,
-                    start)
+                    start, write_json)
 from diffusion import categorical, sample, sample_joint
-from machine import (compiled_decode, describe, fill_times, first_run, header, least_memory, limits,
-                     line, prepare, roofline, seconds, transformers_gpt2)
 from model import PRESETS, KVCache, ModelConfig, Transformer, decode, generate
-from sample import draw_samples
+from sample import draw_samples, entropy, gen_ppl, make_judge, pooled_entropy
+from tools import bench_train, figures
+from tools.machine import (compiled_decode, describe, fill_times, first_run, header, least_memory,
+                           limits, line, prepare, roofline, seconds, transformers_gpt2)
 
 COLUMNS = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
            ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"),
@@ -43,7 +41,7 @@ VOCAB, GRAIN = 50257, {"cpu": 16, "cuda": 128}       # of random weights; see mo
 class BenchConfig:
     preset: list[str] | None = flag(None, "random weights of these sizes [checkpoints, or small]",
                                     choices=list(PRESETS))
-    checkpoint: list[str] | None = flag(None, "files to compare, such as convert.py's [see --out]")
+    checkpoint: list[str] | None = flag(None, "files to compare, such as tools.convert's [see --out]")
     out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
     engine: list[str] | None = flag(None, "[ar diffusion diffusion-kv, diffusion-naive at the "
                                     "first batch]; transformers is its GPT-2, greedy",
@@ -191,8 +189,9 @@ def quality(c, models, device, name, label, steps):
     """Perplexity under the AR model, and both entropies, of a trained model's texts."""
     x = draw_samples(models[name][label], c.samples, steps, Processes(device), 0)
     judge, = list(models["ar"].values())[:1]
-    return (metrics.gen_ppl(metrics.make_judge(judge), x.to(device))[0],
-            *(f(x, judge.config.vocab)[0] for f in (metrics.entropy, metrics.pooled_entropy)))
+    vocab = judge.config.vocab
+    return (gen_ppl(make_judge(judge), x.to(device))[0], entropy(x, vocab)[0],
+            pooled_entropy(x, vocab)[0])
 
 
 # ---- what is shown
@@ -277,7 +276,7 @@ def save(c, machine, rows):
     """Write the rows to --json, if it is given."""
     if c.json:
         results = {"argv": sys.argv[1:], "machine": machine, "rows": rows}
-        figures.write_results(c.json, results)
+        write_json(c.json, results)
 
 
 def main():

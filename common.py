@@ -292,6 +292,11 @@ def to_json(value, indent=None):
     return json.dumps(without_nan(value), indent=indent, allow_nan=False)
 
 
+def write_json(path, value):
+    """Plain values as a JSON file, null where a number is not finite."""
+    write(Path(path), lambda f: f.write(to_json(value, indent=1).encode()))
+
+
 def write(path, to_file):
     """Write a file so that a stop at any moment leaves the old or the new one, never a part.
     to_file(f) writes into f. Ctrl-C waits until the file is there. Raises UserError."""
@@ -437,7 +442,7 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
         raise UserError(f"{path}: no such checkpoint; train.py and distill.py make them")
     except OSError as e:
         what = folder_kind(Path(path)) if Path(path).is_dir() else f"cannot be read ({reason(e)})"
-        raise UserError(f"{path} {what}; name a checkpoint of train.py, distill.py or convert.py")
+        raise UserError(f"{path} {what}; name a checkpoint of train.py, distill.py or tools.convert")
     except Exception as e:           # torch.load fails in many ways on what is not a checkpoint
         raise UserError(f"{path} is not a checkpoint of this project: {file_kind(Path(path), e)}")
     if not isinstance(content, dict) or content.get("format") != 1 or not KEYS <= content.keys():
@@ -453,7 +458,7 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
 def folder_kind(path):
     """What a folder that was given as a checkpoint seems to be, in words."""
     if (path / "config.json").exists():
-        return "is a folder of published weights, of which convert.py makes a checkpoint"
+        return "is a folder of published weights, of which tools.convert makes a checkpoint"
     inside = sorted(file.name for file in path.glob("*.pt"))
     return "is a folder" + (f", which holds {', '.join(inside)}" if inside else "")
 
@@ -467,7 +472,7 @@ def file_kind(path, error):
     if begin.startswith(b"version https://git-lfs"):
         return "it is a pointer of git-lfs, which fetches the file itself"
     if path.suffix == ".safetensors" or begin[8:10] == b'{"':
-        return ("it is a safetensors file; convert.py makes a checkpoint of the folder that holds "
+        return ("it is a safetensors file; tools.convert makes a checkpoint of the folder that holds "
                 "it and its config.json")
     if isinstance(error, pickle.UnpicklingError) and begin[:2] in (b"PK", b"\x80\x02"):
         return ("it holds Python objects besides plain values and tensors, which are not read "
@@ -489,15 +494,15 @@ def content_kind(content):
     keys = [str(key) for key in content]
     some = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
     if {"model", "model_args", "iter_num"} <= content.keys():
-        return (f"it is nanoGPT's ({some}), whose layout is not read here; convert.py reads GPT-2 "
+        return (f"it is nanoGPT's ({some}), whose layout is not read here; tools.convert reads GPT-2 "
                 "in the transformers package's")
     if "state_dict" in content:
-        return (f"it is another trainer's ({some}); convert.py reads MDLM, SDTT and GPT-2 from "
+        return (f"it is another trainer's ({some}); tools.convert reads MDLM, SDTT and GPT-2 from "
                 "a folder with config.json and model.safetensors")
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return (f"it holds bare tensors ({some}); convert.py reads published weights from a "
+        return (f"it holds bare tensors ({some}); tools.convert reads published weights from a "
                 "folder with config.json and model.safetensors")
-    return f"it holds {some or 'nothing'}; name a file of train.py, distill.py or convert.py"
+    return f"it holds {some or 'nothing'}; name a file of train.py, distill.py or tools.convert"
 
 
 def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):

@@ -18,16 +18,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import evaluate
-import figures
 from common import (GOES_ON, Processes, Run, UserError, agree, broadcast, command, fingerprint,
                     first, flag, hold, load_model, make_optimizers, parse_flags, resume, start,
-                    write)
+                    write, write_json)
 from data.dataset import load_data
 from diffusion import q_sample, sample_t, unmask_step
-from metrics import make_judge
 from model import Transformer
-from sample import draw_samples
+from sample import draw_samples, make_judge, sample_row
 from train import FREE, LoopConfig, TrainConfig, as_command, fit, prepare_model, train
 
 
@@ -183,11 +180,12 @@ def fill_rows(c, p, data, results, name, model, judge, digest, context):
     for steps in COLUMNS if diffusion else [None]:
         if not any(row["model"] == name and row["steps"] == steps for row in results["rows"]):
             n = c.samples if (steps or 0) <= 32 else max(2, c.samples // 2)
-            results["rows"].append(evaluate.evaluate(name, model, judge, data, steps, n,
-                                                     Processes(p.device), c.seed, context))
-            figures.write_results(path, results)
+            row, _ = sample_row(name, model, judge, data, steps, n, Processes(p.device), c.seed,
+                                context)
+            results["rows"].append(row)
+            write_json(path, results)
     shown = [row for row in results["rows"] if row["model"] == name and row["steps"] in (None, 8)]
-    print(f"{name}{', 8 steps' * diffusion}: {figures.summary(shown[0])}", flush=True)
+    print(f"{name}{', 8 steps' * diffusion}: {summary(shown[0])}", flush=True)
 
 
 def open_results(c):
@@ -291,19 +289,50 @@ def distill(c, p):
         conclude(c, p, data, results, {"teacher": teacher, f"round {c.rounds}": ema})
 
 
+def summary(row):
+    """A row in one line of text."""
+    text = f"{row['gen_ppl']:.2f} (±{row['gen_ppl_se']:.2f}) at entropy {row['entropy']:.2f}"
+    if row["valid"] is not None:
+        text += f", {row['valid']:.0%} valid, {row['contradictions']:.2f} contradictions"
+    return text
+
+
+LINES = (("gen_ppl", "entropy", "9.2f", "5.2f"), ("valid", "contradictions", "9.0%", "5.2f"),
+         ("pooled_entropy", "copies", "9.2f", "5.0%"))   # of a model in the table
+
+
+def table(rows):
+    """Rows as text: for each model and number of steps generative perplexity and entropy; below,
+    where there is an oracle, valid share and contradictions; below, pooled entropy and copies."""
+    columns = sorted({row["steps"] for row in rows if row["steps"]})
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [f"{'steps':10}" + "".join(f"{steps:>14}" for steps in columns)]
+    for name in names:
+        cells = {row["steps"]: row for row in rows if row["model"] == name}
+        if None in cells:                                # data and AR have no number of steps
+            cells = {columns[0]: cells[None]}
+        for i, (left, right, *formats) in enumerate(LINES):
+            line = name if i == 0 else ""
+            for j, steps in enumerate(columns):
+                values = [cells[steps][key] for key in (left, right)] if steps in cells else []
+                cell = "".join(format(v, f) for v, f in zip(values, formats) if v is not None)
+                line = f"{line:<{10 + 14 * j}}{cell}"
+            lines += [line.rstrip()] if line.strip() else []
+    return "\n".join(lines)
+
+
 def conclude(c, p, data, results, models):
     """Put the rows in order, and print and write everything that there is to see."""
     seconds = results["seconds"]
     seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)
     order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(c.rounds)]
     results["rows"] = [row for name in order for row in results["rows"] if row["model"] == name]
-    figures.write_results(c.folder / "results.json", results)
-    figures.draw_curve(results["rows"], c.folder / "curve.png")      # says why if it cannot
+    write_json(c.folder / "results.json", results)
     print(f"\ngenerative perplexity and entropy (judged: {results['judged']})"
           + "\nshare of valid texts, contradictions per text" * bool(data.oracle)
           + "\nentropy of all texts together"
           + ", share that are training texts" * data.texts)
-    print(figures.table(results["rows"]))
+    print(table(results["rows"]))
     show_samples(c, p, data, models)
     print(f"{c.folder}: {sum(seconds.values()):.0f} s in all")
 

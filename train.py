@@ -268,7 +268,7 @@ def train(c, p, as_saved=False):
     if as_saved and c.path.exists():
         saved = load_checkpoint(c.path, kinds=(c.objective,))
         if "objective" not in saved["config"]:
-            raise UserError(f"{c.path} was made by convert.py, not by train.py; move it to another "
+            raise UserError(f"{c.path} was made by tools.convert, not by train.py; move it to another "
                             f"folder and give it as --{'judge' if c.causal else 'teacher'}")
         own = FREE | ({"dataset"} if saved.get("data") else set())   # resume() compares the data
         c = dataclasses.replace(c, **{k: v for k, v in saved["config"].items() if k not in own})

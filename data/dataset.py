@@ -192,7 +192,7 @@ def make_if_built_in(name):
     if name not in ("stories", "pydoc"):
         how = "name a folder that has one"
         if folder.name == "lambada":
-            how = "it is for --lambada of evaluate.py"
+            how = "it is for --lambada of tools.evaluate"
         elif (folder / "prepare.py").exists():
             how = f"python data/{folder.name}/prepare.py makes it"
         elif (folder / "meta.json").exists():            # of ours, and not finished
@@ -302,6 +302,32 @@ def foreign_kind(path, blocks):
         return "it seems to hold numbers of 2 bytes; write them as uint32"
     return None
 
+
+# ---- what a dataset knows of texts
+
+def copies(x, data):
+    """Which of x (n, L) are training texts word for word, (n,) bool; None where a text may begin
+    anywhere."""
+    if not data.texts or data.stride != x.shape[1]:
+        return None
+    samples = [row.astype(data.train.dtype).tobytes() for row in x.numpy()]
+    rows = data.train[:len(data.train) // data.stride * data.stride].reshape(-1, data.stride)
+    known = set(samples) & {row.tobytes() for row in rows}
+    return torch.tensor([sample in known for sample in samples])
+
+
+def oracle(x, data):
+    """What the dataset's oracle says of x (n, L): (faults in each (n,), log-probability of each
+    text (n,) in nats, -inf with a fault); None without an oracle."""
+    if data.oracle != "stories":
+        return None
+    from data.stories import language
+    read = [language.read(data.tokenizer.decode(row).split()) for row in x.tolist()]
+    return (torch.tensor([float(len(wrong)) for _, wrong in read]),
+            torch.tensor([log_p for log_p, _ in read], dtype=torch.float64))
+
+
+# ---- writing
 
 def id_type(vocab):
     """The numpy type of ids below vocab on the disk."""

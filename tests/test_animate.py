@@ -6,19 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-import animate
 import common
 import sample
-from animate import Trace
 from data.dataset import make_tokenizer
 from diffusion import categorical
 from diffusion import sample as diffusion_sample
 from helpers import call, refused
 from model import ModelConfig, Transformer, generate
+from tools import animate
+from tools.animate import Trace
 
 WORDS = make_tokenizer(dict(kind="words", items=[f"w{i}" for i in range(10)]))
 STORY = Trace("a model", ["one", " sunny", " day", " ."], [0, 2, 1, 2], [0.0, 0.25, 1.0], 4)
@@ -154,7 +155,7 @@ def test_the_animation_as_tmux_shows_it(tmp_path):
     Skipped where tmux is missing."""
     if not shutil.which("tmux"):
         pytest.skip("no tmux")
-    code = ("import animate; animate.SECONDS = 0.5\n"
+    code = ("from tools import animate; animate.SECONDS = 0.5\n"
             "animate.play([animate.Trace('a model', ['word '] * 40, [1 + i % 3 for i in range(40)],"
             " [0.0, 0.1, 0.2, 0.3], 3)])")
     path = f"import sys; sys.path.insert(0, {str(common.ROOT)!r})\n"
@@ -302,22 +303,22 @@ def test_animate_shows_one_checkpoint_and_ar_from_left_to_right(made, capsys):
     """The text is the one that sample.py prints for the seed. Exact."""
     call(sample, made / "teacher.pt", "--num_samples", 1, "--steps", 4, "--seed", 3)
     text = capsys.readouterr().out
-    call(sample, made / "teacher.pt", "--animate", "--steps", 4, "--seed", 3)
+    call(animate, made / "teacher.pt", "--steps", 4, "--seed", 3)
     assert capsys.readouterr().out.strip().endswith(text.strip())
-    call(sample, made / "ar.pt", "--animate", "--prompt", "w1 w2")
+    call(animate, made / "ar.pt", "--prompt", "w1 w2")
     shown = capsys.readouterr().out
     assert "token 5 of 10" in shown and "w1 w2 ░░" in shown
 
 
 def test_a_folder_shows_teacher_and_last_student_and_a_race_ar_too(made, capsys, tmp_path):
     """Side by side at one number of steps; the race by measured times, with their ratio. Exact."""
-    call(sample, made, "--html", tmp_path / "page.html", "--infill", "w1 _ w2")
+    call(animate, made, "--html", tmp_path / "page.html", "--infill", "w1 _ w2")
     assert "page.html is written" in capsys.readouterr().out
     data = re.search(r'id="data">(.*?)</script>', (tmp_path / "page.html").read_text(), re.S)[1]
     panels = json.loads(data)["panels"]
     assert [(p["title"], p["steps"]) for p in panels] == [("teacher", 8), ("student (round10)", 8)]
     assert all(len(p["texts"]) == 3 and p["opened"][0] == 0 for p in panels)
-    call(sample, made, "--race")
+    call(animate, made, "--race")
     shown = capsys.readouterr().out
     assert "teacher, 128 steps: call" in shown and "AR with KV cache: token" in shown
     assert len(re.findall(r"(?m)^[\w() ]+: [\d.]+ ms, [\d.]+ times AR's speed$", shown)) == 3
@@ -326,20 +327,42 @@ def test_a_folder_shows_teacher_and_last_student_and_a_race_ar_too(made, capsys,
 @pytest.mark.parametrize("files, argv, words", [
     (["teacher", "round1"], ["--race"], "has no ar.pt; python distill.py makes them"),
     (["ar", "teacher"], ["--race"], "has no round file"),
-    ([], ["--animate"], "has no teacher.pt"),
+    ([], [], "has no teacher.pt"),
 ])
 def test_a_folder_without_the_files_is_refused(made, tmp_path, capsys, files, argv, words):
     """One sentence, nothing written. Exact."""
     for name in files:
         shutil.copy(made / f"{name}.pt", tmp_path)
-    assert words in refused(capsys, sample, tmp_path, *argv)
+    assert words in refused(capsys, animate, tmp_path, *argv)
 
 
 def test_what_cannot_be_is_refused(made, tmp_path, capsys, monkeypatch):
     """A race of one file, a page where a file is in the way, a GIF without pillow. Exact."""
-    assert "give the folder" in refused(capsys, sample, made / "ar.pt", "--race")
+    assert "give the folder" in refused(capsys, animate, made / "ar.pt", "--race")
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused(capsys, sample, made / "ar.pt", "--html",
+    assert "cannot be written" in refused(capsys, animate, made / "ar.pt", "--html",
                                           tmp_path / "file" / "page.html")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    assert "needs pillow" in refused(capsys, sample, made / "ar.pt", "--gif", tmp_path / "a.gif")
+    assert "needs pillow" in refused(capsys, animate, made / "ar.pt", "--gif", tmp_path / "a.gif")
+
+
+def test_a_race_takes_the_best_of_several_runs_in_turn():
+    """Times as a busy machine gives them; the first run of each counts for nothing. Exact."""
+    times = {"a": [1, 9, 5, 7, 6, 8], "b": [0, 4, 3, 9, 2, 9]}
+    order = []
+
+    def record(name):
+        order.append(name)
+        return types.SimpleNamespace(seconds=[0, times[name].pop(0)])
+    best = animate.race([lambda: record("a"), lambda: record("b")])
+    assert [trace.seconds[-1] for trace in best] == [5, 2]
+    assert order == ["a", "b"] * 6
+
+
+@pytest.mark.parametrize("load, warned", [(0.1, False), (50.0, True)])
+def test_a_busy_machine_is_told(monkeypatch, load, warned):
+    """By the system's load. Exact."""
+    monkeypatch.setattr(animate.os, "getloadavg", lambda: (load, load, load))
+    assert bool(animate.busy()) == warned
+    monkeypatch.delattr(animate.os, "getloadavg")
+    assert animate.busy() is None

@@ -11,14 +11,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import bench_train
 import common
 import distill
-import machine
 from diffusion import sample
 from helpers import call, refused
 from model import PRESETS, ModelConfig, Transformer
 from toy import ancestral_law, chi_square, count, exact_model, joint
+from tools import bench_train, machine
 
 LIMIT = 1e-6                     # a chi-square test fails below this chance
 CPU = torch.device("cpu")

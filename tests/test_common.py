@@ -287,9 +287,9 @@ def content(kind):
 
 
 @pytest.mark.parametrize("kind, said", [
-    ("nanoGPT", "nanoGPT's .*iter_num.*convert.py"), ("lightning", "state_dict.*convert.py"),
+    ("nanoGPT", "nanoGPT's .*iter_num.*tools.convert"), ("lightning", "state_dict.*tools.convert"),
     ("tensors", "bare tensors .*wte.weight"), ("objects", "Python objects"),
-    ("cut", "not whole"), ("safetensors", "safetensors file; convert.py"),
+    ("cut", "not whole"), ("safetensors", "safetensors file; tools.convert"),
     ("pickle", "pickle|Python objects"), ("lfs", "git-lfs"), ("text", "no file of PyTorch"),
     ("empty", "is empty")])
 def test_foreign_checkpoint_is_called_what_it_is(tmp_path, kind, said):
@@ -302,7 +302,7 @@ def test_foreign_checkpoint_is_called_what_it_is(tmp_path, kind, said):
     assert path.read_bytes() == content(kind)
 
 
-@pytest.mark.parametrize("inside, said", [("config.json", "convert.py"), ("round7.pt", "round7.pt")])
+@pytest.mark.parametrize("inside, said", [("config.json", "tools.convert"), ("round7.pt", "round7.pt")])
 def test_folder_given_as_a_checkpoint_is_told_apart(tmp_path, inside, said):
     """Of published weights, or of checkpoints."""
     (tmp_path / inside).touch()

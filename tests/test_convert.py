@@ -17,14 +17,13 @@ import torch.nn.functional as F
 
 import bench
 import common
-import convert
 import distill
-import metrics
 import sample
 import train
 from data.dataset import write_data
 from helpers import call, refused
 from model import KVCache, ModelConfig, Transformer
+from tools import convert, metrics
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -360,8 +359,8 @@ def test_a_judge_with_other_tokens_reads_text(tmp_path, monkeypatch, capsys):
         log_p = model(torch.tensor([[11] + ids[:-1]])).log_softmax(-1)[0]
         nats -= log_p[range(len(ids)), ids].sum().item()
         tokens += len(ids)
-    judge = metrics.make_judge(model, spec, tokenizer)
-    assert abs(metrics.gen_ppl(judge, x)[0] / math.exp(nats / tokens) - 1) < 1e-5
+    judge = sample.make_judge(model, spec, tokenizer)
+    assert abs(sample.gen_ppl(judge, x)[0] / math.exp(nats / tokens) - 1) < 1e-5
 
 
 def test_revisions_of_sdtt_say_how_many_steps_they_are_for(tmp_path, monkeypatch):

@@ -708,7 +708,7 @@ def test_lambada_from_a_local_file_and_what_is_refused(top, capsys, monkeypatch)
     call(lambada, "--file", top / "good.jsonl")
     assert target.read_text() == (top / "good.jsonl").read_text()
     assert "2 passages" in capsys.readouterr().out
-    assert "--lambada of evaluate.py" in sentence(load, "lambada")
+    assert "--lambada of tools.evaluate" in sentence(load, "lambada")
 
 
 def test_shakespeare_that_cannot_be_read_is_refused(top, capsys, monkeypatch):

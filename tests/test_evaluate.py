@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import common
-import evaluate
-import figures
 import sample
 import toy
 from common import Processes, UserError
 from data import dataset
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
+from tools import evaluate, figures
 
 CPU = Processes(torch.device("cpu"))
 WORDS = dict(kind="words", items=[f"w{i}" for i in range(10)])

@@ -1,4 +1,4 @@
-"""results/experiments.py: its variants are real settings, and a small one runs from end to end."""
+"""tools/experiments.py: its variants are real settings, and a small one runs from end to end."""
 import json
 import shutil
 import sys
@@ -10,9 +10,7 @@ import common
 import distill
 import toy
 from diffusion import q_sample
-
-sys.path.insert(0, str(common.ROOT / "results"))
-import experiments                                                   # noqa: E402
+from tools import experiments
 
 
 @pytest.mark.parametrize("name", experiments.variants(1))

@@ -4,8 +4,11 @@ import math
 
 import pytest
 
-import figures
+import common
+import distill
 from common import UserError
+from helpers import call, refused
+from tools import figures
 
 
 def rows(oracle):
@@ -20,33 +23,35 @@ def rows(oracle):
 
 def test_table_puts_every_number_under_its_steps():
     """Columns in order of steps, an empty cell where nothing was measured. Exact."""
-    lines = figures.table(rows(oracle=True)).splitlines()
+    lines = distill.table(rows(oracle=True)).splitlines()
     assert lines[0].split() == ["steps", "4", "8"]
     assert [line.split() for line in lines[1:4]] == [
         ["data", "12.35", "3.21"], ["50%", "1.25"], ["4.04", "1%"]]
     assert lines[4].split() == ["teacher"] + ["12.35", "3.21"] * 2
     assert lines[7].split() == ["round", "1", "12.35", "3.21"]
     assert len(lines[7]) == len(lines[4]) > len(lines[1])        # round 1 has 8 steps only
-    lines = figures.table(rows(oracle=False)).splitlines()
+    lines = distill.table(rows(oracle=False)).splitlines()
     assert [line.split() for line in lines[1:3]] == [["data", "12.35", "3.21"], ["4.04"]]
 
 
-def test_curve_is_a_png_and_its_absence_is_said(tmp_path, monkeypatch):
-    """With matplotlib a picture; without it False and no file. Exact."""
+def test_curve_is_a_png_and_its_absence_is_said(tmp_path, monkeypatch, capsys):
+    """With matplotlib a picture; without it one sentence and no file. Exact."""
     import sys
+    common.write_json(tmp_path / "results.json", {"rows": rows(True)})
     monkeypatch.setitem(sys.modules, "matplotlib", None)         # as if it were not installed
-    assert figures.draw_curve(rows(True), tmp_path / "curve.png") is False
-    assert not list(tmp_path.iterdir())
+    assert "pip install matplotlib" in refused(capsys, figures, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    assert figures.draw_curve(rows(True), tmp_path / "curve.png") is True
+    call(figures, tmp_path)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "curve.png is written" in capsys.readouterr().out
 
 
 def test_results_are_plain_json(tmp_path):
     """What is written is what is read. Exact."""
     results = {"rows": [{"model": "a", "gen_ppl": 1.5, "valid": None}]}
-    figures.write_results(tmp_path / "results.json", results)
+    common.write_json(tmp_path / "results.json", results)
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
@@ -148,7 +153,7 @@ def test_names_tell_files_apart_by_as_few_folders_as_that_takes(tmp_path):
 
 def test_results_are_json_also_where_a_number_is_not_finite(tmp_path):
     """null stands for it."""
-    figures.write_results(tmp_path / "x.json", {"rows": [{"a": math.nan, "b": [math.inf, 1]}]})
+    common.write_json(tmp_path / "x.json", {"rows": [{"a": math.nan, "b": [math.inf, 1]}]})
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
         "rows": [{"a": None, "b": [None, 1]}]}
 

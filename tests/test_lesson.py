@@ -1,4 +1,4 @@
-"""The lessons in results/: lesson.py prints its two examples, precision.py its table."""
+"""lesson.py prints its two examples, precision.py its table."""
 import dataclasses
 import json
 import sys
@@ -10,10 +10,7 @@ import distill
 from data.stories import language
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
-
-sys.path.insert(0, str(common.ROOT / "results"))
-import lesson                                                        # noqa: E402
-import precision                                                     # noqa: E402
+from tools import lesson, precision
 
 STORIES = dict(kind="words", items=language.VOCABULARY)
 
@@ -53,7 +50,7 @@ def test_what_it_needs_is_said(tmp_path, capsys):
 
 
 def test_a_law_is_drawn_exactly_but_in_float32_with_many_steps(monkeypatch, tmp_path, capsys):
-    """results/precision.py in small: 300 tokens, 8 steps, where nothing is lost: all three draws
+    """tools/precision.py in small: 300 tokens, 8 steps, where nothing is lost: all three draws
     have the law's mean of -log p within 4 standard errors (another seed fails one time in 5,000),
     and the table has their four rows."""
     c = precision.Config(tokens=300, length=640, steps=8)
@@ -62,7 +59,7 @@ def test_a_law_is_drawn_exactly_but_in_float32_with_many_steps(monkeypatch, tmp_
         assert abs(row["nats"] - law["nats"]) < 4 * row["nats_se"] < 0.5
         assert (row["tokens"], row["steps"]) == (640, 8)
     monkeypatch.setattr(precision, "rows", lambda c: [law, *found])
-    monkeypatch.setattr(precision, "__file__", str(tmp_path / "precision.py"))
+    monkeypatch.setattr(precision, "ROOT", tmp_path)
     call(precision)
     assert len(capsys.readouterr().out.splitlines()) == 5
-    assert len(json.loads((tmp_path / "precision.json").read_text())["rows"]) == 4
+    assert len(json.loads((tmp_path / "results/precision.json").read_text())["rows"]) == 4

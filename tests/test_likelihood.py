@@ -8,12 +8,12 @@ import types
 import pytest
 import torch
 
-import likelihood
 import toy
 from common import UserError
 from data.dataset import make_tokenizer
-from metrics import mean_se
+from sample import mean_se
 from model import ModelConfig, Transformer
+from tools import likelihood
 
 V, L = 3, 4
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from diffusion import categorical
-from machine import compiled_decode
 from model import (PRESETS, KVCache, ModelConfig, Transformer, cross_entropy,
                    decode, gelu, generate, nll, rotate)
 from toy import all_sequences, chi_square, count
+from tools.machine import compiled_decode
 
 CLOSE = 1e-5
 VISIBLE = 1e-3                   # a logit that depends on an input changes by more than this

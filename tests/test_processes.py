@@ -28,7 +28,7 @@ def together(world, script, argv):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     started = [subprocess.Popen(
-        [sys.executable, script, *argv], cwd=ROOT, stdout=subprocess.PIPE,
+        [sys.executable, *(["-m"] * (not script.endswith(".py"))), script, *argv], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
@@ -204,7 +204,7 @@ def test_two_processes_give_the_table_of_one(runs, tmp_path):
     found = []
     for world in (1, 2):
         out = tmp_path / f"{world}.json"
-        outputs = together(world, "evaluate.py", [
+        outputs = together(world, "tools.evaluate", [
             str(runs["train.py", 1] / "teacher.pt"), str(runs["distill.py", 1] / "round1.pt"),
             "--judge", str(runs["train.py", 1].parent / "start/ar.pt"), "--samples", "70",
             "--steps", "2", "8", "--sequences", "40", "--last_word", str(text),

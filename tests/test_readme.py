@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import common
-import machine
 import model
 import train
 from data import dataset
 from helpers import make_dataset
+from tools import machine
 
 ROOT = Path(common.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
@@ -44,24 +44,38 @@ def words_of(line):
     return found
 
 
-COMMANDS = [(line, words) for line in readme_commands() if (words := words_of(line))[1] != "-m"]
+def is_ours(words):
+    """Not pip, venv or pytest."""
+    return words[1] != "-m" or words[2].startswith("tools.")
+
+
+COMMANDS = [(line, words) for line in readme_commands() if is_ours(words := words_of(line))]
+
+
+def start(words, root=ROOT):
+    """Run the script in root, or the module after -m, of a command line in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        if words[1] == "-m":
+            patch.setattr(sys, "argv", words[2:])
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+        else:
+            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            patch.setattr(sys, "argv", words[script:])
+            runpy.run_path(str(root / words[script]), run_name="__main__")
 
 
 @pytest.mark.parametrize("words", [words for _, words in COMMANDS],
                          ids=[line for line, _ in COMMANDS])
 def test_command_takes_its_flags(words, monkeypatch):
     """The script is there and takes the flags, as far as the end of parse_flags."""
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-
     class Parsed(Exception):
         pass
 
     def parse_flags(*args, parse=common.parse_flags, **kw):
         raise Parsed(parse(*args, **kw))
     monkeypatch.setattr(common, "parse_flags", parse_flags)
-    monkeypatch.setattr(sys, "argv", words[script:])
     with pytest.raises(Parsed):
-        runpy.run_path(str(ROOT / words[script]), run_name="__main__")
+        start(words)
 
 
 def test_quick_start_has_the_path_and_the_tests():
@@ -83,15 +97,15 @@ def test_no_placeholder_and_only_files_that_exist():
 
 SMALL = {                                # flags that come after README's own and make it quick
     "distill.py": "--steps_per_round 1 --samples 2 --batch 2",
-    "train.py": "--steps 2 --batch 2", "evaluate.py": "--samples 4 --sequences 4",
+    "train.py": "--steps 2 --batch 2", "tools.evaluate": "--samples 4 --sequences 4",
     "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",
-    "results/precision.py": "--tokens 300 --length 64 --steps 8"}
+    "tools.precision": "--tokens 300 --length 64 --steps 8"}
 ELSEWHERE = {                            # what these need, and the tests that run them in small
     "kuleshov-group": "the hub: test_convert", "jdeschena": "the hub: test_convert",
     "gpt2-large": "the hub: test_convert, test_metrics, test_evaluate",
     "lambada/prepare": "the network: test_data", "openwebtext": "the network: test_data",
     "--site_packages": "minutes: test_data", "torchrun": "processes: test_processes",
-    "experiments.py": "an hour: test_experiments",
+    "tools.experiments": "an hour: test_experiments",
     "bench.py train": "seconds, in processes of their own: test_bench"}
 
 
@@ -110,11 +124,13 @@ def home(tmp_path_factory):
             "device": "CPU", "threads": 1, "torch": "2", "dtype": "float32", "load": 0.0,
             "bytes_per_s": 1e10, "flop_per_s": 1e11})    # of seconds' worth of measuring
         patch.chdir(top)
-        for pattern in ("*.py", "*.html", "data/*.py", "data/*/*.py", "results/*.py"):
+        for pattern in ("*.py", "data/*.py", "data/*/*.py"):
             for path in ROOT.glob(pattern):
                 (copy := top / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, copy)
         patch.setattr(dataset, "ROOT", top)
+        patch.setattr(common, "ROOT", top)               # of what tools.precision writes
+        (top / "results").mkdir()
         make_dataset(top / "data/pydoc")
         (top / "some/folder").mkdir(parents=True)
         for path in ("input.txt", "some/folder/a.txt"):
@@ -134,10 +150,9 @@ def home(tmp_path_factory):
 
 def run(words):
     """A command line in this process, with SMALL's flags after its own, and short texts."""
-    with pytest.MonkeyPatch.context() as patch:
-        small = SMALL.get(words[1], "") + " --length 16" * ("--length" in words)
-        patch.setattr(sys, "argv", words[1:] + small.split())
-        runpy.run_path(words[1], run_name="__main__")
+    name = words[2] if words[1] == "-m" else words[1]
+    start(words + SMALL.get(name, "").split() + ["--length", "16"] * ("--length" in words),
+          Path())
 
 
 @pytest.mark.parametrize("words", [words for line, words in COMMANDS

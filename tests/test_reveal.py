@@ -14,7 +14,6 @@ import torch
 
 import bench
 import common
-import convert
 import distill
 import sample as sample_script
 import train
@@ -22,6 +21,7 @@ from diffusion import categorical, nelbo, plan, q_sample, sample, sample_cached
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
 from toy import all_sequences, chi_square, count
+from tools import convert
 
 CLOSE = 1e-5
 LIMIT = 1e-6                     # a chi-square test fails below this chance

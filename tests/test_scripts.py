@@ -9,7 +9,6 @@ import io
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,16 @@ import torch
 import bench
 import common
 import distill
-import evaluate
 import sample
 import train
 from data.dataset import make_tokenizer, write_data
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
+from tools import evaluate
 
 ROOT = Path(common.__file__).resolve().parent
-SCRIPTS = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.py"),
-                                                          *ROOT.glob("data/**/*.py")])
+SCRIPTS = sorted(p.relative_to(ROOT).as_posix() for p in [
+    *ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("data/**/*.py")])
 TWO_WORDS = dict(kind="words", items=["a", "b"])
 TINY = ["--device", "cpu", "--batch", "4", "--warmup", "1"]
 
@@ -243,28 +242,6 @@ def test_space_at_the_end_of_a_prompt_is_left_out_where_words_begin_with_theirs(
         n = len(sample.known_tokens(c, model, make_tokenizer(spec)))
         assert n == (1 if kind == "bpe" else 3)
     assert capsys.readouterr().err.count("belongs to the token that follows") == (kind == "bpe")
-
-
-def test_a_race_takes_the_best_of_several_runs_in_turn():
-    """Times as a busy machine gives them; the first run of each counts for nothing. Exact."""
-    times = {"a": [1, 9, 5, 7, 6, 8], "b": [0, 4, 3, 9, 2, 9]}
-    order = []
-
-    def record(name):
-        order.append(name)
-        return types.SimpleNamespace(seconds=[0, times[name].pop(0)])
-    best = sample.race([lambda: record("a"), lambda: record("b")])
-    assert [trace.seconds[-1] for trace in best] == [5, 2]
-    assert order == ["a", "b"] * 6
-
-
-@pytest.mark.parametrize("load, warned", [(0.1, False), (50.0, True)])
-def test_a_busy_machine_is_told(monkeypatch, load, warned):
-    """By the system's load. Exact."""
-    monkeypatch.setattr(sample.os, "getloadavg", lambda: (load, load, load))
-    assert bool(sample.busy()) == warned
-    monkeypatch.delattr(sample.os, "getloadavg")
-    assert sample.busy() is None
 
 
 def test_low_temperature_and_small_top_p_give_the_likeliest_words(made, capsys):

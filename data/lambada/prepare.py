@@ -1,28 +1,50 @@
 """Fetch the dataset `lambada`: 5,153 passages whose last word a reader of the whole can guess.
 
     python data/lambada/prepare.py [--file lambada_test.jsonl]
-    python evaluate.py CHECKPOINT --lambada data/lambada/test.jsonl
+    python -m tools.evaluate CHECKPOINT --lambada data/lambada/test.jsonl
 
 LAMBADA (Paperno et al., arXiv 1606.06031) as OpenAI's GPT-2 was tested on it: lines of JSON with a
 "text". Nothing is trained on it. Downloads the file unless a local copy is given.
 """
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import regex                             # comes with tiktoken
+
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import command, flag, parse_flags, write                 # noqa: E402
+from common import UserError, command, flag, parse_flags, write                 # noqa: E402
 from data.corpus import fetch                                        # noqa: E402
-from likelihood import parse_lambada                                 # noqa: E402
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
+
+
+WORD = regex.compile(r"[\w\p{M}]+(?:['’-][\w\p{M}]+)*")   # with combining marks, as in e\u0301
 
 
 @dataclass
 class Config:
     file: str | None = flag(None, "a local copy [downloaded]")
+
+
+def parse_lambada(content, name):
+    """The "text" of each line of JSON. Raises UserError with the number of a bad line of `name`.
+    Only a line feed ends a line of JSON: other signs, such as U+2028, may stand within a text."""
+    texts = []
+    for i, line in enumerate(content.split("\n"), 1):
+        try:
+            texts += [json.loads(line)["text"]] if line.strip() else []
+            if texts and not (isinstance(texts[-1], str) and WORD.search(texts[-1])):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{name}, line {i}: not a JSON object with a \"text\" of words; "
+                            "data/lambada/prepare.py fetches such a file")
+    if not texts:
+        raise UserError(f"{name} has no passages; data/lambada/prepare.py fetches some")
+    return texts
 
 
 def main(argv=None):

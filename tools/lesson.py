@@ -1,6 +1,6 @@
 """Two examples from a distilled folder: why many tokens at once go wrong, and what a round teaches.
 
-    python results/lesson.py out/stories-nano
+    python -m tools.lesson out/stories-nano
 """
 import sys
 from dataclasses import dataclass
@@ -8,15 +8,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common import (Processes, UserError, command, flag, load_model,  # noqa: E402
+from common import (Processes, UserError, command, flag, load_model,
                     parse_flags, seed_all)
-from data.dataset import load_data, make_tokenizer                   # noqa: E402
-from data.stories import language                                    # noqa: E402
-from diffusion import q_sample, unmask_step                          # noqa: E402
-from distill import DistillConfig, schedule                          # noqa: E402
-from sample import draw_samples                                      # noqa: E402
+from data.dataset import load_data, make_tokenizer
+from data.stories import language
+from diffusion import q_sample, unmask_step
+from distill import DistillConfig, schedule
+from sample import draw_samples
 
 CPU = Processes(torch.device("cpu"))
 

@@ -1,4 +1,8 @@
-"""How a text came about: recorded, then played in a terminal, as a web page, or as a GIF.
+"""How a text comes about: recorded, then played in a terminal, as a web page, or as a GIF.
+
+    python -m tools.animate out/stories-nano/round7.pt --steps 8
+    python -m tools.animate out/stories-nano --html text.html    # teacher beside the last student
+    python -m tools.animate out/stories-nano --race              # and AR, by measured time
 
 A trace knows for each position its text and the frame in which it opened, so a frame is the
 difference to the one before, and 1,024 steps of 1,024 tokens are a few kilobytes. Frames are
@@ -16,15 +20,36 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, package, write
-from diffusion import sample
+from common import (UserError, command, flag, load_model, package, parse_flags, seed_all, start,
+                    write)
+from data.dataset import make_tokenizer
+from diffusion import categorical, sample, sharpen
 from model import generate
+from sample import DEFAULT_STEPS, known_tokens
 
 PAGE = Path(__file__).with_name("animate.html")
 BLOCK = "░"                              # a cell of a masked token
 COLORS = (63, 69, 74, 79, 113, 149, 185, 221)    # of a terminal's 256, from blue to yellow
 VIRIDIS = ("#414487", "#2a788e", "#22a884", "#7ad151", "#c9a800")            # the same on white
 SECONDS = 6.0                            # that an animation takes in a terminal or a GIF
+
+
+@dataclasses.dataclass
+class AnimateConfig:
+    checkpoint: str                          # the argument without --
+    steps: int | None = flag(None, "diffusion steps [what the model was distilled for; a teacher "
+                             "32; of a folder 8, in a race the teacher's 128]", low=1)
+    prompt: str = flag("", "how the text begins")
+    infill: str | None = flag(None, "a text with gaps, see sample.py")
+    length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
+    temperature: float = flag(1.0, "see sample.py", low=0.01)
+    top_p: float = flag(1.0, "see sample.py", low=0.01, high=1)
+    terminal: bool = flag(False, "play it in the terminal, also with --html or --gif")
+    html: str | None = flag(None, "write a web page, this file")
+    gif: str | None = flag(None, "write a GIF, this file (needs matplotlib with pillow)")
+    race: bool = flag(False, "of a folder: AR, teacher and last student by measured time")
+    seed: int = flag(0, "seed of the samples")
+    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
 
 
 @dataclasses.dataclass
@@ -228,3 +253,104 @@ def write_gif(traces, path, race=False, width=64, fps=8):
     finally:
         temporary.unlink(missing_ok=True)
         plt.close(fig)
+
+
+# ---- what is shown
+
+def racers(c):
+    """The files that are shown side by side: [(path, title, steps or None)]."""
+    path = Path(c.checkpoint)
+    if not path.is_dir():
+        if c.race:
+            raise UserError(f"--race {path}: give the folder of ar.pt, teacher.pt and round files")
+        return [(path, path.stem, c.steps)]
+    needed = ["teacher.pt"]
+    if c.race:
+        needed.insert(0, "ar.pt")
+    rounds = sorted(path.glob("round*.pt"), key=lambda file: (len(file.name), file.name))
+    missing = [name for name in needed if not (path / name).exists()]
+    if not rounds:
+        missing = missing or ["round file"]
+    if missing:
+        raise UserError(f"{path} has no {' or '.join(missing)}; python distill.py makes them")
+    steps = c.steps or 8
+    student = (rounds[-1], f"student ({rounds[-1].stem})", steps)
+    if not c.race:
+        return [(path / "teacher.pt", "teacher", steps), student]
+    return [(path / "ar.pt", "AR with KV cache", None), (path / "teacher.pt", "teacher", 128),
+            student]
+
+
+RUNS, LONGEST = 5, 30.0                  # timed runs of each in a race, and seconds for all
+
+
+def race(recorders):
+    """The best of several runs of each, alternating: recorders are functions that run once and
+    give a Trace. The first run of each is not timed."""
+    for record in recorders:
+        record()
+    best = [record() for record in recorders]
+    began = time.perf_counter()
+    for _ in range(RUNS - 1):
+        if time.perf_counter() - began > LONGEST:
+            break
+        for i, record in enumerate(recorders):
+            trace = record()
+            if trace.seconds[-1] < best[i].seconds[-1]:
+                best[i] = trace
+    return best
+
+
+def busy():
+    """A warning where others use the machine, else None (also where the system does not tell)."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5 * torch.get_num_threads():
+        return f"warning: the machine is busy (load {load:.1f}); times may be several times too long"
+
+
+def recorder(c, p, path, title, steps):
+    """A function that samples the text of one checkpoint and gives its Trace."""
+    model, content = load_model(path, p.device)
+    tokenizer = make_tokenizer(content["tokenizer"])
+    known = known_tokens(c, model, tokenizer).to(p.device)
+    length = c.length or model.config.context
+    steps = steps or content.get("sampling_steps") or DEFAULT_STEPS
+
+    def draw(logits):
+        return categorical(sharpen(logits, c.temperature, c.top_p))
+
+    def run():
+        seed_all(c.seed, "samples", steps, 0)            # the text that sample.py prints
+        trace = record(model, known, length, steps, draw, tokenizer, title)
+        if c.infill is not None:                         # the model wrote on after the template
+            trace.texts, trace.opened = trace.texts[:len(known)], trace.opened[:len(known)]
+        return trace
+    return run
+
+
+def main():
+    c = parse_flags(AnimateConfig, __doc__, checkpoint="of train.py or distill.py, or a folder")
+    p, warning = start(c.device), busy()
+    recorders = [recorder(c, p, *one) for one in racers(c)]
+    traces = race(recorders) if c.race else [run() for run in recorders]
+    if c.html:
+        write_page(traces, c.html, c.race)
+    if c.gif:
+        write_gif(traces, c.gif, c.race)
+    if c.terminal or not (c.html or c.gif):
+        play(traces, c.race)
+    if c.race:
+        for trace in traces:
+            end = trace.seconds[-1]
+            print(f"{trace.title}: {end * 1000:.1f} ms, {traces[0].seconds[-1] / end:.2f} times "
+                  "AR's speed")
+        print(f"each the best of at most {RUNS} runs in turn")
+        if warning:
+            print(warning)
+    for path in (c.html, c.gif):
+        if path:
+            print(f"{path} is written")
+
+
+if __name__ == "__main__":
+    command(main)

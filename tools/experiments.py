@@ -1,7 +1,7 @@
 """The paper's experiments on two cores: divergences, rounds, sizes; and attention. (The fourth,
 latency against AR, is bench.py's, with the checkpoints that these leave.)
 
-    python results/experiments.py divergences        # -> results/divergences.json
+    python -m tools.experiments divergences        # -> results/divergences.json
 
 trains what is missing under out/experiments, several processes with a thread each, and measures the
 students of all rounds. A stop costs nothing: the same command goes on where it was. Rows of other
@@ -19,25 +19,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import distill                                                       # noqa: E402
-import evaluate                                                      # noqa: E402
-import figures                                                       # noqa: E402
-import likelihood                                                    # noqa: E402
-from common import (GOES_ON, Processes, UserError, command,           # noqa: E402
-                    fingerprint, flag, load_model, parse_flags, to_json, write)
-from data.dataset import load_data                                   # noqa: E402
-from diffusion import unmask_step                                    # noqa: E402
-from metrics import make_judge                                       # noqa: E402
-from model import PRESETS                                            # noqa: E402
-from train import TrainConfig, train                                 # noqa: E402
+import distill
+from common import (GOES_ON, ROOT, Processes, UserError, command, fingerprint, flag, load_model,
+                    parse_flags, to_json, write, write_json)
+from data.dataset import load_data
+from diffusion import unmask_step
+from model import PRESETS
+from sample import make_judge
+from tools import evaluate, figures, likelihood
+from train import TrainConfig, train
 
 WIDTHS = {"w80": 80, "w184": 184}        # beside nano's 128: blocks as 1 : 2.6 : 5.3, the paper's
 PRESETS |= {name: PRESETS["nano"] | {"width": width} for name, width in WIDTHS.items()}
 STEPS = {"stories": 150, "pydoc": 200}   # optimizer steps in a round
 CPU = Processes(torch.device("cpu"))
-RESULTS = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
 
 
 @dataclasses.dataclass
@@ -168,7 +164,7 @@ def measure(path, data, judge, store, what, steps, heat):
         rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v
                      for k, v in (row | what).items()        # without what this dataset has not
                      if v is not None or k in ("steps", "temperature")})
-        figures.write_results(store, rows)
+        write_json(store, rows)
 
 
 def measure_all(experiment, dataset, seed):

@@ -1,8 +1,8 @@
 """Quality: likelihood, samples, diversity, and last words of any checkpoints, side by side.
 
-    python evaluate.py out/stories-nano/teacher.pt out/stories-nano/round7.pt --steps 8 32
-    python evaluate.py out/stories-nano/round7.pt --frontier --plot frontier.png
-    python evaluate.py out/stories-nano/teacher.pt --steps 1024 --joint --precision 32
+    python -m tools.evaluate out/stories-nano/teacher.pt out/stories-nano/round7.pt --steps 8 32
+    python -m tools.evaluate out/stories-nano/round7.pt --frontier --plot frontier.png
+    python -m tools.evaluate out/stories-nano/teacher.pt --steps 1024 --joint --precision 32
 
 Every number has a standard error, every row says how its samples were drawn. Perplexity can be
 bought by repetition: rows whose entropy is too low are marked, and --frontier compares models at
@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import figures
-import likelihood
 from common import (UserError, command, flag, load_model, package, parse_flags, read_text,
-                    seed_all, start)
+                    seed_all, start, write_json)
 from data.dataset import Data, load_data, make_tokenizer
-from metrics import (diversity, exp, make_judge, mauve, mean_se, measure, perplexity, put, self_bleu)
-from sample import BATCH, draw_samples, spread
+from sample import (BATCH, draw_samples, exp, make_judge, mean_se, perplexity, put, sample_row,
+                    spread)
+from tools import figures, likelihood
+from tools.metrics import diversity, mauve, self_bleu
 
 TEMPERATURES = [0.7, 0.8, 0.9, 1.0, 1.1]     # of the frontier
 
@@ -62,20 +62,14 @@ class EvaluateConfig:
 
 # ---- samples
 
-def evaluate(name, model, judge, data, steps, n, p, seed, context, more=False, **how):
-    """One row of results: n samples of a model (None: n texts of the validation data, of `context`
-    tokens) measured, with more by metrics.diversity too. how: see draw_samples."""
-    began, calls = time.time(), []
-    if model is None:
-        x = data.pieces(n, context)                  # none twice, which self-BLEU would notice
-    else:
-        x = draw_samples(model, n, steps, p, seed, f"{name}, {steps} steps", calls=calls, **how)
-    row = {"model": name, "steps": steps, "nfe": sum(calls) / len(calls) if calls else None,
-           "temperature": how.get("temperature", 1.0), "precision": how.get("precision", 64),
-           "joint": how.get("joint", False), "seed": seed, **measure(x.to(p.device), judge, data)}
-    row |= {"temperature": None, "precision": None} if model is None else {}
-    row |= diversity(x, data) if more else {}
-    return row | {"seconds": round(time.time() - began, 2)}
+def evaluate(*args, more=False, **how):
+    """sample_row, with more by metrics.diversity too."""
+    row, x = sample_row(*args, **how)
+    if more:
+        began = time.time()
+        row |= diversity(x, args[3])
+        row["seconds"] = round(row["seconds"] + time.time() - began, 2)
+    return row
 
 
 # ---- likelihood and last words
@@ -268,7 +262,7 @@ def fill(c, p, models, judge, judge_model, data, results, save):
         for steps in c.steps if diffusion else [None]:
             for T in c.temperature if model is not None else [1.0]:
                 results["samples"].append(evaluate(
-                    name, model, judge, data, steps, c.samples, p, c.seed, c.length, True,
+                    name, model, judge, data, steps, c.samples, p, c.seed, c.length, more=True,
                     temperature=T, joint=c.joint and diffusion, **how))
                 figures.mark(results["samples"], results["teacher"])
                 save()
@@ -288,7 +282,7 @@ def fill(c, p, models, judge, judge_model, data, results, save):
 
 
 def main():
-    c = parse_flags(EvaluateConfig, __doc__, checkpoint="of train.py, distill.py or convert.py")
+    c = parse_flags(EvaluateConfig, __doc__, checkpoint="of train.py, distill.py or tools.convert")
     p = start(c.device)
     models = open_models(c, p)
     content = next(iter(models.values()))[1]
@@ -304,7 +298,7 @@ def main():
 
     def save():
         if c.json and p.rank == 0:
-            figures.write_results(c.json, results)
+            write_json(c.json, results)
 
     fill(c, p, {name: model for name, (model, _) in models.items()}, judge, judge_model, data,
          results, save)

@@ -5,21 +5,19 @@ Models as in diffusion.py. Noise comes from torch's global generators; evaluate.
 number of the batch, so that all models meet the same masks.
 """
 import itertools
-import json
 import math
 import re
 
-import regex                 # comes with tiktoken
 import torch
 
 from common import UserError
+from data.lambada.prepare import WORD, parse_lambada
 from diffusion import ROWS
-from metrics import exp, mean_se, put
 from model import cross_entropy, nll, shifted
+from sample import exp, mean_se, put
 
 LONGEST = 5                  # tokens of a word whose orders are enumerated: 120
 DRAWS = 16                   # maskings for the bound of a longer one
-WORD = regex.compile(r"[\w\p{M}]+(?:['’-][\w\p{M}]+)*")   # with combining marks, as in e\u0301
 
 
 # ---- whole texts
@@ -70,23 +68,6 @@ def exact(model, x, mask_id):
 
 
 # ---- the last word of a passage
-
-def parse_lambada(content, name):
-    """The "text" of each line of JSON. Raises UserError with the number of a bad line of `name`.
-    Only a line feed ends a line of JSON: other signs, such as U+2028, may stand within a text."""
-    texts = []
-    for i, line in enumerate(content.split("\n"), 1):
-        try:
-            texts += [json.loads(line)["text"]] if line.strip() else []
-            if texts and not (isinstance(texts[-1], str) and WORD.search(texts[-1])):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{name}, line {i}: not a JSON object with a \"text\" of words; "
-                            "data/lambada/prepare.py fetches such a file")
-    if not texts:
-        raise UserError(f"{name} has no passages; data/lambada/prepare.py fetches some")
-    return texts
-
 
 def passages(text, least=20):
     """The paragraphs of a text that have at least so many words."""

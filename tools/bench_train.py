@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from common import seed_all
 from diffusion import categorical, nelbo, q_sample, sample_t
 from distill import divergence, sdtt_loss
-from machine import (fill_times, first_run, header, in_new_process, keep_blocks_below, line,
+from tools.machine import (fill_times, first_run, header, in_new_process, keep_blocks_below, line,
                      peak_bytes, seconds, training_flop)
 from model import PRESETS, ModelConfig, Transformer, shifted
 from train import ar_loss

@@ -1,13 +1,18 @@
 """What results look like: tables as text, and pictures, which need matplotlib. A picture that
-cannot be drawn is a notice: the numbers are there without it."""
+cannot be drawn is a notice: the numbers are there without it.
+
+    python -m tools.figures out/stories-nano         # distill.py's rounds as curves
+"""
 import functools
+import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, package, to_json, write
-from metrics import put
+from common import UserError, command, flag, package, parse_flags, write
+from sample import put
 
 LOW = 0.1                            # nats of entropy below its measure that are marked
 
@@ -25,11 +30,6 @@ def names(paths):
         if len(set(ends)) == len(ends):
             break
     return dict(zip(ends, paths))
-
-
-def write_results(path, results):
-    """results (plain values) as a JSON file, null where a number is not finite."""
-    write(Path(path), lambda f: f.write(to_json(results, indent=1).encode()))
 
 
 FORMATS = "png", "pdf", "svg"
@@ -194,54 +194,11 @@ def frontier(rows, teacher):
     return found
 
 
-# ---- distill.py's table and curve
-
-def summary(row):
-    """A row in one line of text."""
-    text = f"{row['gen_ppl']:.2f} (±{row['gen_ppl_se']:.2f}) at entropy {row['entropy']:.2f}"
-    if row["valid"] is not None:
-        text += f", {row['valid']:.0%} valid, {row['contradictions']:.2f} contradictions"
-    return text
-
-
-LINES = (("gen_ppl", "entropy", "9.2f", "5.2f"), ("valid", "contradictions", "9.0%", "5.2f"),
-         ("pooled_entropy", "copies", "9.2f", "5.0%"))   # of a model in the table
-
-
-def table(rows):
-    """Rows as text: for each model and number of steps generative perplexity and entropy; below,
-    where there is an oracle, valid share and contradictions; below, pooled entropy and copies."""
-    columns = sorted({row["steps"] for row in rows if row["steps"]})
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    lines = [f"{'steps':10}" + "".join(f"{steps:>14}" for steps in columns)]
-    for name in names:
-        cells = {row["steps"]: row for row in rows if row["model"] == name}
-        if None in cells:                                # data and AR have no number of steps
-            cells = {columns[0]: cells[None]}
-        for i, (left, right, *formats) in enumerate(LINES):
-            line = name if i == 0 else ""
-            for j, steps in enumerate(columns):
-                values = [cells[steps][key] for key in (left, right)] if steps in cells else []
-                cell = "".join(format(v, f) for v, f in zip(values, formats) if v is not None)
-                line = f"{line:<{10 + 14 * j}}{cell}"
-            lines += [line.rstrip()] if line.strip() else []
-    return "\n".join(lines)
-
-
-def draw_curve(rows, path):
-    """The curve below, where matplotlib is installed. Returns whether it was drawn; if not, it was
-    said why."""
-    try:
-        package("matplotlib")
-    except UserError as e:
-        print(f"no {Path(path).name}: {e}")
-        return False
-    return draw_quality(rows, path)
-
+# ---- pictures
 
 @picture
-def draw_quality(rows, path):
-    """Generative perplexity and both entropies against steps, a line per model."""
+def draw_curve(rows, path):
+    """distill.py's rows as a picture: generative perplexity and both entropies against steps, a line per model."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     names = list(dict.fromkeys(row["model"] for row in rows))
@@ -358,3 +315,30 @@ def draw_experiment(rows, path):
                 axis.set_xticks(sorted(points), sorted(points))
     axes[0][0].legend()
     save_figure(fig, path)
+
+
+# ---- the command: distill.py's curve
+
+@dataclass
+class FiguresConfig:
+    folder: str                              # the argument without --
+    plot: str | None = flag(None, "the picture [curve.png in the folder]")
+
+
+def main():
+    c = parse_flags(FiguresConfig, __doc__, folder="of distill.py, with its results.json")
+    path = Path(c.folder) / "results.json"
+    target = c.plot or path.with_name("curve.png")
+    check_picture(target)
+    try:
+        rows = json.loads(path.read_bytes())["rows"]
+    except FileNotFoundError:
+        raise UserError(f"{c.folder} has no results.json; python distill.py makes it")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} cannot be read ({type(e).__name__}); name a folder of distill.py")
+    if draw_curve(rows, target):
+        print(f"{target} is written")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,9 +1,9 @@
 """Published weights into this project's checkpoints, and back: MDLM, SDTT and GPT-2.
 
-    python convert.py kuleshov-group/mdlm-owt --out out/mdlm-owt.pt
-    python convert.py jdeschena/sdtt@baselines_kld_step_70000 --out out/sdtt.pt
-    python convert.py gpt2-large --out out/gpt2-large.pt
-    python convert.py out/stories-nano/round7.pt --export folder
+    python -m tools.convert kuleshov-group/mdlm-owt --out out/mdlm-owt.pt
+    python -m tools.convert jdeschena/sdtt@baselines_kld_step_70000 --out out/sdtt.pt
+    python -m tools.convert gpt2-large --out out/gpt2-large.pt
+    python -m tools.convert out/stories-nano/round7.pt --export folder
 
 SOURCE is a folder with config.json and model.safetensors (or several, with their index), or the id
 of one on the Hugging Face hub, with @revision where it is not main. Needs safetensors, and
@@ -411,7 +411,7 @@ def main():
         print(f"{c.export}: model.safetensors and config.json in MDLM's layout")
         if extra:
             print(f"MDLM's own code has no place for {len(extra)} of the tensors, such as "
-                  f"{extra[0]}; convert.py reads them")
+                  f"{extra[0]}; tools.convert reads them")
         return
     out = Path(c.out or f"out/{re.split('[/@]', c.source.rstrip('/'))[-1]}.pt")
     model, notes = convert(c.source, out)

@@ -1,6 +1,6 @@
 """What float32 does to a sampler of many steps: a law of 50,257 tokens, drawn in three ways.
 
-    python results/precision.py          # -> results/precision.json
+    python -m tools.precision          # -> results/precision.json
 
 The law is known (token i has probability 1 / (i H), as in natural text), so nothing but the draw is
 at fault. Rare is a token of less than 6e-5: in the first of 1,024 steps it would open with less
@@ -13,12 +13,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import figures                                                       # noqa: E402
-from common import command, flag, parse_flags, seed_all              # noqa: E402
-from diffusion import categorical, sample, sample_joint              # noqa: E402
-from metrics import mean_se, put                                     # noqa: E402
+from common import ROOT, command, flag, parse_flags, seed_all, write_json
+from diffusion import categorical, sample, sample_joint
+from sample import mean_se, put
+from tools import figures
 
 RARE = 6e-5
 COLUMNS = (("draw", "draw", "s"), ("steps", "steps", "d"), ("rare tokens", "rare", ".1%±"),
@@ -75,7 +73,7 @@ def rows(c):
 def main():
     c = parse_flags(Config, __doc__)
     found = rows(c)
-    figures.write_results(Path(__file__).with_suffix(".json"), {"rows": found})
+    write_json(ROOT / "results/precision.json", {"rows": found})
     print(figures.rows_as_text(found, COLUMNS))
 
 

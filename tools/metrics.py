@@ -11,20 +11,11 @@ import numpy as np
 import torch
 
 from common import package
-from data.dataset import make_tokenizer, retokenise
-from model import nll
+from data.dataset import retokenise
+from sample import mean_se, put
 
-BATCH = 32                           # texts that a judge reads at a time
 GRAM = 8                             # tokens of a piece that is looked for in the training data
 SEARCHED, BLOCK = 10 ** 8, 2 ** 20   # tokens of train.bin that it is looked for in, and at a time
-
-
-def mean_se(values):
-    """Mean of values (n,), None where there are none, and its standard error, None of fewer than
-    two."""
-    values, n = values.double(), len(values)
-    return (values.mean().item() if n else None,
-            (values.std() / math.sqrt(n)).item() if n > 1 else None)
 
 
 def jackknife(whole, without):
@@ -33,67 +24,7 @@ def jackknife(whole, without):
     return whole, ((n - 1) / n * (without - without.mean()).square().sum()).sqrt().item()
 
 
-# ---- likeness to what a judge knows
-
-def make_judge(model, spec=None, tokenizer=None):
-    """An AR model as a judge: f(x (n, L), skip=0) -> nats (n,), tokens (n,), what each text costs
-    it but for its first `skip` tokens, and of how many of its tokens that is. spec: of the judge's
-    tokenizer; where `tokenizer`, the texts', is another, they are read in the judge's tokens (see
-    data.dataset.retokenise), and judged up to the judge's context."""
-    same = tokenizer is None or spec == tokenizer.spec
-    judges = None if same else make_tokenizer(spec)
-
-    def read(row):
-        if same:
-            return row
-        return retokenise(row, tokenizer, judges)[:model.config.context]
-
-    @torch.no_grad()
-    def judge(x, skip=0):
-        rows = [read(row) for row in x.tolist()]
-        begin = [len(read(row[:skip])) for row in x.tolist()]
-        counts, begin = (torch.tensor(n, device=x.device) for n in ([len(r) for r in rows], begin))
-        width = max(1, int(counts.max()))                # what stands beyond a text's end is
-        y = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=x.device)
-        place = torch.arange(width, device=x.device)                         # not seen from it
-        within = (place >= begin[:, None]) & (place < counts[:, None])
-        nats = torch.cat([nll(model, part, model.mask_id) for part in y.split(BATCH)])
-        return (nats * within).sum(1).double(), within.sum(1)
-    return judge
-
-
-def exp(x):
-    """e to the x, infinite where a float cannot hold it."""
-    return math.exp(x) if x < 709 else math.inf
-
-
-def perplexity(nats, tokens):
-    """exp of the mean nats per token of texts that cost nats (n,), and its standard error."""
-    mean = (nats.sum() / tokens.sum()).item()
-    se = mean_se((nats - mean * tokens) / tokens.double().mean())[1]
-    return exp(mean), exp(mean) * se
-
-
-def gen_ppl(judge, x):
-    """Generative perplexity of x (n, L): exp of the judge's mean nats per token, and its SE."""
-    return perplexity(*judge(x))
-
-
 # ---- diversity
-
-def entropy(x, vocab):
-    """Entropy of each sequence's own token frequencies, x (n, L) -> mean in nats, and its SE.
-    Below the data's it means repetition within a text."""
-    counts = torch.zeros(len(x), vocab).scatter_add_(1, x, torch.ones(x.shape))
-    return mean_se(torch.special.entr(counts / x.shape[1]).sum(1))
-
-
-def pooled_entropy(x, vocab):
-    """Entropy of the token frequencies of all of x (n, L) together, in nats, and its SE.
-    Below the data's it means that the texts resemble each other, be each as rich as it may."""
-    p = torch.bincount(x.flatten(), minlength=vocab) / x.numel()     # (V,)
-    return mean_se(-p.log()[x].mean(1))      # the entropy is the mean of -log p over all tokens
-
 
 def grams(rows, n):
     """The n-grams of each of rows (lists of ids), with their counts: a list of Counters."""
@@ -171,56 +102,6 @@ def seen(x, data):
             -1, data.stride) if data.texts else part
         known |= np.isin(wanted, hashes(part))
     return mean_se(torch.from_numpy(known[np.searchsorted(wanted, mine)].mean(-1)))
-
-
-def copies(x, data):
-    """Which of x (n, L) are training texts word for word, (n,) bool; None where a text may begin
-    anywhere."""
-    if not data.texts or data.stride != x.shape[1]:
-        return None
-    samples = [row.astype(data.train.dtype).tobytes() for row in x.numpy()]
-    rows = data.train[:len(data.train) // data.stride * data.stride].reshape(-1, data.stride)
-    known = set(samples) & {row.tobytes() for row in rows}
-    return torch.tensor([sample in known for sample in samples])
-
-
-# ---- truth
-
-def oracle(x, data):
-    """What the dataset's oracle says of x (n, L): (faults in each (n,), log-probability of each
-    text (n,) in nats, -inf with a fault); None without an oracle."""
-    if data.oracle != "stories":
-        return None
-    from data.stories import language
-    read = [language.read(data.tokenizer.decode(row).split()) for row in x.tolist()]
-    return (torch.tensor([float(len(wrong)) for _, wrong in read]),
-            torch.tensor([log_p for log_p, _ in read], dtype=torch.float64))
-
-
-# ---- together
-
-def put(row, name, value):
-    """row[name], row[name_se] = value: a mean with its standard error."""
-    row[name], row[name + "_se"] = value
-
-
-def measure(x, judge, data):
-    """The measures that cost next to nothing: {"gen_ppl", "gen_ppl_se", "entropy", ...,
-    "samples", "tokens"} of samples x (n, L). gen_ppl weighs tokens, text_ppl is the mean of the
-    texts' own perplexities; judge None: neither."""
-    row, vocab = {"samples": len(x), "tokens": x.numel()}, data.tokenizer.vocab
-    nats, tokens = judge(x) if judge else (None, None)
-    put(row, "gen_ppl", perplexity(nats, tokens) if judge else (None, None))
-    put(row, "text_ppl", mean_se((nats / tokens.clamp(min=1)).exp()) if judge else (None, None))
-    x = x.cpu()
-    put(row, "entropy", entropy(x, vocab))
-    put(row, "pooled_entropy", pooled_entropy(x, vocab))
-    faults, log_p = oracle(x, data) or (None, None)
-    for name, values in (("valid", None if faults is None else faults == 0),
-                         ("contradictions", faults), ("copies", copies(x, data)),
-                         ("log_p", None if faults is None else log_p[faults == 0])):
-        put(row, name, (None, None) if values is None else mean_se(values))
-    return row
 
 
 def diversity(x, data):
