@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -498,20 +499,22 @@ def test_clip_0_does_not_clip(runs, tmp_path):
 # ---- two runs at a time, and Ctrl-C in the middle of a checkpoint
 
 SLOW = """
-import sys, time
+import os, sys, time
 import torch
 import common, train
 
-class Slow:                          # a file that says when it is written
+class Slow:                          # a file whose first part waits until argv[1] is there
     def __init__(self, f):
         self.f = f
     def write(self, part):
         print("writing", flush=True)
-        time.sleep(0.001)
+        while not os.path.exists(go):
+            time.sleep(0.01)
         return self.f.write(part)
     def __getattr__(self, name):
         return getattr(self.f, name)
 
+go = sys.argv.pop(1)
 torch.set_num_threads(1)
 torch.save = lambda content, f, save=torch.save: save(content, Slow(f))
 common.command(train.main)
@@ -522,19 +525,21 @@ def test_second_run_in_a_folder_is_told_of_the_first_and_ctrl_c_waits_for_the_ch
         runs, tmp_path, capsys):
     """While the first run writes its checkpoint of step 2, a second one is refused and names its
     process; then Ctrl-C: the file is still written whole, status 130, and the second run goes on
-    from it to the weights of a run by itself. A false alarm needs a machine on which the first
-    run writes 900 parts, 1 ms each, before this process has parsed its flags."""
-    argv = [str(word) for word in TRAIN + ["--dataset", runs["dataset"], "--out", tmp_path]]
-    first = subprocess.Popen([sys.executable, "-c", SLOW, *argv], cwd=ROOT, text=True,
+    from it to the end. The first run waits in its first part of the file: no false alarm."""
+    out, go = tmp_path / "out", tmp_path / "go"
+    argv = [str(word) for word in TRAIN + ["--dataset", runs["dataset"], "--out", out]]
+    first = subprocess.Popen([sys.executable, "-c", SLOW, str(go), *argv], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert any("writing" in line for line in first.stdout)
     message = refused(capsys, train, *argv)
-    assert str(first.pid) in message and str(tmp_path / "teacher.pt") in message
+    assert str(first.pid) in message and str(out / "teacher.pt") in message
     first.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    go.touch()
     error = first.communicate(timeout=60)[1]
     assert first.returncode == 130 and "goes on from the last checkpoint" in error
     assert "make room" not in error and "Traceback" not in error
-    assert load(tmp_path / "teacher.pt")["step"] == 2
-    assert sorted(os.listdir(tmp_path)) == ["teacher.jsonl", "teacher.pt"]
+    assert load(out / "teacher.pt")["step"] == 2
+    assert sorted(os.listdir(out)) == ["teacher.jsonl", "teacher.pt"]
     call(train, *argv)
-    assert load(tmp_path / "teacher.pt")["step"] == 12
+    assert load(out / "teacher.pt")["step"] == 12
