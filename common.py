@@ -447,12 +447,27 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
         raise UserError(f"{path} is not a checkpoint of this project: {file_kind(Path(path), e)}")
     if not isinstance(content, dict) or content.get("format") != 1 or not KEYS <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project: {content_kind(content)}")
-    if "causal" in (sizes := content["model_config"]):       # of checkpoints before `attention`
-        sizes["attention"] = "causal" if sizes.pop("causal") else "full"
+    as_today(content)
     if content["kind"] not in kinds:
         raise UserError(f"{path} holds a model of kind {content['kind']!r}, but "
                         f"{' or '.join(kinds)} is needed here")
     return content
+
+
+def as_today(content):
+    """Change what an older version's checkpoint says of its model into today's words."""
+    sizes = content["model_config"]
+    if "causal" in sizes:                                # before `attention`
+        sizes["attention"] = "causal" if sizes.pop("causal") else "full"
+    # before `attention_bias` some models had biases that were frozen at zero
+    biases = [name for name in content["ema"] if name.endswith(("qkv.bias", "attn_out.bias"))]
+    frozen = sizes.get("positions", "rope") == "rope" and sizes.get("attention") != "causal"
+    if "attention_bias" not in sizes and frozen and not any(
+            content["ema"][name].any() for name in biases):
+        sizes["attention_bias"] = False
+        for weights in (content["model"], content["ema"]):
+            for name in biases:
+                weights.pop(name, None)
 
 
 def folder_kind(path):

@@ -1,16 +1,18 @@
-"""Masked diffusion as pure functions: the noise, the bound, one reverse step, the sampler.
+"""Masked diffusion as pure functions: the noise, the bound, one reverse step, the samplers.
 
 x: clean tokens (B, L), ids 0..V-1. z_t: the same with some tokens replaced by mask_id = V.
 t in [0, 1] is the time, 1 = all masked: each token survives with probability alpha_t = 1 - t (the
 log-linear schedule of MDLM, arXiv 2406.07524). Time runs backward when sampling, from t to s < t.
 
-A "model" is anything that gives, for the N positions of z (B, L) that `at` says, a bool (B, L) or
-positions (B, n),
-    model.states(z, at) -> h (N, C)       what it knows there, row by row
-    model.head(h) -> logits (N, V)        what it predicts from that
-    model(z, at, f, *rows) -> scalar      the sum of f(logits (N, V), *rows (N, ...)) -> (N,)
-and, if model.reveal is true, takes the order of reveal and reads with a cache: see Transformer.
-Randomness comes from torch's global generators.
+A "model" is anything that has a config (of which attention and relative are read here) and
+    model.hidden(z, at=None, rank=None) -> states (B, L, C), or (N, C) at the N positions `at`
+    model.head(h) -> logits (N, V)         what it predicts from such states
+    model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
+as model.py's Transformer, or a law in a table, as in tests/toy.py.
+
+Two names for when a token is revealed: order (B, n), order[b, i] is the position that is revealed
+i-th; rank (B, L), rank[b, l] is when position l is revealed. Randomness comes from torch's global
+generators.
 """
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from model import NOT_FINITE
 
 ROWS, FEW = 512, 32              # logits (ROWS, V) at a time, and in one draw
 
+
+# ---- the forward process and the bound
 
 def sample_t(B, device=None):
     """B times in (0, 1], (B,): one uniform draw plus an even grid, so that every batch covers the
@@ -33,15 +37,28 @@ def q_sample(x, t, mask_id):
     return torch.where(masked, mask_id, x)
 
 
+def states_at(model, z, at, rank=None):
+    """The states (N, C) at the N positions of z (B, L) where the bool `at` is true, row by row.
+    Sequences without any are not computed."""
+    rows = at.any(1)                                                 # (B,)
+    if rank is not None:
+        rank = rank[rows]
+    return model.hidden(z[rows], rank=rank)[at[rows]]
+
+
 def nelbo(model, x, mask_id):
-    """Negative evidence lower bound of x (B, L), a scalar in nats per token (MDLM, eq. 10).
-    Cross-entropy on the masked tokens with weight -alpha'_t / (1 - alpha_t) = 1/t, divided by all
-    B * L tokens (not by the number of masked ones: that would not be a bound)."""
-    t = sample_t(x.shape[0], x.device)
+    """Negative evidence lower bound of x (B, L), a scalar in nats per token (MDLM, eq. 10):
+    E_t (1/t) sum over the masked tokens of -log p(x_i | z_t). The weight is -alpha'_t / (1 -
+    alpha_t) = 1/t: t masks a share t of the tokens, so with it every t counts alike. Divided by
+    all B * L tokens, not by the number of masked ones: that would not be a bound."""
+    t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id)
-    at = z == mask_id                                                # (B, L), N of them
-    weight = (1 / t)[:, None].expand_as(x)[at]                       # (N,)
-    return model(z, at, weighted_nll, x[at], weight) / x.numel()
+    masked = z == mask_id                                            # (B, L), N of them
+    weight = (1 / t)[:, None].expand_as(x)[masked]                   # (N,)
+
+    # the network, then the loss: the head is needed at the masks only
+    h = states_at(model, z, masked)                                  # (N, C)
+    return model.chunked_sum(h, weighted_nll, x[masked], weight) / x.numel()
 
 
 def weighted_nll(logits, x, weight):
@@ -49,25 +66,33 @@ def weighted_nll(logits, x, weight):
     return weight * F.cross_entropy(logits, x, reduction="none")
 
 
+# ---- drawing tokens
+
 def categorical(logits, dtype=torch.float64):
     """One exact draw per row: logits (..., V) -> ids (...).
     By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be out of
     reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The exponentials
     may be float32: that is a relative error, 1e-7 of each probability. A row that holds NaN has no
-    law: it gives V, the mask's id, for which `sample` looks at its end (here it would wait for a
-    GPU)."""
+    law: it gives V, the mask's id, for which the samplers look at their end (here it would wait
+    for a GPU)."""
     cdf = (logits - logits.amax(-1, keepdim=True)).exp_().to(dtype)
     torch.cumsum(cdf, -1, out=cdf)           # with dtype=float64 instead, 7 times as long
-    u = torch.rand(cdf.shape[:-1] + (1,), dtype=dtype, device=cdf.device) * cdf[..., -1:]
+    total = cdf[..., -1:]                                            # (..., 1)
+    u = torch.rand(total.shape, dtype=dtype, device=cdf.device) * total
     ids = torch.searchsorted(cdf, u, right=True)[..., 0]             # first entry above u
-    ids = ids.clamp(max=cdf.shape[-1] - 1)                           # u may round up to the total
-    return torch.where(cdf[..., -1].isfinite(), ids, cdf.shape[-1])
+    V = cdf.shape[-1]
+    ids = ids.clamp(max=V - 1)                                       # u may round up to the total
+    return torch.where(total[..., 0].isfinite(), ids, V)
 
 
 def draw_tokens(model, h, draw=categorical):
     """draw(logits) at each of the states h (N, C): ids (N,). For memory ROWS have logits at a time,
     and FEW of them are drawn at a time: 6 times as fast where fresh memory costs (CPU)."""
-    return torch.cat([draw(few) for part in h.split(ROWS) for few in model.head(part).split(FEW)])
+    ids = []
+    for part in h.split(ROWS):
+        for few in model.head(part).split(FEW):
+            ids.append(draw(few))
+    return torch.cat(ids)
 
 
 def sharpen(logits, temperature=1.0, top_p=1.0):
@@ -81,73 +106,126 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
     return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
 
 
-def unmask_step(model, z, t, s, mask_id, order=None):
+# ---- the reverse process
+
+def unmask_step(model, z, t, s, mask_id, rank=None):
     """One ancestral step from z_t to z_s, with t and s (B,) per sequence (MDLM, eq. 7).
-    The reverse posterior opens each mask with probability (t - s) / t, whatever the network says:
+    The reverse posterior reveals each mask with probability (t - s) / t, whatever the network says:
     so that comes first, and the network's head is needed at those positions only.
-    order: (B, L), in which the tokens of z were revealed, for a model with model.reveal.
+    rank (B, L): when the tokens of z were revealed, for attention "reveal".
     Returns z_s (B, L), the bool reveal (B, L), and the states (N, C) at the revealed positions,
     from whose predictions the tokens were drawn."""
-    open_p = torch.where(t > 0, (t - s) / t, 0.0)                    # at t = 0 nothing is masked
-    reveal = (z == mask_id) & (torch.rand(z.shape, device=z.device) < open_p[:, None])
-    h, z_s = model.states(z, reveal, *[order] * (order is not None)), z.clone()
+    share = torch.where(t > 0, (t - s) / t, 0.0)                     # at t = 0 nothing is masked
+    chosen = torch.rand(z.shape, device=z.device) < share[:, None]
+    reveal = (z == mask_id) & chosen                                 # (B, L), N of them
+    h = states_at(model, z, reveal, rank)
+    z_s = z.clone()
     z_s[reveal] = draw_tokens(model, h)
     return z_s, reveal, h
 
 
 def plan(z, steps, mask_id):
-    """What a sample is before the network is asked: for z (B, L) with n masks in each row, their
-    positions shuffled, order (B, n), and the step in which each of these opens, when (B, n),
-    ascending. Steps in which nothing opens are left out. On the CPU. Raises ValueError if rows
-    have different numbers of masks."""
+    """What a sample is before the network is asked. For z (B, L) with n masks in each row: order
+    (B, n), their positions shuffled, and when (B, n), ascending, the step in which each of these
+    is revealed. Steps that reveal nothing are left out. On the CPU. Raises ValueError if rows have
+    different numbers of masks.
+
+    Over all `steps` equal steps, each mask is revealed in one drawn uniformly, independently of the
+    others and of the network. With more steps than masks the sequences of a batch share how many
+    are revealed in each step (not which): for a sequence by itself that is the same law, and most
+    steps call no network. With fewer steps they share nothing: their quality would go together,
+    and the mean of a batch vary much more."""
     masked = (z == mask_id).cpu()
     B, n = len(z), int(masked[0].sum())
     if bool((masked.sum(1) != n).any()):
         raise ValueError("every sequence of a batch must have the same number of masks")
     key = torch.rand(z.shape, dtype=torch.float64).masked_fill(~masked, 2)
-    order = key.argsort(dim=1)[:, :n]
-    when = torch.randint(steps, (1 if steps > n else B, n)).unique(return_inverse=True)[1]
+    order = key.argsort(dim=1)[:, :n]                                # (B, n) masks come first
+    shared = steps > n
+    when = torch.randint(steps, (1 if shared else B, n))
+    when = when.unique(return_inverse=True)[1]                       # 0, 1, 2, ... without gaps
     return order, when.sort(dim=1).values.expand(B, n)
 
 
 @torch.no_grad()
 def sample(model, z, steps, mask_id, draw=categorical, watch=None):
     """Ancestral sampling in `steps` equal steps: fill every mask of z (B, L).
-    Over the whole way each mask opens in a step drawn uniformly from the `steps`, independently of
-    the others and of the network. So all of that is drawn before the network is asked, and every
-    step knows its positions: state, head and draw are computed there only, none is left masked at
-    the end, no extra pass follows. With more steps than masks the sequences of a batch share how
-    many open in each step (not which), and a step without any calls no network: 1,024 steps on 64
-    tokens cost at most 64 calls. For a sequence by itself that is the same law. With fewer steps
-    they share nothing: their quality would go together, and the mean of a batch vary much more.
-    While all rows of z are the same, as in the first step of free text, one row is computed for
-    all; and one position for all of it where all is masked and model.relative is true.
+    All that does not depend on the network is drawn before it is asked, see plan. So every step
+    knows its positions: states, head and draw are computed there only, none is left masked at the
+    end, no extra pass follows, and a step that reveals nothing calls no network: 1,024 steps on 64
+    tokens cost at most 64 calls.
 
     z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
-    draw: logits (N, V) -> ids (N,). watch: called with z after each step that opens something.
+    draw: logits (N, V) -> ids (N,). watch: called with z after each step that reveals something.
     Returns ids (B, L). Raises ValueError on uneven rows, and FloatingPointError where the model's
     predictions are not finite numbers."""
-    watch = watch or (lambda z: None)
     order, when = plan(z, steps, mask_id)                            # (B, n)
-    n = order.shape[1]
-    if getattr(model, "reveal", False):
-        return sample_cached(model, z, order, when, draw, watch)
-    alike, blank = bool((z == z[:1]).all()), n == z.shape[1] and getattr(model, "relative", False)
-    for i in range(int(when.max()) + 1 if n else 0):
-        first, end = ((when < k).sum(1, keepdim=True) for k in (i, i + 1))
-        j = first + torch.arange(int((end - first).max()))           # (B, m) places in the order,
-        row, col = (j < end).nonzero(as_tuple=True)                  # N of which open now
-        at = order.gather(1, j.clamp(max=n - 1))                     # (B, m)
-        if i == 0 and blank:
-            h = model.states(z[:1, :1], torch.zeros_like(at, device=z.device).view(1, -1))
-        elif i == 0 and alike:
-            h = model.states(z[:1], at.to(z.device).view(1, -1))
+    sampler = sample_cached if model.config.attention == "reveal" else sample_full
+    return without_masks(sampler(model, z.clone(), order, when, draw, watch), mask_id)
+
+
+def sample_full(model, z, order, when, draw, watch=None):
+    """sample with full attention: each step computes whole sequences, the last block only where
+    tokens are revealed. order, when: see plan."""
+    alike = bool((z == z[:1]).all())                                 # as all texts without a prompt
+    blank = order.shape[1] == z.shape[1] and model.config.relative
+    for i in range(steps_of(when)):
+        row, j = (when == i).nonzero(as_tuple=True)                  # the N masks revealed now
+        row, pos = row.to(z.device), order[row, j].to(z.device)
+        if i == 0 and blank:             # all positions look the same: one is computed for all
+            h = model.hidden(z[:1, :1])[0].expand(len(row), -1)
+        elif i == 0 and alike:           # all sequences are the same: one is computed for all
+            h = model.hidden(z[:1], at=(torch.zeros_like(row), pos))
         else:
-            h = model.states(z, at.to(z.device))                     # (B m, C)
-        z = z.clone()
-        z[row, at[row, col]] = draw_tokens(model, h[row * j.shape[1] + col], draw)
-        watch(z)
-    return without_masks(z, mask_id)
+            h = model.hidden(z, at=(row, pos))                       # (N, C)
+        z[row, pos] = draw_tokens(model, h, draw)
+        if watch:
+            watch(z.clone())
+    return z
+
+
+def sample_cached(model, z, order, when, draw, watch=None):
+    """sample with attention in the order of reveal, and its exact KV cache: a step reads the tokens
+    revealed in the one before, whose keys and values stay in the cache, and the masks that are
+    revealed now. So each position is read twice, whatever the number of steps."""
+    (B, L), n = z.shape, order.shape[1]
+    cache, z = model.cache(B, L), z.clone()
+
+    # the prompt's tokens come first, in random order, as if revealed in step -1
+    is_mask = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, True)
+    prompt = torch.rand(B, L).masked_fill(is_mask, 2).argsort(1)[:, :L - n]
+    order = torch.cat((prompt, order), 1)                            # (B, L) of slots: positions
+    when = torch.cat((torch.full((B, L - n), -1), when), 1)
+
+    for i in range(steps_of(when)):
+        new_row, new_slot = (when == i - 1).nonzero(as_tuple=True)   # tokens that were not read yet
+        row, slot = (when == i).nonzero(as_tuple=True)               # the masks revealed now
+        known = (when < i).sum(1)                                    # (B,) tokens
+        pos = order[row, slot]
+        if i == 0 and n == L and model.config.relative:              # all the same: ask one
+            h = model.hidden(z[:1, :1], rank=torch.zeros(1, 1))[0].expand(len(row), -1)
+        else:
+            h = model.read(cache, *reading(z, order, new_row, new_slot, row, slot, known))
+        z[row, pos] = draw_tokens(model, h, draw)
+        if watch:
+            watch(z.clone())
+    return z
+
+
+def reading(z, order, new_row, new_slot, row, slot, known):
+    """model.read's arguments for new tokens and, after them, masks: a token sees those before it,
+    a mask all `known` ones."""
+    limit = torch.cat((new_slot, known[row]))
+    first = len(new_row)                                             # masks begin here
+    row, slot = torch.cat((new_row, row)), torch.cat((new_slot, slot))
+    pos = order[row, slot]
+    idx = z[row, pos]
+    return idx, pos.to(z.device), row, slot, limit, first
+
+
+def steps_of(when):
+    """The number of steps that reveal something."""
+    return int(when.max()) + 1 if when.numel() else 0
 
 
 def without_masks(z, mask_id):
@@ -155,33 +233,6 @@ def without_masks(z, mask_id):
     if bool((z == mask_id).any()):
         raise FloatingPointError(NOT_FINITE)
     return z
-
-
-def sample_cached(model, z, order, when, draw, watch=lambda z: None):
-    """sample for a model whose attention follows the order of reveal, with its KV cache: a step
-    reads the tokens that opened in the one before, whose keys and values stay in the cache, and the
-    masks that open now. So each position is read twice, whatever the number of steps.
-    order, when: see plan; watch: see sample."""
-    (B, L), n = z.shape, order.shape[1]
-    cache, z = model.cache(B, L), z.clone()
-    known = torch.ones(B, L).scatter_(1, order, 0)                   # the prompt, in random order,
-    known = (torch.rand(B, L) + 2 * (1 - known)).argsort(1)[:, :L - n]       # comes first
-    order = torch.cat((known, order), 1)                             # (B, L): slots' positions
-    when = torch.cat((torch.full((B, L - n), -1), when), 1)
-    for i in range(int(when.max()) + 1):
-        begin, first, end = ((when < k).sum(1, keepdim=True) for k in (i - 1, i, i + 1))
-        slot = begin + torch.arange(int((end - begin).max()))        # (B, m) slots of this step
-        tokens, masks = (slot < first).nonzero(), ((slot >= first) & (slot < end)).nonzero()
-        row, col = torch.cat((tokens, masks)).unbind(1)              # (N,)
-        slot, limit = slot[row, col], torch.cat((slot[tuple(tokens.T)], first[masks[:, 0], 0]))
-        at = row, order[row, slot]
-        if i == 0 and n == L and model.relative:                     # all the same: ask one
-            h = model.states(z[:1, :1], None, z[:1, :1]).expand(len(masks), -1)
-        else:
-            h = model.read(cache, z[at], at[1].to(z.device), row, col, slot, limit, len(tokens))
-        z[row[len(tokens):], at[1][len(tokens):]] = draw_tokens(model, h, draw)
-        watch(z)
-    return without_masks(z, model.mask_id)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from common import (GOES_ON, Processes, Run, UserError, agree, broadcast, comman
                     first, flag, hold, load_model, make_optimizers, parse_flags, resume, start,
                     write, write_json)
 from data.dataset import load_data
-from diffusion import q_sample, sample_t, unmask_step
+from diffusion import q_sample, sample_t, states_at, unmask_step
 from model import Transformer
 from sample import draw_samples, make_judge, sample_row
 from train import FREE, LoopConfig, TrainConfig, as_command, fit, prepare_model, train
@@ -78,27 +78,30 @@ def schedule(teacher_steps, rounds, k=2):
 
 
 @torch.no_grad()
-def sdtt_targets(teacher, z, t, dt, k, mask_id, order=None):
+def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     """What the student shall predict at each mask of z_t (SDTT, algorithm 1).
     The teacher takes k reverse steps of size dt from t; a position revealed in a step keeps that
     step's prediction, and those still masked at the end take the last step's. In the last step
     both are the same prediction, so nothing is drawn in it.
-    z (B, L), t (B,); order (B, L), numbers below 1: see model.seen_by. Returns the teacher's states
-    (N, C) in the order of z[z == mask_id], from which teacher.head makes the N predictions: with
-    V = 50,257 those take 65 times the memory."""
+    z (B, L), t (B,); rank (B, L), numbers below 1: when the tokens of z were revealed, see
+    model.reveal_mask. Returns the teacher's states (N, C) in the order of z[z == mask_id], from
+    which teacher.head makes the N predictions: with V = 50,257 those take 65 times the memory."""
     masked = z == mask_id                                            # (B, L), N of them
     target = None
     for i in range(k):
-        at = z == mask_id
-        if i < k - 1:                        # a step from t - i dt to t - (i + 1) dt, not below 0
+        if i < k - 1:
+            # a step from t_i to s_i, not below 0: what it reveals keeps this prediction
             t_i, s_i = (t - i * dt).clamp(min=0), (t - (i + 1) * dt).clamp(min=0)
-            z, at, h = unmask_step(teacher, z, t_i, s_i, mask_id, order)
-            order = None if order is None else order + (i + 1) * at  # the new ones come last
+            z, settled, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
+            if rank is not None:
+                rank = rank + (i + 1) * settled                      # the new ones come last
         else:
-            h = teacher.states(z, at, *[order] * (order is not None))    # (still masked, C)
+            # the rest takes the last step's prediction
+            settled = z == mask_id
+            h = states_at(teacher, z, settled, rank)
         if target is None:
             target = h.new_empty(int(masked.sum()), h.shape[1])
-        target[at[masked]] = h
+        target[settled[masked]] = h
     return target
 
 
@@ -122,19 +125,23 @@ def divergence(student, target, kind):
 
 def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
     """The loss of one round (SDTT, algorithm 2), a scalar: the divergence on the masks of z_t,
-    averaged over them. x (B, L) clean tokens; student and teacher are models f(z, at)."""
+    averaged over them. x (B, L) clean tokens."""
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id)
-    order = {}                               # of reveal, the same for both, where attention has one
-    if getattr(teacher, "reveal", False):
-        order = {"order": torch.rand(z.shape, device=z.device)}
-    target = sdtt_targets(teacher, z, t, dt, k, mask_id, **order)    # (N, C)
+    masked = z == mask_id                                            # (B, L), N of them
+    rank = None
+    if teacher.config.attention == "reveal":                         # one order for both
+        rank = torch.rand(z.shape, device=z.device)
 
-    def compare(logits, h):                  # a chunk: (n, V) of the student, (n, C) of the teacher
+    target = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)       # (N, C)
+    h = states_at(student, z, masked, rank)                          # (N, C)
+
+    def compare(logits, target):
+        """A chunk: logits (n, V) of the student, states (n, C) of the teacher -> (n,)."""
         with torch.no_grad():
-            wanted = F.log_softmax(teacher.head(h), dim=-1)
+            wanted = F.log_softmax(teacher.head(target), dim=-1)
         return divergence(F.log_softmax(logits, dim=-1), wanted, kind)
-    return student(z, z == mask_id, compare, target, **order) / max(1, len(target))
+    return student.chunked_sum(h, compare, target) / max(1, len(target))
 
 
 # ---- the rounds

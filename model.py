@@ -1,12 +1,24 @@
-"""One transformer for three jobs: masked diffusion (bidirectional, or in the order of reveal with a
-KV cache), its distilled students (the same), and the autoregressive baseline (causal, with one).
+"""One transformer for three jobs: masked diffusion (bidirectional, or in the order of reveal), its
+distilled students (the same), and the autoregressive (AR) baseline (causal).
 
-Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H. The vocabulary has V real
-tokens; id V is the mask for a diffusion model and the start symbol for an autoregressive one. The
-embedding therefore has V + 1 rows and the head V: no model here can ever predict the mask.
+Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H; N is a number of positions
+picked from several sequences. The vocabulary has V real tokens; id V is the mask for a diffusion
+model and the start symbol for an AR one. The embedding therefore has V + 1 rows and the head V: no
+model here can ever predict the mask.
+
+Who calls whom:
+
+    generate  AR sampling: a prefill, then one token at a time, by read
+    read      some tokens at a time, with a KV cache: AR, and cached diffusion sampling; calls run
+    hidden    whole sequences: training, likelihood, sampling with full attention; calls run
+    run       embedding, then the blocks; Block.forward is the same for all of them
+
+Only attention mixes positions. *Who sees whom* is therefore an argument of the block: a function
+attend(q, k, v), made by see_everything or see_cache.
 """
 import functools
 import math
+import typing
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +34,20 @@ class ModelConfig:
     layers: int = 4
     heads: int = 4
     width: int = 128             # C
-    attention: str = "full"      # "full", "causal" (autoregressive) or "reveal", see Transformer
-    positions: str = "rope"      # "rope" (rotary), "learned" (GPT-2) or "both", see Transformer
+    attention: str = "full"      # "full", "causal" (AR) or "reveal", see Transformer
+    positions: str = "rope"      # "rope" (rotary), "learned" (GPT-2's) or "both"
     dropout: float = 0.0         # on each block's two outputs, in training only
+    attention_bias: bool = True  # biases in attention's projections, which MDLM does not have
 
     @property
     def causal(self):
         return self.attention == "causal"
+
+    @property
+    def relative(self):
+        """Whether only distances between positions matter: then all positions look the same where
+        all is masked."""
+        return self.positions == "rope" and not self.causal
 
 
 PRESETS = {                      # layers, heads, width, context; small to large are SDTT's sizes
@@ -39,31 +58,16 @@ PRESETS = {                      # layers, heads, width, context; small to large
     "xl": dict(layers=24, heads=32, width=2048, context=1024),
 }
 CHOICES = {"positions": ("rope", "learned", "both"), "attention": ("full", "causal", "reveal")}
+CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB
 NOT_FINITE = ("the model's predictions are not finite numbers, so nothing can be drawn from them: its "
               "training diverged; train it anew with a lower --lr")
-CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, in storage that never moves or grows. Keys are
-    stored after their rotation, so the cache may be filled in any order of positions."""
-
-    def __init__(self, config, B, size, device=None, dtype=torch.float32):
-        shape = (B, config.heads, size, config.width // config.heads)        # (B, H, size, D)
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype)
-                           for _ in range(config.layers)] for _ in "kv")
-        self.size, self.length = size, 0                             # slots, and those in use
-
-    def append(self, layer, k, v, slots, seen):
-        """Store k, v (B, H, n, D) of one layer in slots (n,); return its first `seen` slots."""
-        self.k[layer].index_copy_(2, slots, k)
-        self.v[layer].index_copy_(2, slots, v)
-        return self.k[layer][:, :, :seen], self.v[layer][:, :, :seen]
-
+# ---- one block
 
 def rotate(x, cos, sin):
-    """Rotary positions (RoPE, arXiv 2104.09864) of x (B, H, L, D): pair i of it is its coordinates
-    i and i + D/2 (rotate-half). cos, sin (B or 1, 1, L, D/2)."""
+    """Rotary positions (RoPE, arXiv 2104.09864) of x (..., H, D), tables (..., 1, D/2): pair i of
+    it is its coordinates i and i + D/2 (rotate-half)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
@@ -79,7 +83,7 @@ class Linear(nn.Linear):
     """nn.Linear; compiled, its bias is added by generated loops instead of being copied before."""
 
     def forward(self, x):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self.bias is not None:
             y = F.linear(x, self.weight)                 # of autocast's type, unlike the bias
             return y + self.bias.to(y.dtype)
         return super().forward(x)
@@ -92,70 +96,262 @@ class Block(nn.Module):
         super().__init__()
         C, self.heads = config.width, config.heads
         self.norm1 = nn.LayerNorm(C)
-        self.qkv = Linear(C, 3 * C)
-        self.attn_out = Linear(C, C)
+        self.qkv = Linear(C, 3 * C, bias=config.attention_bias)
+        self.attn_out = Linear(C, C, bias=config.attention_bias)
         self.norm2 = nn.LayerNorm(C)
         self.mlp_in = Linear(C, 4 * C)
         self.mlp_out = Linear(4 * C, C)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, mask=None, causal=False, cache=None, place=()):
-        """x (B, L, C) -> same. mask (L, keys) bool; place in the cache: (layer, slots, seen)."""
-        B, L, C = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, H, L, D)
+    def forward(self, x, rope, attend, at=None):
+        """x (..., C) -> the same shape, or (N, C): only at the positions `at`, an index into x.
+        rope: tables for rotate, or None. attend(q, k, v), each (..., H, D), is the only place
+        where positions meet; with `at` it gives (N, H, D)."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.append(place[0], k, v, *place[1:])          # (B, H, seen, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)      # (B, H, L, D)
-        return self.add(x, y.transpose(1, 2).reshape(x.shape))
-
-    def forward_at(self, x, rope, at, mask=None):
-        """forward at the positions at (B, n) only: x (B, L, C) -> (B, n, C). Keys and values are
-        needed everywhere, queries and MLP, five sixths of a block's work, are not."""
-        B, L, C = x.shape
-        H, D, row = self.heads, C // self.heads, torch.arange(B, device=x.device)[:, None]
-        h, W, b = self.norm1(x), self.qkv.weight, self.qkv.bias
-        k, v = F.linear(h, W[C:], b[C:]).view(B, L, 2, H, D).permute(2, 0, 3, 1, 4)
-        q = F.linear(h[row, at], W[:C], b[:C]).view(*at.shape, H, D).transpose(1, 2)
-        if rope is not None:                                         # tables (1, 1, L, D/2)
-            k = rotate(k, *rope)
-            q = rotate(q, *[table[0, 0][at][:, None] for table in rope])
-        mask = None if mask is None else mask[row, :, at].transpose(1, 2)        # (B, 1, n, L)
-        y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
-        return self.add(x[row, at], y.reshape(*at.shape, C))
-
-    def read(self, x, rope, keys, values, row, col, slot, mask, first=0):
-        """forward of the tokens of several texts at once, x (N, C): each is the col-th here of text
-        `row`, and its key and value go to `slot` of that text's cache, all (N,). mask (B, 1, most
-        of a text, slots) bool. Returns those from number `first` on."""
-        q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.heads, -1).unbind(1)  # (N, H, D)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        B, _, most, seen = mask.shape
-        keys[row, :, slot], values[row, :, slot] = k, v
-        padded = q.new_zeros(B, self.heads, most, q.shape[-1])
-        padded[row, :, col] = q
-        y = F.scaled_dot_product_attention(padded, keys[:, :, :seen], values[:, :, :seen], mask)
-        return self.add(x[first:], y[row[first:], :, col[first:]].flatten(1))
-
-    def add(self, x, y):
-        """Attention's result y and then the MLP's, added to x, all (..., C)."""
+        y = attend(q, k, v).flatten(-2)
+        if at is not None:
+            x = x[at]
         x = x + self.dropout(self.attn_out(y))
         return x + self.dropout(self.mlp_out(gelu(self.mlp_in(self.norm2(x)))))
 
 
+# ---- who sees whom
+
+def see_everything(q, k, v, mask=None, causal=False, at=None):
+    """Attention over whole sequences: q, k, v (B, L, H, D) -> (B, L, H, D).
+    mask (B, L, L) bool says who sees whom; without one everything is seen, or, if causal, all that
+    is not later. at: a Ragged of the N queries that are wanted, -> (N, H, D)."""
+    k, v = k.transpose(1, 2), v.transpose(1, 2)                      # (B, H, L, D)
+    if at is not None:
+        if mask is not None:
+            mask = at.pad(mask[at.row, at.pos])                      # (B, most, L)
+        return at.attend(q[at.row, at.pos], k, v, mask)
+    if mask is not None:
+        mask = mask[:, None]                                         # the same for all heads
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=causal)
+    return y.transpose(1, 2)
+
+
+def see_cache(q, k, v, keys, values, slot, mask, ragged):
+    """Attention of N tokens of several texts to these texts' caches: q, k, v (N, H, D) -> (N, H,
+    D). Keys and values are put into the slots (N,) first; mask (B, most, seen) bool says which of
+    the first `seen` slots each query of `ragged` sees."""
+    keys[ragged.row, :, slot] = k
+    values[ragged.row, :, slot] = v
+    seen = mask.shape[-1]
+    return ragged.attend(q, keys[:, :, :seen], values[:, :, :seen], mask)
+
+
+class Ragged(typing.NamedTuple):
+    """N queries of B texts, some of which have more than others: padded to a rectangle (B, most)
+    for attention, where query i stands in column col[i] of its text's row."""
+    row: torch.Tensor            # (N,) the text of each
+    pos: torch.Tensor            # (N,) its position, or its slot
+    col: torch.Tensor            # (N,) 0, 1, 2, ... among those of its text
+    B: int
+    most: int                    # queries of a text at most
+
+    def pad(self, x):
+        """x (N, ...) -> (B, most, ...), zeros in the empty places."""
+        padded = x.new_zeros(self.B, self.most, *x.shape[1:])
+        padded[self.row, self.col] = x
+        return padded
+
+    def attend(self, q, k, v, mask):
+        """q (N, H, D), k and v (B, H, keys, D), mask (B, most, keys) bool or None -> (N, H, D)."""
+        if mask is not None:
+            mask = mask[:, None]
+        y = F.scaled_dot_product_attention(self.pad(q).transpose(1, 2), k, v, mask)
+        return y.transpose(1, 2)[self.row, self.col]
+
+
+def ragged(row, pos, B):
+    """Queries of texts row (N,) at positions pos (N,), in any order, as a Ragged."""
+    count = torch.bincount(row, minlength=B)                         # (B,)
+    by_row = row.argsort(stable=True)
+    first = count.cumsum(0) - count                                  # where each text begins there
+    col = torch.empty_like(row)
+    col[by_row] = torch.arange(len(row), device=row.device) - first[row[by_row]]
+    return Ragged(row, pos, col, B, int(count.max()))
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, in storage that never moves or grows. Keys are
+    stored after their rotation, so tokens may be read in any order of positions."""
+
+    def __init__(self, config, B, slots, device=None, dtype=torch.float32):
+        shape = (B, config.heads, slots, config.width // config.heads)       # (B, H, slots, D)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.slots = slots
+
+
+# ---- the network
+
+class Transformer(nn.Module):
+    """The network. There is no time input: a masked sequence shows how noisy it is by its masks
+    (MDLM, arXiv 2406.07524). Rotary positions alone are relative, as in text that begins anywhere;
+    where rows begin a text, "both" has learned ones too.
+
+    attention: "full", every position sees every other; "causal"; or "reveal": a token sees those
+    revealed before it, a mask all tokens and no other mask. What a revealed token's key and value
+    are then never changes, whatever is revealed after it: a KV cache of diffusion is exact."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.width % (2 * config.heads):
+            raise ValueError(f"width {config.width} is not a multiple of 2 x {config.heads} heads")
+        for name, known in CHOICES.items():
+            if getattr(config, name) not in known:
+                raise ValueError(f"{name}: one of {known}, not {getattr(config, name)!r}")
+        self.config = config
+        self.mask_id = config.vocab              # of a causal model: the start of a text
+        self.bf16 = False                # True: run the blocks, and only them, in bfloat16
+        self.recompute = False           # True: keep no activations for backward, make them again
+
+        # the tensors
+        self.embed = nn.Embedding(config.vocab + 1, config.width)    # row V: the mask / the start
+        if config.positions != "rope":
+            self.embed_pos = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.lm_head = nn.Linear(config.width, config.vocab)         # V outputs: never the mask
+
+        # rotary tables, (context, D/2)
+        D = config.width // config.heads
+        angle = torch.arange(config.context)[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+        # initial weights
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:                # residual stream of constant size at any depth
+            for layer in (block.attn_out, block.mlp_out):
+                layer.weight.data /= math.sqrt(2 * config.layers)
+
+    def run(self, idx, pos, attends, at=None):
+        """Embedding and blocks: ids idx at positions pos, both (..., ) -> states (..., C), before
+        the last norm. attends: who sees whom, a function for each block. at: see Block, for the
+        last one: the others need all positions."""
+        x = self.embed(idx)
+        if self.config.positions != "rope":
+            x = x + self.embed_pos(pos)
+        rope = None
+        if self.config.positions != "learned":
+            rope = self.cos[pos][..., None, :], self.sin[pos][..., None, :]      # (..., 1, D/2)
+        again = self.recompute and torch.is_grad_enabled()
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
+            for block, attend in zip(self.blocks, attends):
+                if at is not None and block is self.blocks[-1]:
+                    # not compiled: the number of positions is another in every step
+                    x = block.forward(x, rope, attend, at)
+                elif again:
+                    x = checkpoint(block, x, rope, attend, use_reentrant=False)
+                else:
+                    x = block(x, rope, attend)
+        return x
+
+    def hidden(self, idx, at=None, rank=None, pos=None):
+        """States of whole sequences: ids (B, L) in 0..V -> (B, L, C); with at = (row, pos), both
+        (N,), only those N, (N, C): the last block's queries and MLP are then computed only there.
+        rank (B, L): for attention "reveal", when each token was revealed, in any numbers; random
+        unless given. pos: positions (L,) or (B, L), 0..L-1 unless given.
+        Raises ValueError for more tokens than the context."""
+        B, L = idx.shape
+        if L > self.config.context:
+            raise ValueError(f"{L} tokens, but the context is {self.config.context}")
+        if pos is None:
+            pos = torch.arange(L, device=idx.device)
+        mask = None
+        if self.config.attention == "reveal":
+            mask = reveal_mask(idx, rank, self.mask_id)
+        see = functools.partial(see_everything, mask=mask, causal=self.config.causal)
+        attends = [see] * len(self.blocks)
+        if at is not None:
+            attends[-1] = functools.partial(see_everything, mask=mask, at=ragged(*at, B))
+        return self.run(idx, pos, attends, at)
+
+    def cache(self, B, slots):
+        """An empty KVCache for B texts of at most `slots` tokens. Raises ValueError for more than
+        the context."""
+        if slots > self.config.context:
+            raise ValueError(f"{slots} tokens, but the context is {self.config.context}")
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return KVCache(self.config, B, slots, self.embed.weight.device, dtype)
+
+    def read(self, cache, idx, pos, row, slot, limit, first=0):
+        """States of N tokens or masks of the texts in a cache: ids idx at positions pos -> (N, C),
+        or (N - first, C), those from number `first` on. Each is one of text `row`, goes into its
+        slot of the cache, and sees the slots before `limit`, and its own: for AR that is limit =
+        slot = position; with attention "reveal" a token's limit is its slot, a mask's the number
+        of tokens that are known. All (N,); row, slot and limit on the CPU, where they are planned.
+        A mask's slot is the one that its token will have, which writes over it."""
+        B, device = len(cache.k[0]), idx.device
+        place = ragged(row, slot, B)
+        slots = torch.arange(int(slot.max()) + 1)
+        if len(slots) > cache.slots:
+            raise ValueError(f"the KV cache holds {cache.slots} tokens, {len(slots)} were given")
+        # who sees whom: (B, most, seen); an empty place sees everything, and nobody asks it
+        mask = torch.ones(B, place.most, len(slots), dtype=torch.bool)
+        mask[row, place.col] = (slots < limit[:, None]) | (slots == slot[:, None])
+        # onto the device, all at once
+        place = Ragged(row.to(device), None, place.col.to(device), B, place.most)
+        return self.read_planned(cache, idx, pos, place, slot.to(device), mask.to(device), first)
+
+    def read_planned(self, cache, idx, pos, place, slot, mask, first=0):
+        """read, with its plan on the device."""
+        attends = [functools.partial(see_cache, keys=k, values=v, slot=slot, mask=mask,
+                                     ragged=place) for k, v in zip(cache.k, cache.v)]
+        if first == 0:
+            return self.run(idx, pos, attends)
+        see_all = attends[-1]
+        attends[-1] = lambda q, k, v: see_all(q, k, v)[first:]
+        return self.run(idx, pos, attends, slice(first, None))
+
+    def head(self, h):
+        """Hidden states (..., C) -> logits (..., V), always in float32."""
+        return self.lm_head(self.norm(h.float()).to(self.lm_head.weight.dtype)).float()
+
+    def forward(self, idx, rank=None):
+        """Logits (B, L, V) of ids (B, L)."""
+        return self.head(self.hidden(idx, rank=rank))
+
+    def chunked_sum(self, h, f, *rows):
+        """f(head(h), *rows).sum(), a scalar, for h (N, C), f(logits (n, V), *rows (n, ...)) -> (n,)
+        and rows (N, ...): CHUNK logits at a time, never all of them."""
+        h = self.norm(h.float())
+        return HeadSum.apply(f, h, self.lm_head.weight, self.lm_head.bias, *rows)
+
+
+def reveal_mask(idx, rank, mask_id):
+    """Who sees whom with attention "reveal", bool (B, L, L), of ids (B, L): a token those that were
+    revealed before it, by their rank (B, L), random unless given; a mask all tokens; and each
+    itself."""
+    if rank is None:
+        rank = torch.rand(idx.shape, device=idx.device)
+    rank = rank.double().masked_fill(idx == mask_id, torch.inf)      # a mask comes after all
+    itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
+    return itself | (rank[:, None] < rank[:, :, None])
+
+
 class HeadSum(torch.autograd.Function):
-    """The sum of f(h W^T + b, *rows) over all rows of h (N, C), without all logits (N, V) at once.
-    The gradient is taken right after the value, while a chunk's logits are there, and waits for
-    backward: so nothing is computed twice."""
+    """f(h W^T + b, *rows).sum() over all rows of h (N, C), as Transformer.chunked_sum says.
+    A chunk's logits are there only for a moment. So its gradient is taken at once, in forward, and
+    waits for backward, which has only to scale it: nothing is computed twice."""
 
     @staticmethod
     def forward(ctx, f, h, W, b, *rows):
         size = max(1, CHUNK // len(W))
         train = any(ctx.needs_input_grad[1:4])
-        dh, dW, db = [torch.zeros_like(t) if train else None for t in (h, W, b)]
+        dh = dW = db = None
+        if train:
+            dh, dW, db = torch.zeros_like(h), torch.zeros_like(W), torch.zeros_like(b)
         total = torch.zeros((), device=h.device)
         for i in range(0, len(h), size):
             part = slice(i, i + size)
@@ -173,154 +369,14 @@ class HeadSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        grads, ctx.grads = ctx.grads, None                           # good for one backward
+        grads, ctx.grads = ctx.grads, None               # scaled in place: good for one backward
         return None, *[grad.mul_(g) for grad in grads], *ctx.rest
-
-
-class Transformer(nn.Module):
-    """The network. There is no time input: a masked sequence shows how noisy it is by its masks
-    (MDLM, arXiv 2406.07524). Rotary positions alone are relative: where all is masked, all look the
-    same, as in text that begins anywhere; where rows begin a text, "both" has learned ones too.
-
-    attention: "full", every position sees every other; "causal"; or "reveal": a token sees those
-    revealed before it, a mask all tokens and no other mask. What a revealed token's key and value
-    are then never changes, whatever is revealed after it: a KV cache of diffusion is exact."""
-
-    def __init__(self, config):
-        super().__init__()
-        if config.width % (2 * config.heads):
-            raise ValueError(f"width {config.width} is not a multiple of 2 x {config.heads} heads")
-        for name, known in CHOICES.items():
-            if getattr(config, name) not in known:
-                raise ValueError(f"{name}: one of {known}, not {getattr(config, name)!r}")
-        self.config = config
-        self.bf16 = False                # True: run the blocks, and only them, in bfloat16
-        self.recompute = False           # True: keep no activations for backward, make them again
-        self.embed = nn.Embedding(config.vocab + 1, config.width)    # row V: the mask / the start
-        if config.positions != "rope":
-            self.embed_pos = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.lm_head = nn.Linear(config.width, config.vocab)         # V outputs: never the mask
-        D = config.width // config.heads
-        angle = torch.arange(config.context)[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)
-        self.register_buffer("cos", angle.cos(), persistent=False)   # (context, D/2)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-        for block in self.blocks:                # residual stream of constant size at any depth
-            for layer in (block.attn_out, block.mlp_out):
-                layer.weight.data /= math.sqrt(2 * config.layers)
-        self.mask_id = config.vocab              # of a causal model: the start of a text
-        self.relative = config.positions == "rope" and not config.causal     # see diffusion.sample
-        self.reveal = config.attention == "reveal"                           # the same
-
-    def embedded(self, idx, pos):
-        """Embeddings of ids at positions pos, and those positions' rotary tables, or None."""
-        x = self.embed(idx)
-        if self.config.positions != "rope":
-            x = x + self.embed_pos(pos)
-        return x, None if self.config.positions == "learned" else [self.cos[pos], self.sin[pos]]
-
-    def trunk(self, idx, pos, mask=None, causal=False, cache=None, slots=None, seen=0, at=None):
-        """hidden without its checks: slots (L,) of the cache are for the new tokens, and attention
-        looks at the first `seen`. Nothing but `seen` is a number that changes from call to call."""
-        x, rope = self.embedded(idx, pos)                            # (B, L, C)
-        if rope is not None:                                         # (B or 1, 1, L, D/2)
-            rope = [t.view(-1, 1, *t.shape[-2:]) for t in rope]
-        again = self.recompute and torch.is_grad_enabled()
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
-            for layer, block in enumerate(self.blocks):
-                if at is not None and layer == len(self.blocks) - 1:
-                    return block.forward_at(x, rope, at, mask)
-                args = x, rope, mask, causal, cache, (layer, slots, seen)
-                x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
-        return x
-
-    def seen_by(self, idx, order):
-        """Who sees whom with attention "reveal", bool (B, 1, L, L), of ids (B, L): a token those
-        with smaller numbers in order (B, L), random unless given, a mask all, and each itself."""
-        order = torch.rand(idx.shape, device=idx.device) if order is None else order
-        key = order.double().masked_fill(idx == self.mask_id, torch.inf)
-        itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
-        return (itself | (key[:, None] < key[:, :, None]))[:, None]
-
-    def hidden(self, idx, pos=None, cache=None, at=None, order=None):
-        """Run the blocks: ids (B, L) in 0..V -> hidden states (B, L, C), before the last norm.
-        pos: positions of the tokens, (L,) or (B, L); 0..L-1 unless given. Attention follows the
-        order of idx, not of pos: a causal model's token sees those before it in idx.
-        cache: a KVCache; its tokens are seen by the new ones, which are then added to it.
-        at: positions (B, n) whose states alone are wanted, (B, n, C); not causal, one pos for all.
-        order: in which tokens were revealed, see seen_by.
-        Raises ValueError for more tokens than the context or the cache holds."""
-        past, end = (cache.length if cache else 0), idx.shape[1] + (cache.length if cache else 0)
-        if end > self.config.context:
-            raise ValueError(f"{end} tokens, but the context is {self.config.context}")
-        seen = torch.arange(end, device=idx.device)
-        pos = seen[past:] if pos is None else pos
-        if cache is None:
-            mask = self.seen_by(idx, order) if self.reveal else None
-            return self.trunk(idx, pos, mask, self.config.causal, at=at)
-        if end > cache.size:
-            raise ValueError(f"the KV cache holds {cache.size} tokens, {end} were given")
-        mask = seen <= seen[past:, None] if self.config.causal else None     # (L, end)
-        cache.length = end
-        return self.trunk(idx, pos, mask, False, cache, seen[past:], end)
-
-    def cache(self, B, size):
-        """An empty KVCache for B texts of `size` tokens."""
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return KVCache(self.config, B, size, self.embed.weight.device, dtype)
-
-    def read(self, cache, idx, pos, row, col, slot, limit, first):
-        """With attention "reveal" and a cache: N tokens, and masks from number `first` on, of the
-        texts in the cache, ids idx at positions pos -> hidden states (N - first, C) of the masks.
-        Each sees the slots below limit and its own, see Block.read; all (N,), row to limit on the
-        CPU. A mask's slot is the one that its token will have, which writes over it."""
-        seen = torch.arange(int(slot.max()) + 1)
-        mask = torch.ones(len(cache.k[0]), int(col.max()) + 1, len(seen), dtype=torch.bool)
-        mask[row, col] = (seen < limit[:, None]) | (seen == slot[:, None])       # (N, seen)
-        row, col, slot, mask = (t.to(idx.device) for t in (row, col, slot, mask[:, None]))
-        x, rope = self.embedded(idx, pos)                            # (N, C)
-        if rope is not None:
-            rope = [t[:, None] for t in rope]                        # (N, 1, D/2)
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
-            for block, k, v in zip(self.blocks, cache.k, cache.v):
-                last = block is self.blocks[-1]
-                x = block.read(x, rope, k, v, row, col, slot, mask, first if last else 0)
-        return x
-
-    def states(self, idx, at=None, order=None):
-        """Hidden states (N, C) at the N positions of interest of idx (B, L), row by row: where the
-        bool at (B, L) is true (sequences without any are not computed), or at positions at (B, n),
-        N = B n (the last block is computed only there), or, without at, everywhere."""
-        if at is None or at.dtype == torch.bool:
-            some = slice(None) if at is None else at.any(1)          # (B,)
-            h = self.hidden(idx[some], order=None if order is None else order[some])
-            return h.flatten(0, 1) if at is None else h[at[some]]
-        return self.hidden(idx, at=at, order=order).flatten(0, 1)
-
-    def head(self, h):
-        """Hidden states (..., C) -> logits (..., V), always in float32."""
-        return self.lm_head(self.norm(h.float()).to(self.lm_head.weight.dtype)).float()
-
-    def forward(self, idx, at=None, f=None, *rows, order=None):
-        """Logits (B, L, V) of ids (B, L), or (N, V) at the N positions that `at` says, see states;
-        the selection comes before the head, which is most of the work with V = 50,257. With f, a
-        loss f(logits (n, V), *rows (n, ...)) -> (n,): its sum over the N positions, a scalar, for
-        which no more than CHUNK logits exist at a time."""
-        if f is not None:
-            h = self.norm(self.states(idx, at, order).float())
-            return HeadSum.apply(f, h, self.lm_head.weight, self.lm_head.bias, *rows)
-        return self.head(self.hidden(idx, order=order) if at is None else
-                         self.states(idx, at, order))
 
 
 cross_entropy = functools.partial(F.cross_entropy, reduction="none")     # (n, V), (n,) -> (n,)
 
+
+# ---- autoregressive models
 
 def shifted(x, start_id):
     """What an AR model reads to predict x (B, L): the start symbol, then x but for its last."""
@@ -330,16 +386,22 @@ def shifted(x, start_id):
 @torch.no_grad()
 def nll(model, x, start_id):
     """Negative log-likelihood of x (B, L) under a causal model, (B, L), in nats per token."""
-    h, size = model.states(shifted(x, start_id)), max(1, CHUNK // model.config.vocab)
+    h = model.hidden(shifted(x, start_id)).flatten(0, 1)             # (B L, C)
+    size = max(1, CHUNK // model.config.vocab)
     parts = zip(h.split(size), x.flatten().split(size))
     return torch.cat([cross_entropy(model.head(a), b) for a, b in parts]).view(x.shape)
 
 
 def decode(model, token, slot, cache, seen):
     """One decoding step: ids (B, 1), which go to slot (1,) of the cache, -> logits (B, V).
-    Attention looks at `seen` slots, of which those after `slot` are masked."""
-    mask = torch.arange(seen, device=token.device) <= slot           # (seen,)
-    return model.head(model.trunk(token, slot, mask[None], False, cache, slot, seen)[:, -1])
+    Attention looks at `seen` slots, of which those after `slot` are masked. It is read with one
+    token for each text, in shapes that depend on `seen` alone, as a compiler wants them."""
+    B, device = len(token), token.device
+    row = torch.arange(B, device=device)
+    place = Ragged(row, None, torch.zeros_like(row), B, 1)
+    mask = (torch.arange(seen, device=device) <= slot).expand(B, 1, seen)
+    h = model.read_planned(cache, token[:, 0], slot.expand(B), place, slot.expand(B), mask)
+    return model.head(h)
 
 
 @torch.no_grad()
@@ -356,13 +418,21 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     if not P <= length <= model.config.context:
         raise ValueError(f"a prompt of {P} tokens in a text of {length}, "
                          f"with a context of {model.config.context}")
-    out = torch.full((B, length + 1), model.mask_id, device=prompt.device)
+    device = prompt.device
+    out = torch.full((B, length + 1), model.mask_id, device=device)
     out[:, 1:P + 1] = prompt                                         # out[:, 0] is the start
     cache = cache or model.cache(B, length)
-    cache.length = 0
-    h = model.hidden(out[:, :min(P + 1, length)], cache=cache)       # prefill: start and prompt
-    logits, slots = model.head(h[:, -1]), torch.arange(length, device=prompt.device)
-    for i in range(P + 1, length + 1):                               # one token a step
+
+    # prefill: the start symbol and the prompt, all rows at once
+    n = min(P + 1, length)
+    row = torch.arange(B).repeat_interleave(n)                       # (B n,)
+    slot = torch.arange(n).repeat(B)
+    h = model.read(cache, out[:, :n].flatten(), slot.to(device), row, slot, slot)
+    logits = model.head(h.view(B, n, -1)[:, -1])                     # (B, V)
+
+    # one token a step
+    slots = torch.arange(length, device=device)
+    for i in range(P + 1, length + 1):
         out[:, i] = draw(logits)
         if i < length:
             seen = min(length, (i // grain + 1) * grain)

@@ -103,14 +103,16 @@ def fit(c, p, data, run, loss):
     if p.rank == 0:
         rewind_log(run)
     run.micro, count = micro_batches(c, p, run)
-    net = DistributedDataParallel(run.model) if p.world > 1 else run.model
+    net = Loss(run.model, loss)
+    if p.world > 1:
+        net = DistributedDataParallel(net, broadcast_buffers=False)  # constants: cos, sin
     run.model.train()
     first, spent, began = run.step, run.seconds, time.time()
     bad = torch.zeros((), device=p.device)       # the first step that was not finite, 0: none
     with tqdm(total=run.steps, initial=first, desc=run.path.stem, disable=p.rank > 0,
               mininterval=1, ncols=90) as bar:
         for step in range(first, run.steps):
-            total = backward(c, p, data, run, net, loss, run.micro, count)
+            total = backward(c, p, data, run, net, run.micro, count)
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.clip or math.inf)
             fine = total.isfinite() & norm.isfinite()
             bad = torch.where(fine | (bad > 0), bad, step + 1)
@@ -145,6 +147,18 @@ def fit(c, p, data, run, loss):
                           val_loss=val_loss)
             if p.rank == 0 and saved:
                 save(run)
+
+
+class Loss(torch.nn.Module):
+    """A model with its loss: what DistributedDataParallel needs as one forward pass."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x):
+        """x (B, L) -> a scalar, in nats per token."""
+        return self.loss(self.model, x)
 
 
 def stop_if_not_finite(c, p, run, bad):
@@ -184,7 +198,7 @@ def micro_batches(c, p, run=None):
     return micro, c.batch // (micro * p.world)
 
 
-def backward(c, p, data, run, net, loss, micro, count):
+def backward(c, p, data, run, net, micro, count):
     """The gradient of one step, left in the parameters; returns this process's loss. The global
     batch is a list of micro-batches, each with a seed of its own, dealt out to the processes in
     turn. Gradients are averaged between processes after the last."""
@@ -193,7 +207,7 @@ def backward(c, p, data, run, net, loss, micro, count):
         seed_all(c.seed, run.path.stem, run.step, i * p.world + p.rank)
         x = data.batch("train", micro, run.model.config.context, p.device)       # (micro, L)
         with contextlib.nullcontext() if p.world == 1 or i == count - 1 else net.no_sync():
-            value = loss(net, x) / count
+            value = net(x) / count
             value.backward()
         total += value.detach()
     return total
@@ -239,8 +253,6 @@ def prepare_model(model, c, p):
     model = model.to(p.device)
     model.bf16 = p.device.type == "cuda" if c.bf16 is None else c.bf16
     model.recompute = c.recompute
-    for block in model.blocks if model.relative else []:         # as in MDLM: see convert.export
-        block.qkv.bias.requires_grad = block.attn_out.bias.requires_grad = False
     for block in model.blocks if c.compile else []:      # one is compiled, all share it
         block.compile()
     return model
@@ -258,7 +270,8 @@ def as_command(script, c):
 
 def ar_loss(model, x, mask_id):
     """Mean next-token loss of x (B, L), a scalar in nats per token; the start symbol is mask_id."""
-    return model(shifted(x, mask_id), None, cross_entropy, x.flatten()) / x.numel()
+    h = model.hidden(shifted(x, mask_id)).flatten(0, 1)              # (B L, C)
+    return model.chunked_sum(h, cross_entropy, x.flatten()) / x.numel()
 
 
 def train(c, p, as_saved=False):
@@ -276,8 +289,11 @@ def train(c, p, as_saved=False):
     sizes = PRESETS[c.preset] | {"context": data.context(c.context or PRESETS[c.preset]["context"])}
     seed_all(c.seed, c.objective)
     attention = "causal" if c.causal else c.attention or "full"
-    config = ModelConfig(data.tokenizer.vocab, attention=attention, dropout=c.dropout,
-                         positions=c.positions or ("both" if data.texts else "rope"), **sizes)
+    positions = c.positions or ("both" if data.texts else "rope")
+    config = ModelConfig(data.tokenizer.vocab, attention=attention, positions=positions,
+                         dropout=c.dropout, **sizes)
+    # MDLM has no biases in attention: without them tools.convert can export what is trained
+    config.attention_bias = not config.relative
     content = dict(kind=c.objective, config=dataclasses.asdict(c), tokenizer=data.tokenizer.spec,
                    data=data.fingerprint)
     if c.init:

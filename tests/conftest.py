@@ -2,3 +2,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest                                                        # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def toys_are_asked_about_positions(monkeypatch):
+    """See toy.states_at: a toy can tell then which positions its predictions were wanted at."""
+    import diffusion
+    import distill
+    import toy
+    from tools import likelihood
+    for module in (diffusion, distill, likelihood):
+        monkeypatch.setattr(module, "states_at", toy.states_at)

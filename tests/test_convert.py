@@ -22,7 +22,7 @@ import sample
 import train
 from data.dataset import write_data
 from helpers import call, refused
-from model import KVCache, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 from tools import convert, metrics
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -227,12 +227,15 @@ def test_fixtures(name):
         logits = model(idx)
     assert (logits - expected["logits"][..., :model.config.vocab]).abs().max() < CLOSE
     if "greedy" in expected:
-        out, cache = idx[:, :5], KVCache(model.config, len(idx), 25)
-        fed = out
-        while out.shape[1] < 25:
+        B, begin, out, cache = len(idx), 0, idx[:, :5], model.cache(len(idx), 25)
+        while out.shape[1] < 25:                         # by the cache, without a start symbol
+            n = out.shape[1] - begin
+            row = torch.arange(B).repeat_interleave(n)
+            slot = torch.arange(begin, out.shape[1]).repeat(B)
             with torch.no_grad():
-                fed = model.head(model.hidden(fed, cache=cache)[:, -1]).argmax(-1, keepdim=True)
-            out = torch.cat((out, fed), 1)
+                h = model.read(cache, out[:, begin:].flatten(), slot, row, slot, slot)
+            best = model.head(h.view(B, n, -1)[:, -1]).argmax(-1, keepdim=True)
+            begin, out = out.shape[1], torch.cat((out, best), 1)
         assert torch.equal(out, expected["greedy"])
 
 
@@ -240,11 +243,11 @@ def test_fixtures(name):
 
 def ours(tmp_path, words=tuple(f"w{i}" for i in range(10)), **options):
     """A checkpoint of this project with random weights, of the shape that train.py makes."""
-    model = Transformer(ModelConfig(**dict(vocab=10, context=12, layers=2, heads=2, width=16)
-                                    | options))
-    for name, p in model.named_parameters():
-        if not (model.relative and ("qkv.bias" in name or "attn_out.bias" in name)):
-            torch.nn.init.normal_(p, std=0.3)
+    config = ModelConfig(**dict(vocab=10, context=12, layers=2, heads=2, width=16) | options)
+    config.attention_bias = not config.relative
+    model = Transformer(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
     path = tmp_path / "ours.pt"
     common.save_checkpoint(
         path, kind="mdlm", model_config=vars(model.config), model=model.state_dict(),
@@ -391,7 +394,7 @@ def test_full_size_has_the_published_number_of_parameters(tmp_path):
                          n_blocks=12, n_heads=12)
     model = convert.load_published(publish(tmp_path / "m", config, w, "backbone."))
     folded = 12 * 6 * 768 * 129 + 2 * 768 * 129 + 128 * (257 + 129) + 769
-    added = 12 * (2 + 3 + 1) * 768 + 768         # biases of norms and attention
+    added = 12 * 2 * 768 + 768                   # biases of norms
     assert sum(p.numel() for p in model.parameters()) == 169_627_218 - folded + added
 
 

@@ -353,7 +353,7 @@ def test_student_and_teacher_begin_at_the_same_masks_and_time(monkeypatch):
         noise.append((t.clone(), q_sample(x, t, mask_id)))
         return noise[-1][1]
 
-    def sdtt_targets(teacher, z, t, dt, k, mask_id, targets=distill.sdtt_targets):
+    def sdtt_targets(teacher, z, t, dt, k, mask_id, rank, targets=distill.sdtt_targets):
         asked.append((z.clone(), t.clone(), dt, k, mask_id))
         return targets(teacher, z, t, dt, k, mask_id)
 
@@ -385,23 +385,27 @@ def one_of_three_words(L):
 
 class Table(nn.Module):
     """A student without limits: logits of its own for every masked sequence and position."""
+    config = Model.config
 
-    def __init__(self, f, V, L):
+    def __init__(self, model, V, L):
         super().__init__()
         self.z = all_sequences(V + 1, L)                             # (Z, L)
         self.place = (V + 1) ** torch.arange(L - 1, -1, -1)          # z as a number in base V + 1
-        logits = f(self.z, torch.ones_like(self.z, dtype=torch.bool)).clamp(min=-30)
-        self.logits = nn.Parameter(logits.view(*self.z.shape, V).float())
+        logits = model(self.z).clamp(min=-30)                        # (Z, L, V)
+        self.logits = nn.Parameter(logits.float())
 
-    def states(self, z, at):
-        return self.logits[(z * self.place).sum(1)][at]
+    def hidden(self, z, at=None, rank=None):
+        states = self.logits[(z * self.place).sum(1)]
+        return states if at is None else states[at]
 
     def head(self, h):
         return h
 
-    def forward(self, z, at, f=None, *rows):
-        logits = self.states(z, at)
-        return logits if f is None else f(logits, *rows).sum()
+    def chunked_sum(self, h, f, *rows):
+        return f(h, *rows).sum()
+
+    def forward(self, z):
+        return self.hidden(z)
 
 
 def law(model, steps, V, L):
@@ -412,7 +416,7 @@ def law(model, steps, V, L):
     z = all_sequences(V + 1, L)                                      # (Z, L), the last all masks
     masked = z == V
     p = torch.zeros(len(z), L, V, dtype=torch.float64)
-    p[masked] = model(z, masked).detach().double().softmax(-1)
+    p[masked] = model(z)[masked].detach().double().softmax(-1)
     state = torch.zeros(len(z), dtype=torch.float64)
     state[-1] = 1
     for i in range(steps):

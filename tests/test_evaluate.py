@@ -163,7 +163,8 @@ def test_a_judge_of_other_tokens_reads_the_text_and_the_table_says_so(made, tmp_
 def law_model(p):
     """The perfect model of a law, as draw_samples wants it."""
     model = toy.exact_model(p)
-    model.config = type("C", (), dict(causal=False, context=p.dim()))
+    model.config = type("C", (), dict(
+        causal=False, attention="full", relative=False, context=p.dim()))
     model.mask_id, model.embed = p.shape[0], torch.nn.Identity()
     return model
 

@@ -22,7 +22,7 @@ def of_joint(seed=0):
     """A law, its perfect model in the form that likelihood.py asks for, and all sequences."""
     law = toy.joint(V, L, seed)
     model = toy.exact_model(law)
-    model.config, model.mask_id = types.SimpleNamespace(causal=False), V
+    model.config, model.mask_id = types.SimpleNamespace(causal=False, attention="full"), V
     return law, model, toy.all_sequences(V, L)
 
 
@@ -31,7 +31,7 @@ def crooked(seed=0):
     table = torch.randn((V + 1,) * L + (L, V), dtype=torch.float64,
                         generator=torch.Generator().manual_seed(seed))
     model = toy.Model(lambda z, at: table[tuple(z.T)][at])
-    model.config, model.mask_id = types.SimpleNamespace(causal=False), V
+    model.config, model.mask_id = types.SimpleNamespace(causal=False, attention="full"), V
     return model
 
 
@@ -181,17 +181,17 @@ def test_reveal_attention_reads_the_passage_in_one_order():
     torch.manual_seed(5)
     nats = likelihood.word_nats(model, x, 2, V)
     torch.manual_seed(5)
-    order, = likelihood.order_of(model, x, 2)
+    order = likelihood.rank_of(model, x, 2)
     assert (order[:, :4] < 1).all() and (order[:, 4:] >= 1).all()
     each = []
     for first, second in ((4, 5), (5, 4)):
         z = x.clone()
         z[:, 4:] = V
-        p = model(z, order=order)[range(3), [first] * 3].log_softmax(-1)[range(3), x[:, first]]
+        p = model(z, rank=order)[range(3), [first] * 3].log_softmax(-1)[range(3), x[:, first]]
         z[:, first] = x[:, first]
         later = order.clone()
         later[:, first] = 5.0
-        q = model(z, order=later)[range(3), [second] * 3].log_softmax(-1)[range(3), x[:, second]]
+        q = model(z, rank=later)[range(3), [second] * 3].log_softmax(-1)[range(3), x[:, second]]
         each.append(p + q)
     truth = math.log(2) - torch.logsumexp(torch.stack(each).double(), 0)
     assert torch.allclose(nats, truth, atol=1e-4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusion import categorical
+from diffusion import categorical, states_at
 from model import (PRESETS, KVCache, ModelConfig, Transformer, cross_entropy,
                    decode, gelu, generate, nll, rotate)
 from toy import all_sequences, chi_square, count
@@ -43,15 +43,20 @@ def far(a, b):
     return float((a - b).abs().max())
 
 
-def in_chunks(model, idx, sizes, pos=None):
-    """Logits (B, L, V), the tokens given to the model in chunks with a cache."""
-    cache, logits, begin = KVCache(model.config, len(idx), idx.shape[1]), [], 0
+def in_chunks(model, idx, sizes, pos=None, cache=None):
+    """Logits (B, L, V), the tokens read by the model in chunks with a cache. A causal model's token
+    sees those before it, another's the cache and its own chunk."""
+    (B, L), logits, begin = idx.shape, [], 0
+    cache = cache or model.cache(B, L)
+    pos = torch.arange(L).expand(B, L) if pos is None else pos.expand(B, L)
     for n in sizes:
         part = slice(begin, begin + n)
-        at = None if pos is None else pos[..., part]
-        logits.append(model.head(model.hidden(idx[:, part], pos=at, cache=cache)))
+        row, slot = torch.arange(B).repeat_interleave(n), torch.arange(begin, begin + n).repeat(B)
+        limit = slot if model.config.causal else torch.full_like(slot, begin + n)
+        h = model.read(cache, idx[:, part].flatten(), pos[:, part].flatten(), row, slot, limit)
+        logits.append(model.head(h).view(B, n, -1))
         begin += n
-    assert begin == idx.shape[1] == cache.length
+    assert begin == L
     return torch.cat(logits, dim=1)
 
 
@@ -205,20 +210,20 @@ def test_logits_at_chosen_positions_equal_the_same_rows_of_all():
     """Some, all and no positions. No false alarm."""
     model, idx = model_of(), torch.randint(12, (4, 9))
     for at in (torch.rand(4, 9) < 0.4, torch.ones(4, 9).bool(), torch.zeros(4, 9).bool()):
-        logits = model(idx, at)
+        logits = model.head(states_at(model, idx, at))
         assert logits.shape == (int(at.sum()), 11)
         assert torch.allclose(logits, model(idx)[at], rtol=0, atol=CLOSE)
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned", "both"])
 def test_last_block_at_some_positions_equals_the_same_rows_of_all(positions):
-    """In any order, the same one twice too. No false alarm: float32's rounding."""
+    """In any order, as many as one likes of each row, the same one twice too; and many of a single
+    row. No false alarm: float32's rounding."""
     model, idx = model_of(positions=positions), torch.randint(12, (3, 9))
-    at = torch.tensor([[4, 0, 8, 4], [1, 2, 3, 5], [8, 7, 6, 6]])
-    expected = model(idx)[torch.arange(3)[:, None], at]
-    assert far(model(idx, at).view(3, 4, 11), expected) < CLOSE
-    row = model(idx[:1], at.view(1, -1))                 # as of three equal rows
-    assert far(row, model(idx[:1].expand(3, -1), at)) < CLOSE
+    at = torch.tensor([2, 0, 0, 2, 2, 0, 0]), torch.tensor([8, 4, 0, 6, 6, 8, 4])
+    assert far(model.head(model.hidden(idx, at)), model(idx)[at]) < CLOSE
+    row, pos = torch.zeros(20, dtype=torch.long), torch.randint(9, (20,))
+    assert far(model.head(model.hidden(idx[:1], (row, pos))), model(idx)[row, pos]) < CLOSE
 
 
 def test_where_all_is_masked_relative_positions_all_look_the_same():
@@ -226,9 +231,9 @@ def test_where_all_is_masked_relative_positions_all_look_the_same():
     causal model. No false alarm: float32's rounding."""
     z = torch.full((1, 9), 11)
     model = model_of(positions="rope")
-    assert model.relative and far(model(z), model(z[:, :1])) < CLOSE
+    assert model.config.relative and far(model(z), model(z[:, :1])) < CLOSE
     for options in (dict(positions="learned"), dict(positions="both"), dict(attention="causal")):
-        assert not model_of(**options).relative
+        assert not model_of(**options).config.relative
     assert far(model_of(positions="both")(z), model_of(positions="both")(z[:, :1])) > VISIBLE
 
 
@@ -244,14 +249,14 @@ def test_sequences_in_which_nothing_is_wanted_are_not_computed():
     """Rows come in the same order; with nothing wanted at all there are none. No false alarm."""
     model, idx, sizes = model_of(), torch.randint(12, (4, 9)), []
 
-    def trunk(idx, *args, trunk=model.trunk, **kwargs):
+    def run(idx, *args, run=model.run, **kwargs):
         sizes.append(len(idx))
-        return trunk(idx, *args, **kwargs)
-    model.trunk = trunk
+        return run(idx, *args, **kwargs)
+    model.run = run
     at = torch.zeros(4, 9, dtype=torch.bool)
-    assert model(idx, at).shape == (0, 11)
+    assert states_at(model, idx, at).shape == (0, 16)
     at[1, [2, 3]] = at[3, 8] = True
-    assert far(model(idx, at), model(idx)[at]) < CLOSE
+    assert far(model.head(states_at(model, idx, at)), model(idx)[at]) < CLOSE
     assert sizes == [0, 2, 4]
 
 
@@ -298,22 +303,23 @@ def test_loss_in_chunks_has_the_value_and_gradients_of_the_plain_one(monkeypatch
     model, idx, target = model_of(), torch.randint(12, (3, 9)), torch.randint(11, (3, 9))
     model.requires_grad_(True)
     monkeypatch.setattr("model.CHUNK", chunk * 11)
-    at = None if everywhere else torch.rand(3, 9) < 0.5
-    x = target.flatten() if everywhere else target[at]
+    at = torch.ones(3, 9).bool() if everywhere else torch.rand(3, 9) < 0.5
+    x = target[at]
     weight, sizes = torch.rand(len(x)), []
 
     def f(logits, x, weight):
         sizes.append(len(logits))
         return weight * cross_entropy(logits, x)
-    loss = 3 * model(idx, at, f, x, weight)
-    plain = 3 * f(model(idx, at).reshape(-1, 11), x, weight).sum()
+    loss = 3 * model.chunked_sum(model.hidden(idx)[at], f, x, weight)
+    plain = 3 * f(model(idx)[at], x, weight).sum()
     assert max(sizes[:-1]) <= chunk and sum(sizes[:-1]) == len(x)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     expected = gradients(model, plain)
     largest = max(float(g.abs().max()) for g in expected)
     for a, b in zip(gradients(model, loss), expected):
         assert torch.allclose(a, b, rtol=0, atol=1e-5 * largest)
-    value = model.requires_grad_(False)(idx, at, f, x, weight)
+    model.requires_grad_(False)
+    value = model.chunked_sum(model.hidden(idx)[at], f, x, weight)
     assert 3 * value.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
@@ -431,35 +437,28 @@ def test_cache_works_in_bf16():
     alarm."""
     model, idx = model_of(attention="causal"), torch.randint(12, (2, 8))
     model.bf16 = True
-    cache = KVCache(model.config, 2, 8, dtype=torch.bfloat16)
-    parts = [model.head(model.hidden(part, cache=cache)) for part in idx.split((4, 1, 3), dim=1)]
+    cache = model.cache(2, 8)
+    logits = in_chunks(model, idx, [4, 1, 3], cache=cache)
     assert {x.dtype for x in cache.k + cache.v} == {torch.bfloat16}
-    assert far(torch.cat(parts, dim=1), model(idx)) < 0.1
+    assert far(logits, model(idx)) < 0.1
 
 
 def test_more_tokens_than_the_cache_holds_are_refused():
-    """ValueError, at once or with those before; what is stored stays of use. No false alarm."""
+    """ValueError, at once or with those before. No chance involved."""
     model, idx = model_of(attention="causal"), torch.randint(12, (2, 5))
-    with pytest.raises(ValueError, match="holds 4 tokens, 5 were given"):
-        model.hidden(idx, cache=KVCache(model.config, 2, 4))
-    cache = KVCache(model.config, 2, 4)
-    model.hidden(idx[:, :3], cache=cache)
-    with pytest.raises(ValueError, match="holds 4 tokens, 5 were given"):
-        model.hidden(idx[:, 3:], cache=cache)
-    last = model.head(model.hidden(idx[:, 3:4], cache=cache))
-    assert cache.length == 4 and far(last[:, 0], model(idx)[:, 3]) < CLOSE
+    for sizes in ([5], [3, 2]):
+        with pytest.raises(ValueError, match="holds 4 tokens, 5 were given"):
+            in_chunks(model, idx, sizes, cache=model.cache(2, 4))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_more_tokens_than_the_context_are_refused(positions):
-    """ValueError, with and without a cache, which has room; 16 are taken. No chance involved."""
+    """ValueError, with and without a cache; 16 are taken. No chance involved."""
     model, idx = model_of(attention="causal", positions=positions), torch.randint(12, (2, 17))
     with pytest.raises(ValueError, match="17 tokens, but the context is 16"):
         model(idx)
-    cache = KVCache(model.config, 2, 30)
-    model.hidden(idx[:, :10], cache=cache)
     with pytest.raises(ValueError, match="17 tokens, but the context is 16"):
-        model.hidden(idx[:, 10:], cache=cache)
+        model.cache(2, 17)
     assert model(idx[:, :16]).shape == (2, 16, 11)
 
 
@@ -516,10 +515,10 @@ def test_generation_forwards_each_token_once_and_the_last_never():
     """The start symbol and the prompt together, then one at a time. No chance involved."""
     model, sizes = model_of(attention="causal"), []
 
-    def trunk(idx, *args, trunk=model.trunk, **kwargs):
-        sizes.append(idx.shape[1])
-        return trunk(idx, *args, **kwargs)
-    model.trunk = trunk
+    def run(idx, *args, run=model.run, **kwargs):
+        sizes.append(idx.numel() / 2)                    # two texts
+        return run(idx, *args, **kwargs)
+    model.run = run
     generate(model, torch.zeros(2, 4, dtype=torch.long), 8, lambda logits: logits.argmax(-1))
     assert sizes == [5, 1, 1, 1]
 

@@ -19,7 +19,7 @@ import sample as sample_script
 import train
 from diffusion import categorical, nelbo, plan, q_sample, sample, sample_cached
 from helpers import call, make_dataset, refused
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, reveal_mask
 from toy import all_sequences, chi_square, count
 from tools import convert
 
@@ -50,7 +50,7 @@ def uncached(model, z, order, when, draw, seen):
     z = z.clone()
     for i in range(int(when.max()) + 1):
         row, j = (when == i).nonzero().unbind(1)
-        h = model.hidden(z, order=place)[row, order[row, j]]
+        h = model.hidden(z, rank=place)[row, order[row, j]]
         seen(h)
         z[row, order[row, j]] = draw(model.head(h))
     return z
@@ -62,11 +62,11 @@ def test_who_sees_whom():
     z = torch.randint(11, (4, 9))
     z[torch.rand(4, 9) < 0.4] = model.mask_id
     order = torch.rand(4, 9)
-    mask = model.seen_by(z, order)
+    mask = reveal_mask(z, order, model.mask_id)
     for b, i, j in itertools.product(range(4), range(9), range(9)):
         token = z[b, j] != model.mask_id
         before = z[b, i] == model.mask_id or order[b, j] < order[b, i]
-        assert mask[b, 0, i, j] == (i == j or bool(token and before))
+        assert mask[b, i, j] == (i == j or bool(token and before))
 
 
 def test_a_tokens_state_is_the_same_whatever_is_revealed_after_it():
@@ -75,7 +75,7 @@ def test_a_tokens_state_is_the_same_whatever_is_revealed_after_it():
     order = torch.rand(2, 12).argsort(1).argsort(1).double()
     states = []
     for n in (4, 8, 12):
-        states.append(model.hidden(torch.where(order < n, x, model.mask_id), order=order))
+        states.append(model.hidden(torch.where(order < n, x, model.mask_id), rank=order))
     first = order < 4
     for h in states[1:]:
         assert (h - states[0])[first].abs().max() < CLOSE
@@ -143,7 +143,7 @@ def test_samples_have_the_law_of_the_model(steps):
                 known = [order[j] for j in range(3) if when[j] < i]
                 z = torch.full((27, 3), 3)
                 z[:, known] = x[:, known]
-                log_p = model.head(model.hidden(z, order=place)).double().log_softmax(-1)
+                log_p = model.head(model.hidden(z, rank=place)).double().log_softmax(-1)
                 for position in open_now:
                     p = p * log_p[:, position].gather(1, x[:, [position]])[:, 0].exp()
             law += p / 6 / len(whens)
@@ -164,7 +164,7 @@ def test_the_bound_is_the_mean_over_all_orders():
         place = torch.tensor([order]).argsort(1).double()
         for j in range(3):
             z = torch.where(place < j, x, 3)
-            log_p = model.head(model.hidden(z, order=place)).double().log_softmax(-1)
+            log_p = model.head(model.hidden(z, rank=place)).double().log_softmax(-1)
             expected -= log_p[0, order[j], x[0, order[j]]].item() / 6 / 3
     found = torch.stack([nelbo(model, x.expand(200, 3), 3) for _ in range(200)]).double()
     assert abs(found.mean() - expected) < 4.5 * found.std() / math.sqrt(200)
@@ -183,14 +183,18 @@ def test_targets_see_what_the_teacher_revealed_after_all_else():
     """Two steps of half the time: the second step's states are those of the text with the tokens of
     the first at the end of the order. Exact up to rounding."""
     model, x, t = model_of(), torch.randint(11, (4, 12)), torch.full((4,), 0.9)
-    z, order, asked = q_sample(x, t, 11), torch.rand(4, 12), []
-    states = model.states
-    model.states = lambda z, at, order: (asked.append((z, at, order)), states(z, at, order))[1]
-    distill.sdtt_targets(model, z, t, 0.4, 2, 11, order)
-    (z1, at1, order1), (z2, at2, order2) = asked
-    assert torch.equal(order1, order) and at1.any() and at2.any() and not (at1 & at2).any()
-    assert torch.equal(order2[~at1], order[~at1]) and (order2[at1] >= 1).all()
-    assert torch.equal(z2 == 11, at2) and torch.equal(z1, z)
+    z, rank, asked = q_sample(x, t, 11), torch.rand(4, 12), []
+
+    def hidden(z, at=None, rank=None, usual=model.hidden):
+        asked.append((z, rank))
+        return usual(z, at, rank)
+    model.hidden = hidden
+    distill.sdtt_targets(model, z, t, 0.4, 2, 11, rank)
+    (z1, rank1), (z2, rank2) = asked
+    assert torch.equal(z1, z) and torch.equal(rank1, rank)           # 12 masks each, all rows
+    first = (z1 == 11) & (z2 != 11)
+    assert first.any() and (z2 == 11).any()
+    assert torch.equal(rank2[~first], rank[~first]) and (rank2[first] >= 1).all()
 
 
 def test_gradients_reach_every_weight_in_training():

@@ -3,8 +3,11 @@ and the exact posterior of that law in the shape of a model. The mask is
 id V. Also the chi-square test that compares counts with a law. All numbers are float64.
 """
 import itertools
+import types
 
 import torch
+
+import diffusion
 
 
 def all_sequences(V, L):
@@ -37,22 +40,29 @@ class Model:
     def __init__(self, f):
         self.f = f
 
-    def states(self, z, at):
-        """At positions (B, n) in any order, f is asked about all and the rest is dropped."""
-        if at.dtype == torch.bool:
-            return self.f(z, at)
-        everything = self.f(z, torch.ones_like(z, dtype=torch.bool)).view(*z.shape, -1)
-        return everything[torch.arange(len(z))[:, None], at].flatten(0, 1)
+    config = types.SimpleNamespace(attention="full", relative=False, causal=False)
+
+    def hidden(self, z, at=None, rank=None):
+        """f is asked about all positions, and those that are not wanted are dropped."""
+        everywhere = torch.ones_like(z, dtype=torch.bool)
+        states = self.f(z, everywhere).view(*z.shape, -1)
+        return states if at is None else states[at]
 
     def head(self, h):
         return h
 
-    def __call__(self, z, at=None, f=None, *rows):
-        if at is None:
-            everywhere = torch.ones_like(z, dtype=torch.bool)
-            return self.f(z, everywhere).view(*z.shape, -1)
-        logits = self.states(z, at)
-        return logits if f is None else f(logits, *rows).sum()
+    def chunked_sum(self, h, f, *rows):
+        return f(h, *rows).sum()
+
+    def __call__(self, z):
+        return self.hidden(z)
+
+
+def states_at(model, z, at, rank=None, usual=diffusion.states_at):
+    """diffusion.states_at; but a toy's f is asked about the positions `at` of all rows."""
+    if isinstance(model, Model):
+        return model.f(z, at)
+    return usual(model, z, at, rank)
 
 
 def exact_model(joint):
@@ -81,7 +91,7 @@ def ancestral_law(joint, steps):
         p = torch.ones(len(x), dtype=torch.float64)
         for i in set(when.tolist()):
             at = (when == i).expand(x.shape)
-            log_p = model(torch.where(when < i, x, V), at)           # (S * opening, V)
+            log_p = model(torch.where(when < i, x, V))[at]           # (S * opening, V)
             p *= log_p.gather(1, x[at][:, None]).exp().view(len(x), -1).prod(1)
         total += p
     return total / steps ** L

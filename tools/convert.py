@@ -216,9 +216,10 @@ def from_mdlm(config, take):
         raise ValueError("it is conditioned on time, which cannot be folded away")
     C, cond = config.get("hidden_dim") or config["hidden_size"], config["cond_dim"]
     embed = take("vocab_embed.embedding", (config.get("vocab_size"), C))
+    positions = config.get("nanosdtt", {}).get("positions", "rope")
     size = ModelConfig(len(embed) - 1, config.get("model_length") or config["length"],
-                       config["n_blocks"], config["n_heads"], C,
-                       positions=config.get("nanosdtt", {}).get("positions", "rope"))
+                       config["n_blocks"], config["n_heads"], C, positions=positions,
+                       attention_bias=positions != "rope")           # published ones have none
     model = Transformer(size)
     check(take, "rotary_emb.inv_freq", inv_freq(size))
     c = torch.cat((torch.ones(FREQUENCIES // 2), torch.zeros(FREQUENCIES // 2)))     # cos 0, sin 0
@@ -242,8 +243,9 @@ def from_mdlm(config, take):
             state[f"{norm}.weight"] *= 1 + scale
             state[f"{norm}.bias"] = shift
         for linear, gate in zip(("attn_out", "mlp_out"), vectors[2::3]):
-            state[f"{part}.{linear}.weight"] *= gate[:, None]
-            state[f"{part}.{linear}.bias"] *= gate
+            for kind, factor in (("weight", gate[:, None]), ("bias", gate)):
+                if f"{part}.{linear}.{kind}" in state:
+                    state[f"{part}.{linear}.{kind}"] *= factor
     model.load_state_dict(state)
     return model
 

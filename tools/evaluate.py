@@ -207,7 +207,7 @@ def settle(c, models, data):
     c.temperature = c.temperature or (TEMPERATURES if c.frontier or c.plot else [1.0])
     c.steps = sorted(c.steps or [8, 16, 32])
     c.sequences = c.sequences or max(32, 2 ** 15 // c.length)
-    if c.joint and any(model.reveal for model, _ in models.values()):
+    if c.joint and any(model.config.attention == "reveal" for model, _ in models.values()):
         raise UserError("--joint is not for models with attention reveal, whose order it does not "
                         "keep; leave it out")
 

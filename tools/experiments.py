@@ -23,7 +23,7 @@ import distill
 from common import (GOES_ON, ROOT, Processes, UserError, command, fingerprint, flag, load_model,
                     parse_flags, to_json, write, write_json)
 from data.dataset import load_data
-from diffusion import unmask_step
+from diffusion import states_at, unmask_step
 from model import PRESETS
 from sample import make_judge
 from tools import evaluate, figures, likelihood
@@ -63,19 +63,19 @@ def variants(n):
 
 # ---- training
 
-def published_targets(teacher, z, t, dt, k, mask_id, order=None):
+def published_targets(teacher, z, t, dt, k, mask_id, rank=None):
     """distill.sdtt_targets with the time grid of the papers' public code: where step i of k should
     begin at t - i dt, it begins at w t + (1 - t) (t - k dt), with w from 1 down to 0."""
     masked = z == mask_id
     target = None
     for w in torch.linspace(1, 0, k).tolist():
-        at = z == mask_id
+        settled = z == mask_id
         t_i = (w * t + (1 - t) * (t - k * dt)).clamp(1e-5, 1)
         after = unmask_step(teacher, z, t_i, (t_i - dt).clamp(min=0), mask_id)[0]
-        h = teacher.states(z, at)                        # of all, as that code has it
+        h = states_at(teacher, z, settled)               # of all, as that code has it
         if target is None:
             target = h.new_empty(int(masked.sum()), h.shape[1])
-        target[at[masked]] = h
+        target[settled[masked]] = h
         z = after
     return target
 

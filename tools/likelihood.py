@@ -12,7 +12,7 @@ import torch
 
 from common import UserError
 from data.lambada.prepare import WORD, parse_lambada
-from diffusion import ROWS
+from diffusion import ROWS, states_at
 from model import cross_entropy, nll, shifted
 from sample import exp, mean_se, put
 
@@ -23,10 +23,10 @@ DRAWS = 16                   # maskings for the bound of a longer one
 # ---- whole texts
 
 @torch.no_grad()
-def token_nats(model, z, x, order=None):
+def token_nats(model, z, x, rank=None):
     """-log p(x_i | z) at each mask of z, where z differs from x, and 0 elsewhere: (B, L)."""
     at = z != x
-    h = model.states(z, at, *[order] * (order is not None))          # (N, C)
+    h = states_at(model, z, at, rank)                                # (N, C)
     parts = zip(h.split(ROWS), x[at].split(ROWS))
     nats = [cross_entropy(model.head(a), b).double() for a, b in parts]
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
@@ -58,7 +58,7 @@ def any_order(model, x, mask_id, draws=1, known=0):
         n = 1 + ((i + torch.rand(B, 1, device=x.device)) * L / draws).long().clamp(max=L - 1)
         masked = torch.rand((B, L), device=x.device).argsort(1) < n
         z = torch.cat((x[:, :known], torch.where(masked, mask_id, x[:, known:])), 1)
-        total += token_nats(model, z, x, *order_of(model, x, L)).sum(1) / n[:, 0]
+        total += token_nats(model, z, x, rank_of(model, x, L)).sum(1) / n[:, 0]
     return total / draws
 
 
@@ -107,14 +107,14 @@ def batches(tasks, size):
             yield part, torch.tensor([tasks[j][0] + tasks[j][1] for j in part]), w
 
 
-def order_of(model, x, w):
-    """An order of reveal for a model that has one, in which the last w tokens come last: [(B, L)],
-    or [] for others."""
-    if not getattr(model, "reveal", False):
-        return []
-    order = torch.rand(x.shape, device=x.device)
-    order[:, x.shape[1] - w:] += 1
-    return [order]
+def rank_of(model, x, w):
+    """When tokens were revealed, for a model that asks, such that the last w come last: (B, L), or
+    None for others."""
+    if model.config.attention != "reveal":
+        return None
+    rank = torch.rand(x.shape, device=x.device)
+    rank[:, x.shape[1] - w:] += 1
+    return rank
 
 
 @torch.no_grad()
@@ -123,10 +123,11 @@ def complete(model, x, w, mask_id, protocol):
     at once; "confident", one at a time, the most certain first; "left", from left to right."""
     z, rows = x.clone(), torch.arange(len(x), device=x.device)
     z[:, -w:] = mask_id
-    at = torch.arange(x.shape[1] - w, x.shape[1], device=x.device).expand(len(x), w)
-    order = order_of(model, x, w)
+    at = rows.repeat_interleave(w), torch.arange(x.shape[1] - w, x.shape[1],
+                                                 device=x.device).repeat(len(x))
+    rank = rank_of(model, x, w)
     for i in range(1 if protocol == "one_pass" else w):
-        log_p = model.head(model.states(z, at, *order)).log_softmax(-1).view(len(x), w, -1)
+        log_p = model.head(model.hidden(z, at, rank)).log_softmax(-1).view(len(x), w, -1)
         best, ids = log_p.max(-1)                                    # (B, w)
         if protocol == "one_pass":
             return ids
@@ -134,8 +135,8 @@ def complete(model, x, w, mask_id, protocol):
         chosen = best.argmax(1) if protocol == "confident" else torch.full_like(rows, i)
         place = x.shape[1] - w + chosen
         z[rows, place] = ids[rows, chosen]
-        for one in order:
-            one[rows, place] = 2.0 + i
+        if rank is not None:
+            rank[rows, place] = 2.0 + i
     return z[:, -w:]
 
 
@@ -144,14 +145,14 @@ def word_nats(model, x, w, mask_id):
     they may be revealed one at a time, up to LONGEST tokens; beyond, the bound."""
     if w > LONGEST:
         return any_order(model, x, mask_id, DRAWS, x.shape[1] - w) * w
-    begin, order, nats = x.shape[1] - w, order_of(model, x, w), {}
+    begin, rank, nats = x.shape[1] - w, rank_of(model, x, w), {}
     for k in range(w):
         for known in itertools.permutations(range(w), k):            # revealed so far, in order
             z, places = x.clone(), [begin + i for i in known]
             z[:, [j for j in range(begin, x.shape[1]) if j not in places]] = mask_id
-            for one in order:
-                one[:, places] = 2.0 + torch.arange(k, device=x.device)
-            nats[known] = token_nats(model, z, x, *order)[:, begin:]             # (B, w)
+            if rank is not None:
+                rank[:, places] = 2.0 + torch.arange(k, device=x.device)
+            nats[known] = token_nats(model, z, x, rank)[:, begin:]               # (B, w)
     each = [sum(nats[path[:k]][:, path[k]] for k in range(w))
             for path in itertools.permutations(range(w))]            # (B,) for each order
     return math.log(len(each)) - torch.logsumexp(-torch.stack(each), 0)
@@ -165,7 +166,7 @@ def answer(model, x, w):
         right = {name: (complete(model, x, w, model.mask_id, name) == x[:, -w:]).all(1)
                  for name in ("one_pass", "confident", "left")}
         return right | {"nats": word_nats(model, x, w, model.mask_id)}
-    h = model.states(shifted(x, model.mask_id)).view(*x.shape, -1)[:, -w:]
+    h = model.hidden(shifted(x, model.mask_id))[:, -w:]
     log_p = model.head(h).log_softmax(-1)                            # (B, w, V)
     return {"left": (log_p.argmax(-1) == x[:, -w:]).all(1),
             "nats": -log_p.double().gather(2, x[:, -w:, None])[..., 0].sum(1)}

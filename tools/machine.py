@@ -152,9 +152,10 @@ def prepare(model, dtype, compiled, device):
             if isinstance(module, torch.nn.Linear):
                 module.bfloat16()
     for block in model.blocks if compiled and not model.config.causal else []:
-        block.compile()                      # AR: generate's decoding step is compiled instead
-        block.read = torch.compile(block.read, dynamic=True)     # of a cache: no step has the same
-    return model                                                 # number of tokens
+        # AR: generate's decoding step is compiled instead. With a KV cache no step has the same
+        # number of tokens
+        block.compile(dynamic=True if model.config.attention == "reveal" else None)
+    return model
 
 
 def compiled_decode(device, B):
@@ -200,10 +201,14 @@ def roofline(row, config, machine, size):
         done = B * L * (2 * layers * (24 * C * C + 2 * L * C) - 18 * C * C + 2 * head)
     elif row["engine"] == "diffusion-naive":
         done = nfe * B * L * (layers * block + 2 * head)
-    else:                                    # tokens of all passes: the first has one row or one
-        tokens = (nfe - 1) * B * L + (1 if config.positions == "rope" else L)
-        done = (tokens * ((layers - 1) * block + 4 * C * C)          # last block: keys and values,
-                + B * L * (20 * C * C + 4 * L * C + 2 * head))       # all else once per position
+    else:
+        # the first step computes one row, or, with relative positions, one position for all
+        relative = config.positions == "rope"
+        tokens = (nfe - 1) * B * L + (1 if relative else L)
+        once = B * L * (1 - 1 / nfe) if relative else B * L
+        # the last block: its projections everywhere, all else once per position
+        done = (tokens * ((layers - 1) * block + 6 * C * C)
+                + once * (18 * C * C + 4 * L * C) + B * L * 2 * head)
     return done / row["seconds"] / machine["flop_per_s"]
 
 

@@ -7,7 +7,7 @@ at fault. Rare is a token of less than 6e-5: in the first of 1,024 steps it woul
 than 6e-8, which noise of 24 bits cannot reach.
 """
 import math
-import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +31,15 @@ class Config:
 
 
 class Law:
-    """A model that knows one law of tokens (V,) and nothing else."""
+    """A model that knows one law of tokens (V,) and nothing else, for diffusion.sample."""
+    config = types.SimpleNamespace(attention="full", relative=False)
 
     def __init__(self, log_p):
         self.log_p = log_p
 
-    def states(self, z, at):
-        return torch.zeros(at.numel() if at.dtype != torch.bool else int(at.sum()), 1)
+    def hidden(self, z, at=None, rank=None):
+        row, pos = at
+        return torch.zeros(len(row), 1)
 
     def head(self, h):
         return self.log_p.float().expand(len(h), -1)
