@@ -4,7 +4,7 @@
     python train.py --objective ar           # out/stories-nano/ar.pt
     torchrun --standalone --nproc_per_node=8 train.py --preset small --dataset openwebtext ...
 
-Stopped at any moment, the same command goes on from the last checkpoint as if nothing had been.
+Interrupt it at any time: the same command goes on from the last checkpoint, to the same weights.
 `fit` is the project's only training loop; distill.py uses it for its rounds.
 """
 import contextlib
@@ -22,13 +22,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (GOES_ON, Run, UserError, agree, command, ema_update, finite, fingerprint, first, flag,
-                    hold, load_checkpoint, load_model, lr_factor, make_optimizers, parse_flags,
-                    reason, remedy, resume, save, seed_all, start, to_json, write)
+from common import (GOES_ON, Run, UserError, agree, command, ema_update, finite, fingerprint, first,
+                    flag, hold, load_checkpoint, load_model, lr_factor, make_optimizers,
+                    parse_flags, reason, remedy, resume, save, seed_all, start, to_json, write)
 from data.dataset import load_data
 from diffusion import nelbo
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 
+
+# ---- the flags
 
 @dataclasses.dataclass
 class LoopConfig:
@@ -63,8 +65,16 @@ class LoopConfig:
 
     @property
     def folder(self):
-        name = f"{Path(self.dataset).name}-{self.preset}" + "-reveal" * (self.attention == "reveal")
+        name = f"{Path(self.dataset).name}-{self.preset}"
+        if self.attention == "reveal":
+            name += "-reveal"
         return Path(self.out or Path("out") / name)
+
+
+DEFAULT_STEPS = {"mdlm": (1500, 6000), "ar": (300, 1000)}        # on stories, on real text
+FILES = {"mdlm": "teacher.pt", "ar": "ar.pt"}
+# flags that may change between a run and its continuation: they change no weight
+FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}
 
 
 @dataclasses.dataclass
@@ -75,8 +85,11 @@ class TrainConfig(LoopConfig):
     init: str | None = flag(None, "checkpoint whose weights, and sizes, training begins with")
 
     def __post_init__(self):
-        usual = (1500, 300) if self.dataset == "stories" else (6000, 1000)
-        self.steps = self.steps or usual[self.causal] // (3 if self.init else 1)
+        if self.steps is None:
+            on_stories, on_text = DEFAULT_STEPS[self.objective]
+            self.steps = on_stories if self.dataset == "stories" else on_text
+            if self.init:                    # it need not begin from nothing
+                self.steps //= 3
 
     @property
     def causal(self):
@@ -84,13 +97,22 @@ class TrainConfig(LoopConfig):
 
     @property
     def path(self):
-        return self.folder / {"mdlm": "teacher.pt", "ar": "ar.pt"}[self.objective]
-
-
-FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}  # may change
+        return self.folder / FILES[self.objective]
 
 
 # ---- the loop
+
+class Loss(torch.nn.Module):
+    """A model with its loss: what DistributedDataParallel needs as one forward pass."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x):
+        """x (B, L) -> a scalar, in nats per token."""
+        return self.loss(self.model, x)
+
 
 def fit(c, p, data, run, loss):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
@@ -105,37 +127,49 @@ def fit(c, p, data, run, loss):
     run.micro, count = micro_batches(c, p, run)
     net = Loss(run.model, loss)
     if p.world > 1:
-        net = DistributedDataParallel(net, broadcast_buffers=False)  # constants: cos, sin
+        # the buffers are constants (cos, sin): nothing to broadcast in every step
+        net = DistributedDataParallel(net, broadcast_buffers=False)
     run.model.train()
-    first, spent, began = run.step, run.seconds, time.time()
+    begin, spent, began = run.step, run.seconds, time.time()
     bad = torch.zeros((), device=p.device)       # the first step that was not finite, 0: none
-    with tqdm(total=run.steps, initial=first, desc=run.path.stem, disable=p.rank > 0,
+    with tqdm(total=run.steps, initial=begin, desc=run.path.stem, disable=p.rank > 0,
               mininterval=1, ncols=90) as bar:
-        for step in range(first, run.steps):
-            total = backward(c, p, data, run, net, run.micro, count)
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.clip or math.inf)
-            fine = total.isfinite() & norm.isfinite()
-            bad = torch.where(fine | (bad > 0), bad, step + 1)
-            shown = (step + 1) % 20 == 0
+        for step in range(begin, run.steps):
+            # what happens after this step
             last = step + 1 == run.steps
+            shown = (step + 1) % 20 == 0
             logged = last or (step + 1) % c.log_every == 0
             saved = last or (step + 1) % c.save_every == 0
-            # not at every step on a GPU: to read a number there is to wait for it
+
+            # the gradient of the global batch, clipped
+            total = backward(c, p, data, run, net, count)                # this process's loss
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.clip or math.inf)
+
+            # stop before a step that would spoil the weights; on a GPU not at every step, because to
+            # read a number there is to wait for it
+            fine = total.isfinite() & norm.isfinite()
+            bad = torch.where(fine | (bad > 0), bad, step + 1)
             if p.device.type == "cpu" or shown or logged or saved:
                 stop_if_not_finite(c, p, run, bad)
+
+            # the step: linear warm-up, then a cosine; then the averaged weights follow
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = c.lr * lr_factor(step, run.steps, c.warmup, c.final_lr)
                 optimizer.step()
                 optimizer.zero_grad()
             ema_update(run.ema, run.model, c.ema, run.averaged + step)
-            run.step, run.seconds = step + 1, spent + time.time() - began
-            speed = ((run.step - first) * c.batch * run.model.config.context
-                     / (time.time() - began))        # tokens per second
+
+            # the clock and the bar
+            seconds = time.time() - began
+            run.step, run.seconds = step + 1, spent + seconds
+            speed = (run.step - begin) * c.batch * run.model.config.context / seconds    # tokens/s
             if shown:
                 bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", False)
             bar.update()
-            if logged or saved:                      # the step itself may have been too large
+
+            # validation, before anything is saved: the step itself may have been too large
+            if logged or saved:
                 val_loss = validate(run.ema, loss, data, c, p.device, 4 if logged else 1)
                 if not (math.isfinite(val_loss) and finite(run.model)):
                     bad.fill_(run.step)
@@ -143,22 +177,26 @@ def fit(c, p, data, run, loss):
             if logged:
                 if p.world > 1:
                     dist.all_reduce(total)
-                write_log(p, run, loss=total.item() / p.world, tokens_per_s=speed,
-                          val_loss=val_loss)
-            if p.rank == 0 and saved:
+                write_log(p, run, loss=total.item() / p.world, tokens_per_s=speed, val_loss=val_loss)
+            if saved and p.rank == 0:
                 save(run)
 
 
-class Loss(torch.nn.Module):
-    """A model with its loss: what DistributedDataParallel needs as one forward pass."""
-
-    def __init__(self, model, loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, x):
-        """x (B, L) -> a scalar, in nats per token."""
-        return self.loss(self.model, x)
+def backward(c, p, data, run, net, count):
+    """The gradient of one step, left in the parameters; returns this process's loss. The global
+    batch is a list of micro-batches, each with a seed of its own, dealt out to the processes in
+    turn: so several processes see what one would have seen."""
+    total = torch.zeros((), device=p.device)
+    for i in range(count):
+        seed_all(c.seed, run.path.stem, run.step, i * p.world + p.rank)
+        x = data.batch("train", run.micro, run.model.config.context, p.device)       # (micro, L)
+        # gradients are averaged between processes after the last micro-batch only
+        alone = p.world == 1 or i == count - 1
+        with contextlib.nullcontext() if alone else net.no_sync():
+            value = net(x) / count
+            value.backward()
+        total += value.detach()
+    return total
 
 
 def stop_if_not_finite(c, p, run, bad):
@@ -198,21 +236,6 @@ def micro_batches(c, p, run=None):
     return micro, c.batch // (micro * p.world)
 
 
-def backward(c, p, data, run, net, micro, count):
-    """The gradient of one step, left in the parameters; returns this process's loss. The global
-    batch is a list of micro-batches, each with a seed of its own, dealt out to the processes in
-    turn. Gradients are averaged between processes after the last."""
-    total = torch.zeros((), device=p.device)
-    for i in range(count):
-        seed_all(c.seed, run.path.stem, run.step, i * p.world + p.rank)
-        x = data.batch("train", micro, run.model.config.context, p.device)       # (micro, L)
-        with contextlib.nullcontext() if p.world == 1 or i == count - 1 else net.no_sync():
-            value = net(x) / count
-            value.backward()
-        total += value.detach()
-    return total
-
-
 @torch.no_grad()
 def validate(model, loss, data, c, device, batches=4):
     """Mean loss on validation text, always with the same text and noise; leaves the RNG alone."""
@@ -241,8 +264,10 @@ def write_log(p, run, **entry):
 def rewind_log(run):
     """Drop the lines after run.step: a stop may have come between a line and a checkpoint."""
     path = run.path.with_suffix(".jsonl")
-    lines = path.read_text().splitlines(True) if path.exists() and run.step else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= run.step]
+    lines = []
+    if path.exists() and run.step:
+        lines = path.read_text().split("\n")[:-1]        # what no line end follows is half a line
+    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
     write(path, lambda f: f.write("".join(kept).encode()))
 
 
@@ -253,18 +278,22 @@ def prepare_model(model, c, p):
     model = model.to(p.device)
     model.bf16 = p.device.type == "cuda" if c.bf16 is None else c.bf16
     model.recompute = c.recompute
-    for block in model.blocks if c.compile else []:      # one is compiled, all share it
-        block.compile()
+    if c.compile:
+        for block in model.blocks:           # one is compiled, all share it
+            block.compile()
     return model
 
 
 def as_command(script, c):
     """The command line that gives the config c."""
-    usual, words = dataclasses.asdict(type(c)()), ["python", script]
+    defaults, words = dataclasses.asdict(type(c)()), ["python", script]
     for name, value in dataclasses.asdict(c).items():
-        if value != usual[name] or name == "objective":
-            words += ([f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else
-                      [f"--{name}", str(value)])
+        if value == defaults[name] and name != "objective":
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
     return shlex.join(words)
 
 
@@ -274,46 +303,64 @@ def ar_loss(model, x, mask_id):
     return model.chunked_sum(h, cross_entropy, x.flatten()) / x.numel()
 
 
+def with_saved_flags(c):
+    """c with the flags that its unfinished or finished checkpoint was made with."""
+    saved = load_checkpoint(c.path, kinds=(c.objective,))
+    if "objective" not in saved["config"]:
+        raise UserError(f"{c.path} was made by tools.convert, not by train.py; move it to another "
+                        f"folder and give it as --{'judge' if c.causal else 'teacher'}")
+    kept = FREE
+    if saved.get("data"):                    # resume() compares the data, not their name
+        kept = FREE | {"dataset"}
+    return dataclasses.replace(c, **{k: v for k, v in saved["config"].items() if k not in kept})
+
+
+def initial_model(c, data):
+    """What training begins with, on the CPU: a new Transformer that fits data, or one of the sizes
+    and weights of --init; and a fingerprint of these weights, or None. Raises UserError."""
+    attention = "causal" if c.causal else c.attention or "full"
+    seed_all(c.seed, c.objective)
+    if c.init is None:
+        sizes = dict(PRESETS[c.preset])
+        sizes["context"] = data.context(c.context or sizes["context"])
+        positions = c.positions or ("both" if data.texts else "rope")
+        config = ModelConfig(data.tokenizer.vocab, attention=attention, positions=positions,
+                             dropout=c.dropout, **sizes)
+        # MDLM has no biases in attention: without them tools.convert can export what is trained
+        config.attention_bias = not config.relative
+        return Transformer(config), None
+    kinds = ("ar",) if c.causal else ("mdlm", "sdtt")
+    given, content = load_model(c.init, kinds=kinds)
+    if content["tokenizer"] != data.tokenizer.spec:
+        raise UserError(f"--init {c.init} knows other tokens than {data.folder}; give the --dataset "
+                        "it was trained on")
+    data.context(given.config.context)       # is there enough of it?
+    model = Transformer(dataclasses.replace(given.config, attention=attention, dropout=c.dropout))
+    model.load_state_dict(given.state_dict())
+    return model, fingerprint(given)
+
+
 def train(c, p, as_saved=False):
     """Train what TrainConfig c says, or what is left of it; returns the checkpoint's path, where
     the whole file is when it returns, in all processes.
     as_saved: a checkpoint made with other flags goes on with its own instead of being refused."""
     if as_saved and c.path.exists():
-        saved = load_checkpoint(c.path, kinds=(c.objective,))
-        if "objective" not in saved["config"]:
-            raise UserError(f"{c.path} was made by tools.convert, not by train.py; move it to another "
-                            f"folder and give it as --{'judge' if c.causal else 'teacher'}")
-        own = FREE | ({"dataset"} if saved.get("data") else set())   # resume() compares the data
-        c = dataclasses.replace(c, **{k: v for k, v in saved["config"].items() if k not in own})
+        c = with_saved_flags(c)
     data = load_data(c.dataset, p)
-    sizes = PRESETS[c.preset] | {"context": data.context(c.context or PRESETS[c.preset]["context"])}
-    seed_all(c.seed, c.objective)
-    attention = "causal" if c.causal else c.attention or "full"
-    positions = c.positions or ("both" if data.texts else "rope")
-    config = ModelConfig(data.tokenizer.vocab, attention=attention, positions=positions,
-                         dropout=c.dropout, **sizes)
-    # MDLM has no biases in attention: without them tools.convert can export what is trained
-    config.attention_bias = not config.relative
+    model, init = initial_model(c, data)
+    model = prepare_model(model, c, p)
+    ema = prepare_model(copy.deepcopy(model).eval(), c, p)
     content = dict(kind=c.objective, config=dataclasses.asdict(c), tokenizer=data.tokenizer.spec,
                    data=data.fingerprint)
-    if c.init:
-        kinds = ("ar",) if c.causal else ("mdlm", "sdtt")
-        initial, old = load_model(c.init, kinds=kinds)
-        if old["tokenizer"] != data.tokenizer.spec:
-            raise UserError(f"--init {c.init} knows other tokens than {data.folder}; give the "
-                            "--dataset it was trained on")
-        config = dataclasses.replace(initial.config, attention=attention, dropout=c.dropout)
-        content["init"] = fingerprint(initial)
-    model = prepare_model(Transformer(config), c, p)
-    if c.init:
-        model.load_state_dict(initial.state_dict())
-    ema = prepare_model(copy.deepcopy(model).eval(), c, p)
+    if init:
+        content["init"] = init
     run = Run(c.path, c.steps, model, ema, make_optimizers(model, c), content)
-    first(p, lambda: hold(c.path))
+
+    first(p, lambda: hold(c.path))           # one run at a time writes it
     if resume(run, c, FREE) and run.step == run.steps and p.rank == 0:
         print(f"{c.path} is there: {run.steps} steps, {run.seconds:.0f} s")
-    fit(c, p, data, run, functools.partial({"ar": ar_loss, "mdlm": nelbo}[c.objective],
-                                           mask_id=model.mask_id))
+    loss = {"ar": ar_loss, "mdlm": nelbo}[c.objective]
+    fit(c, p, data, run, functools.partial(loss, mask_id=model.mask_id))
     if p.world > 1:
         dist.barrier()                       # process 0 has saved: now the others may read
     return c.path
