@@ -5,7 +5,7 @@
 makes the dataset and trains the AR judge and the teacher where they are missing, then distils: in
 every round the student learns to do in one step what its teacher, a frozen copy of itself, does in
 k = 2 steps of size dt; then dt doubles. It ends with a table, text, and a folder of results.
-Stopped at any moment, the same command goes on where it was.
+Interrupt it at any time: the same command goes on where it was.
 """
 import copy
 import dataclasses
@@ -27,6 +27,55 @@ from model import Transformer
 from sample import draw_samples, make_judge, sample_row
 from train import FREE, LoopConfig, TrainConfig, as_command, fit, prepare_model, train
 
+COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
+ANYTIME = FREE | {"rounds", "samples", "judge", "teacher"}   # flags that may change between runs
+SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batch", "micro_batch",
+          "seed", "device", "bf16", "compile", "recompute")  # flags for what is trained on the way
+
+
+# ---- divergences: f(student, target), log-probabilities (N, V) both -> (N,), in nats
+
+def reverse_kl(student, target):
+    """KL(student || target), the paper's choice (section 3.2). It is mode-seeking: where one step
+    cannot express what the teacher knew in two, the student commits to a likely choice."""
+    return (student.exp() * (student - target)).sum(-1)
+
+
+def forward_kl(student, target):
+    """KL(target || student). Its best student is the mean of its targets, which is what the
+    teacher predicts already: averaged over many steps there is nothing to learn."""
+    return (target.exp() * (target - student)).sum(-1)
+
+
+def jensen_shannon(student, target):
+    """The mean of both KLs to the middle of the two laws; at most log 2."""
+    middle = torch.logaddexp(student, target) - math.log(2)
+    return (reverse_kl(student, middle) + reverse_kl(target, middle)) / 2
+
+
+def total_variation(student, target):
+    """1/2 sum |p - q|; at most 1."""
+    return (student.exp() - target.exp()).abs().sum(-1) / 2
+
+
+def squared_log_ratio(student, target):
+    """Mean over V of (log p - log q)^2."""
+    return (student - target).square().mean(-1)
+
+
+# to try another one: a function above, and an entry here
+DIVERGENCES = {"kld": reverse_kl, "fkl": forward_kl, "jsd": jensen_shannon,
+               "tvd": total_variation, "mse": squared_log_ratio}
+
+
+def divergence(student, target, kind):
+    """The divergence of that name, see DIVERGENCES. Raises ValueError for another name."""
+    if kind not in DIVERGENCES:
+        raise ValueError(f"no divergence {kind!r}")
+    return DIVERGENCES[kind](student, target)
+
+
+# ---- the flags
 
 @dataclasses.dataclass
 class DistillConfig(LoopConfig):
@@ -36,7 +85,7 @@ class DistillConfig(LoopConfig):
     k: int = flag(2, "teacher steps that the student learns to do at once", low=1)
     divergence: str = flag("kld", "from the student's to the teacher's prediction: reverse KL, "
                            "forward KL, Jensen-Shannon, total variation, squared log-probability",
-                           choices=["kld", "fkl", "jsd", "tvd", "mse"])
+                           choices=list(DIVERGENCES))
     steps_per_round: int | None = flag(None, "optimizer steps in a round [stories 150, real text "
                                        "600]", low=1)
     handover: str = flag("ema", "weights that a round hands to the next as its student and "
@@ -51,16 +100,12 @@ class DistillConfig(LoopConfig):
     judge: str | None = flag(None, "checkpoint of the AR judge [ar.pt of --out, likewise]")
 
     def __post_init__(self):
-        self.teacher_steps = self.teacher_steps or {"nano": 256}.get(self.preset, 1024)
-        self.steps_per_round = self.steps_per_round or (150 if self.dataset == "stories" else 600)
+        if self.teacher_steps is None:
+            self.teacher_steps = 256 if self.preset == "nano" else 1024
+        if self.steps_per_round is None:
+            self.steps_per_round = 150 if self.dataset == "stories" else 600
         if self.samples == 1:
             raise UserError("--samples 1 has no standard error; give 2 or more, or 0 for none")
-
-
-COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
-ANYTIME = FREE | {"rounds", "samples", "judge", "teacher"}   # flags that may change between runs
-SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batch", "micro_batch",
-          "seed", "device", "bf16", "compile", "recompute")  # flags for what is trained on the way
 
 
 # ---- the method
@@ -105,24 +150,6 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     return target
 
 
-def divergence(student, target, kind):
-    """Divergence between log-probabilities student and target (N, V), per position (N,), in nats.
-    'kld' = KL(student || target), the paper's choice (section 3.2); 'fkl' = KL(target || student);
-    'jsd' Jensen-Shannon; 'tvd' = 1/2 sum |p - q|; 'mse' = mean squared log-ratio over V."""
-    if kind == "kld":
-        return (student.exp() * (student - target)).sum(-1)
-    if kind == "fkl":
-        return (target.exp() * (target - student)).sum(-1)
-    if kind == "jsd":
-        middle = torch.logaddexp(student, target) - math.log(2)
-        return (divergence(student, middle, "kld") + divergence(target, middle, "kld")) / 2
-    if kind == "tvd":
-        return (student.exp() - target.exp()).abs().sum(-1) / 2
-    if kind == "mse":
-        return (student - target).square().mean(-1)
-    raise ValueError(f"no divergence {kind!r}")
-
-
 def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
     """The loss of one round (SDTT, algorithm 2), a scalar: the divergence on the masks of z_t,
     averaged over them. x (B, L) clean tokens."""
@@ -158,17 +185,23 @@ def distill_round(c, p, data, r, student, ema, previous, origin):
         optimizers = make_optimizers(student, c)
     else:
         optimizers = previous.optimizers
-    run = Run(c.folder / f"round{r + 1}.pt", c.steps_per_round, student, ema, optimizers, dict(
-        kind="sdtt", round=r + 1, sampling_steps=round(1 / (c.k * dt)), origin=origin,
-        tokenizer=data.tokenizer.spec, data=data.fingerprint, config=dataclasses.asdict(c),
-        teacher=teacher.state_dict()), averaged=r * c.steps_per_round)
-    run.micro = previous.micro if previous else None
+    content = dict(kind="sdtt", round=r + 1, sampling_steps=round(1 / (c.k * dt)), origin=origin,
+                   tokenizer=data.tokenizer.spec, data=data.fingerprint,
+                   config=dataclasses.asdict(c), teacher=teacher.state_dict())
+    run = Run(c.folder / f"round{r + 1}.pt", c.steps_per_round, student, ema, optimizers, content,
+              averaged=r * c.steps_per_round)
+    if previous:
+        run.micro = previous.micro
+
+    # an unfinished round goes on with the teacher that it began with
     saved = resume(run, c, ANYTIME)
     if saved and saved["teacher"]:
         teacher.load_state_dict(saved["teacher"])
     agree(p, fingerprint(teacher), f"teachers of round {r + 1}")
-    fit(c, p, data, run, functools.partial(sdtt_loss, teacher=prepare_model(teacher, c, p), dt=dt,
-                                           k=c.k, kind=c.divergence, mask_id=student.mask_id))
+    teacher = prepare_model(teacher, c, p)
+    loss = functools.partial(sdtt_loss, teacher=teacher, dt=dt, k=c.k, kind=c.divergence,
+                             mask_id=student.mask_id)
+    fit(c, p, data, run, loss)
     if c.handover == "ema":
         student.load_state_dict(ema.state_dict())
     return run
@@ -176,124 +209,46 @@ def distill_round(c, p, data, r, student, ema, previous, origin):
 
 # ---- the results
 
-def fill_rows(c, p, data, results, name, model, judge, digest, context):
-    """Measure what results["rows"] lacks of one model (None: the data), and save it, row by row.
-    Rows of an earlier run are kept only if they came from the same weights, judge and settings."""
-    path, key = c.folder / "results.json", f"{digest} {c.samples} {c.seed}"
-    if results["models"].get(name) != key:
-        results["rows"] = [row for row in results["rows"] if row["model"] != name]
-        results["models"][name] = key
-    diffusion = model is not None and not model.config.causal
-    for steps in COLUMNS if diffusion else [None]:
-        if not any(row["model"] == name and row["steps"] == steps for row in results["rows"]):
-            n = c.samples if (steps or 0) <= 32 else max(2, c.samples // 2)
-            row, _ = sample_row(name, model, judge, data, steps, n, Processes(p.device), c.seed,
-                                context)
-            results["rows"].append(row)
-            write_json(path, results)
-    shown = [row for row in results["rows"] if row["model"] == name and row["steps"] in (None, 8)]
-    print(f"{name}{', 8 steps' * diffusion}: {summary(shown[0])}", flush=True)
-
-
 def open_results(c):
     """results.json of an earlier run, or a new one."""
     try:
-        old = json.loads((c.folder / "results.json").read_text())
+        old = json.loads((c.folder / "results.json").read_bytes())
         rows, models = old["rows"], old["models"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         rows, models = [], {}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "machine": platform.machine(), "threads": torch.get_num_threads()}
     return {"rows": rows, "models": models, "config": dataclasses.asdict(c), "seconds": {},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "machine": platform.machine(), "threads": torch.get_num_threads()}}
+            "versions": versions}
 
 
-def show_samples(c, p, data, models):
-    """Text of each model at 8 and at 32 steps, one under the other, also in samples.txt."""
-    text = ""
-    for steps in (8, 32):
-        for name, model in models.items():
-            rows = draw_samples(model, 3, steps, Processes(p.device), c.seed).tolist()
-            texts = [data.tokenizer.decode(row).strip().replace("\n", "\n    ") for row in rows]
-            text += f"\n{name}, {steps} steps:\n" + "".join(f"  * {one}\n" for one in texts)
-    write(c.folder / "samples.txt", lambda f: f.write(text.encode()))
-    print(text)
+def fill_rows(c, p, data, results, name, model, judge, digest, context):
+    """Measure what results["rows"] lacks of one model (None: the data), and save it, row by row.
+    Rows of an earlier run are kept only if they came from the same weights, judge and settings."""
+    key = f"{digest} {c.samples} {c.seed}"
+    if results["models"].get(name) != key:
+        results["rows"] = [row for row in results["rows"] if row["model"] != name]
+        results["models"][name] = key
 
+    # data and AR have no number of steps
+    diffusion = model is not None and not model.config.causal
+    columns = COLUMNS if diffusion else [None]
+    done = {row["steps"] for row in results["rows"] if row["model"] == name}
+    for steps in columns:
+        if steps in done:
+            continue
+        n = c.samples
+        if steps and steps > 32:             # they take long
+            n = max(2, c.samples // 2)
+        row, _ = sample_row(name, model, judge, data, steps, n, Processes(p.device), c.seed,
+                            context)
+        results["rows"].append(row)
+        write_json(c.folder / "results.json", results)
 
-def get_model(c, p, data, objective, given, kinds):
-    """The model of a checkpoint that is given, or else of the one in --out, trained now, or what
-    is left of it, if need be: (model, checkpoint). Raises UserError where it does not fit data."""
-    adapt = given and objective == "mdlm" and c.attention not in (
-        None, load_model(given, kinds=kinds)[0].config.attention)
-    t = TrainConfig(objective=objective, init=given if adapt else None, **{
-        name: getattr(c, name) for name in SHARED})
-    if (adapt or not given) and p.rank == 0 and not t.path.exists():
-        print(f"no {t.path} yet; the same as: {as_command('train.py', t)}", flush=True)
-    path = given if given and not adapt else train(t, p, as_saved=not adapt)
-    model, content = load_model(path, p.device, kinds)
-    context, known = model.config.context, content["tokenizer"] == data.tokenizer.spec
-    if not known and objective == "mdlm":
-        raise UserError(f"{path} knows {model.config.vocab} tokens, {data.folder} other ones "
-                        f"({data.tokenizer.vocab}); give the --dataset it was trained on")
-    if known and data.context(context) != context:
-        raise UserError(f"{path} writes {context} tokens, a text of {data.folder} has "
-                        f"{data.stride}; give the --dataset it was trained on")
-    return model, content
-
-
-def judge_and_teacher(c, p, data):
-    """Both, as get_model does; the given ones first, so that a mistake shows before training. The
-    judge is (None, None) where nothing is measured."""
-    wanted = [("ar", c.judge, ("ar",)), ("mdlm", c.teacher, ("mdlm", "sdtt"))]
-    found = {one[0]: get_model(c, p, data, *one) for one in sorted(
-        wanted[c.samples == 0:], key=lambda one: one[1] is None)}
-    if not c.samples:
-        return (None, None), found["mdlm"]
-    reads, writes = (found[objective][0].config.context for objective in ("ar", "mdlm"))
-    if found["ar"][1]["tokenizer"] == data.tokenizer.spec and reads < writes:
-        raise UserError(f"the judge reads at most {reads} tokens, the teacher writes {writes}; "
-                        "give a longer --judge")
-    return found["ar"], found["mdlm"]
-
-
-def distill(c, p):
-    """The whole path that DistillConfig c describes, or what is left of it, in processes p."""
-    plan = schedule(c.teacher_steps, c.rounds, c.k)
-    data = load_data(c.dataset, p)
-    (judge, judge_file), (teacher, teacher_file) = judge_and_teacher(c, p, data)
-    first(p, lambda: hold(c.folder / "results.json"))
-    broadcast(teacher, p)
-    results, origin = open_results(c), fingerprint(teacher)
-    seconds = results["seconds"]
-    seconds |= {"teacher": teacher_file["seconds"]}
-    if judge:
-        foreign, judged_by = judge_file["tokenizer"] != data.tokenizer.spec, fingerprint(judge)
-        seconds |= {"ar": judge_file["seconds"]}
-        results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
-        judged = make_judge(judge, judge_file["tokenizer"], data.tokenizer)
-
-    def report(name, model, digest):
-        if judge and p.rank == 0:
-            fill_rows(c, p, data, results, name, model, judged, f"{digest} {judged_by} {data.fingerprint}",
-                      teacher.config.context)
-        if p.world > 1:
-            dist.barrier()
-
-    report("data", None, "")
-    if judge and not foreign:
-        report("ar", judge, judged_by)
-    report("teacher", teacher, origin)
-    student = prepare_model(Transformer(dataclasses.replace(teacher.config, dropout=c.dropout)),
-                            c, p)
-    student.load_state_dict(teacher.state_dict())
-    ema, run = copy.deepcopy(teacher), None
-    for r in range(c.rounds):
-        if p.rank == 0:
-            print(f"round {r + 1}: {c.k} steps of 1/{plan[r]:g} in one, for {plan[r + 1]:g} steps")
-        run = distill_round(c, p, data, r, student, ema, run, origin)
-        seconds[f"round {r + 1}"] = run.seconds
-        report(f"round {r + 1}", ema, fingerprint(ema))
-    if judge and p.rank == 0:
-        conclude(c, p, data, results, {"teacher": teacher, f"round {c.rounds}": ema})
+    mine = [row for row in results["rows"] if row["model"] == name]
+    shown = next(row for row in mine if row["steps"] in (None, 8))
+    title = f"{name}, 8 steps" if diffusion else name
+    print(f"{title}: {summary(shown)}", flush=True)
 
 
 def summary(row):
@@ -304,44 +259,172 @@ def summary(row):
     return text
 
 
-LINES = (("gen_ppl", "entropy", "9.2f", "5.2f"), ("valid", "contradictions", "9.0%", "5.2f"),
-         ("pooled_entropy", "copies", "9.2f", "5.0%"))   # of a model in the table
+# of a model in the table: (label, key, its format); a line is left out where nothing has a value
+LINES = (("perplexity", "gen_ppl", ".2f"), ("entropy", "entropy", ".2f"),
+         ("entropy of all", "pooled_entropy", ".2f"), ("valid", "valid", ".0%"),
+         ("contradictions", "contradictions", ".2f"), ("copies", "copies", ".0%"))
 
 
 def table(rows):
-    """Rows as text: for each model and number of steps generative perplexity and entropy; below,
-    where there is an oracle, valid share and contradictions; below, pooled entropy and copies."""
+    """Rows as text: a block of labelled lines for each model, a column for each number of steps;
+    data and AR, which take no steps, have one column of their own."""
     columns = sorted({row["steps"] for row in rows if row["steps"]})
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    lines = [f"{'steps':10}" + "".join(f"{steps:>14}" for steps in columns)]
-    for name in names:
+    lines = [f"{'sampling steps':26}{'-':>9}" + "".join(f"{steps:>9}" for steps in columns)]
+    for name in dict.fromkeys(row["model"] for row in rows):
         cells = {row["steps"]: row for row in rows if row["model"] == name}
-        if None in cells:                                # data and AR have no number of steps
-            cells = {columns[0]: cells[None]}
-        for i, (left, right, *formats) in enumerate(LINES):
-            line = name if i == 0 else ""
-            for j, steps in enumerate(columns):
-                values = [cells[steps][key] for key in (left, right)] if steps in cells else []
-                cell = "".join(format(v, f) for v, f in zip(values, formats) if v is not None)
-                line = f"{line:<{10 + 14 * j}}{cell}"
-            lines += [line.rstrip()] if line.strip() else []
+        title = name
+        for label, key, form in LINES:
+            if all(row[key] is None for row in cells.values()):
+                continue
+            line = f"{title:10}{label:16}"
+            for steps in [None, *columns]:
+                text = format(cells[steps][key], form) if steps in cells else ""
+                line += f"{text:>9}"
+            lines.append(line.rstrip())
+            title = ""
     return "\n".join(lines)
 
 
+def show_samples(c, p, data, models):
+    """Text of each model at 8 and at 32 steps, one under the other, also in samples.txt."""
+    text = ""
+    for steps in (8, 32):
+        for name, model in models.items():
+            text += f"\n{name}, {steps} steps:\n"
+            for row in draw_samples(model, 3, steps, Processes(p.device), c.seed).tolist():
+                one = data.tokenizer.decode(row).strip().replace("\n", "\n    ")
+                text += f"  * {one}\n"
+    write(c.folder / "samples.txt", lambda f: f.write(text.encode()))
+    print(text)
+
+
 def conclude(c, p, data, results, models):
-    """Put the rows in order, and print and write everything that there is to see."""
+    """Put the rows in order, and write and print everything that there is to see."""
     seconds = results["seconds"]
     seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)
     order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(c.rounds)]
-    results["rows"] = [row for name in order for row in results["rows"] if row["model"] == name]
+    known = [row for row in results["rows"] if row["model"] in order]
+    results["rows"] = sorted(known, key=lambda row: order.index(row["model"]))
     write_json(c.folder / "results.json", results)
-    print(f"\ngenerative perplexity and entropy (judged: {results['judged']})"
-          + "\nshare of valid texts, contradictions per text" * bool(data.oracle)
-          + "\nentropy of all texts together"
-          + ", share that are training texts" * data.texts)
+    print(f"\nperplexity under the judge (of {results['judged']}), entropies in nats: within a text, "
+          "and of all texts together")
     print(table(results["rows"]))
     show_samples(c, p, data, models)
-    print(f"{c.folder}: {sum(seconds.values()):.0f} s in all")
+    print(f"{c.folder}: {sum(seconds.values()):.0f} s in all; python -m tools.figures {c.folder} "
+          "draws the curves")
+
+
+# ---- judge and teacher: given, there, or trained now
+
+def load_fitting(path, p, data, kinds):
+    """The model of a checkpoint and the checkpoint: (model, content). Raises UserError where it
+    does not fit data."""
+    model, content = load_model(path, p.device, kinds)
+    context, known = model.config.context, content["tokenizer"] == data.tokenizer.spec
+    # a judge with other tokens reads the texts anew
+    if not known and not model.config.causal:
+        raise UserError(f"{path} knows {model.config.vocab} tokens, {data.folder} other ones "
+                        f"({data.tokenizer.vocab}); give the --dataset it was trained on")
+    if known and data.context(context) != context:
+        raise UserError(f"{path} writes {context} tokens, a text of {data.folder} has "
+                        f"{data.stride}; give the --dataset it was trained on")
+    return model, content
+
+
+def train_on_the_way(c, p, objective, init=None):
+    """Train what is missing in --out, or what is left of it, with c's own flags where they are
+    shared; returns the checkpoint's path. init: what it begins from, see TrainConfig."""
+    t = TrainConfig(objective=objective, init=init, **{name: getattr(c, name) for name in SHARED})
+    if p.rank == 0 and not t.path.exists():
+        print(f"no {t.path} yet; the same as: {as_command('train.py', t)}", flush=True)
+    return train(t, p, as_saved=init is None)
+
+
+def get_teacher(c, p, data):
+    """The teacher and its checkpoint. One that is given with another attention than --attention is
+    adapted: trained on, with that attention."""
+    kinds = ("mdlm", "sdtt")
+    path = c.teacher
+    if path is None:
+        path = train_on_the_way(c, p, "mdlm")
+    elif c.attention is not None:
+        given, _ = load_model(path, kinds=kinds)
+        if given.config.attention != c.attention:
+            path = train_on_the_way(c, p, "mdlm", init=path)
+    return load_fitting(path, p, data, kinds)
+
+
+def get_judge(c, p, data):
+    """The AR judge and its checkpoint; (None, None) where nothing is measured."""
+    if not c.samples:
+        return None, None
+    path = c.judge or train_on_the_way(c, p, "ar")
+    return load_fitting(path, p, data, ("ar",))
+
+
+def judge_and_teacher(c, p, data):
+    """Both, see get_judge and get_teacher; a given teacher first, so that a mistake shows before
+    anything trains. Raises UserError where the judge cannot read what the teacher writes."""
+    if c.teacher:
+        teacher, judge = get_teacher(c, p, data), get_judge(c, p, data)
+    else:
+        judge, teacher = get_judge(c, p, data), get_teacher(c, p, data)
+    if c.samples and judge[1]["tokenizer"] == data.tokenizer.spec:
+        reads, writes = judge[0].config.context, teacher[0].config.context
+        if reads < writes:
+            raise UserError(f"the judge reads at most {reads} tokens, the teacher writes {writes}; "
+                            "give a longer --judge")
+    return judge, teacher
+
+
+# ---- the whole path
+
+def distill(c, p):
+    """The whole path that DistillConfig c describes, or what is left of it, in processes p."""
+    plan = schedule(c.teacher_steps, c.rounds, c.k)
+    data = load_data(c.dataset, p)
+    (judge, judge_file), (teacher, teacher_file) = judge_and_teacher(c, p, data)
+    first(p, lambda: hold(c.folder / "results.json"))    # one run at a time in this folder
+    broadcast(teacher, p)
+    origin = fingerprint(teacher)
+
+    # what is measured: nothing without a judge
+    results = open_results(c)
+    seconds = results["seconds"]
+    seconds["teacher"] = teacher_file["seconds"]
+    if judge:
+        foreign = judge_file["tokenizer"] != data.tokenizer.spec
+        results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
+        seconds["ar"] = judge_file["seconds"]
+        judged_by = fingerprint(judge)
+        judged = make_judge(judge, judge_file["tokenizer"], data.tokenizer)
+
+    def report(name, model, digest):
+        """Measure a model, in process 0, for which the others wait."""
+        if judge and p.rank == 0:
+            fill_rows(c, p, data, results, name, model, judged,
+                      f"{digest} {judged_by} {data.fingerprint}", teacher.config.context)
+        if p.world > 1:
+            dist.barrier()
+
+    report("data", None, "")
+    if judge and not foreign:
+        report("ar", judge, judged_by)
+    report("teacher", teacher, origin)
+
+    # the student begins as the teacher; each round begins where the one before ended
+    student = Transformer(dataclasses.replace(teacher.config, dropout=c.dropout))
+    student = prepare_model(student, c, p)
+    student.load_state_dict(teacher.state_dict())
+    ema, run = copy.deepcopy(teacher), None
+    for r in range(c.rounds):
+        if p.rank == 0:
+            print(f"round {r + 1}: {c.k} steps of 1/{plan[r]:g} in one, for {plan[r + 1]:g} steps")
+        run = distill_round(c, p, data, r, student, ema, run, origin)
+        seconds[f"round {r + 1}"] = run.seconds
+        report(f"round {r + 1}", ema, fingerprint(ema))
+    if judge and p.rank == 0:
+        conclude(c, p, data, results, {"teacher": teacher, f"round {c.rounds}": ema})
 
 
 def main():

@@ -134,14 +134,24 @@ def see_everything(q, k, v, mask=None, causal=False, at=None):
     return y.transpose(1, 2)
 
 
-def see_cache(q, k, v, keys, values, slot, mask, ragged):
+def see_cache(q, k, v, keys, values, slot, mask, ragged, first=0):
     """Attention of N tokens of several texts to these texts' caches: q, k, v (N, H, D) -> (N, H,
-    D). Keys and values are put into the slots (N,) first; mask (B, most, seen) bool says which of
-    the first `seen` slots each query of `ragged` sees."""
+    D), or those from number `first` on. Keys and values are put into the slots (N,) first; mask
+    (B, most, seen) bool says which of the first `seen` slots each query of `ragged` sees."""
     keys[ragged.row, :, slot] = k
     values[ragged.row, :, slot] = v
     seen = mask.shape[-1]
-    return ragged.attend(q, keys[:, :, :seen], values[:, :, :seen], mask)
+    return ragged.attend(q, keys[:, :, :seen], values[:, :, :seen], mask)[first:]
+
+
+def see_step(q, k, v, keys, values, slot, mask):
+    """see_cache for AR decoding, where each of B texts has one token, all in the same slot (1,):
+    q, k, v (B, H, D) -> (B, H, D), mask (1, seen). No padding, and shapes that do not change."""
+    keys.index_copy_(2, slot, k[:, :, None])
+    values.index_copy_(2, slot, v[:, :, None])
+    seen = mask.shape[-1]
+    y = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, :seen], values[:, :, :seen], mask)
+    return y[:, :, 0]
 
 
 class Ragged(typing.NamedTuple):
@@ -302,16 +312,15 @@ class Transformer(nn.Module):
         mask[row, place.col] = (slots < limit[:, None]) | (slots == slot[:, None])
         # onto the device, all at once
         place = Ragged(row.to(device), None, place.col.to(device), B, place.most)
-        return self.read_planned(cache, idx, pos, place, slot.to(device), mask.to(device), first)
-
-    def read_planned(self, cache, idx, pos, place, slot, mask, first=0):
-        """read, with its plan on the device."""
-        attends = [functools.partial(see_cache, keys=k, values=v, slot=slot, mask=mask,
-                                     ragged=place) for k, v in zip(cache.k, cache.v)]
+        slot, mask = slot.to(device), mask.to(device)
+        attends = []
+        for keys, values in zip(cache.k, cache.v):
+            attends.append(functools.partial(see_cache, keys=keys, values=values, slot=slot,
+                                             mask=mask, ragged=place))
         if first == 0:
             return self.run(idx, pos, attends)
-        see_all = attends[-1]
-        attends[-1] = lambda q, k, v: see_all(q, k, v)[first:]
+        # tokens are read for their keys and values: the last block's rest is for the masks
+        attends[-1] = functools.partial(attends[-1], first=first)
         return self.run(idx, pos, attends, slice(first, None))
 
     def head(self, h):
@@ -394,14 +403,14 @@ def nll(model, x, start_id):
 
 def decode(model, token, slot, cache, seen):
     """One decoding step: ids (B, 1), which go to slot (1,) of the cache, -> logits (B, V).
-    Attention looks at `seen` slots, of which those after `slot` are masked. It is read with one
-    token for each text, in shapes that depend on `seen` alone, as a compiler wants them."""
-    B, device = len(token), token.device
-    row = torch.arange(B, device=device)
-    place = Ragged(row, None, torch.zeros_like(row), B, 1)
-    mask = (torch.arange(seen, device=device) <= slot).expand(B, 1, seen)
-    h = model.read_planned(cache, token[:, 0], slot.expand(B), place, slot.expand(B), mask)
-    return model.head(h)
+    Attention looks at `seen` slots, of which those after `slot` are masked: a step's shapes depend
+    on `seen` alone, as a compiler wants them."""
+    mask = torch.arange(seen, device=token.device) <= slot           # (seen,)
+    attends = []
+    for keys, values in zip(cache.k, cache.v):
+        attends.append(functools.partial(see_step, keys=keys, values=values, slot=slot,
+                                         mask=mask[None]))
+    return model.head(model.run(token[:, 0], slot, attends))
 
 
 @torch.no_grad()

@@ -22,16 +22,19 @@ def rows(oracle):
 
 
 def test_table_puts_every_number_under_its_steps():
-    """Columns in order of steps, an empty cell where nothing was measured. Exact."""
+    """Columns in order of steps after one for data and AR, an empty cell where nothing was
+    measured, each line with its label; without an oracle no lines for its verdict. Exact."""
     lines = distill.table(rows(oracle=True)).splitlines()
-    assert lines[0].split() == ["steps", "4", "8"]
-    assert [line.split() for line in lines[1:4]] == [
-        ["data", "12.35", "3.21"], ["50%", "1.25"], ["4.04", "1%"]]
-    assert lines[4].split() == ["teacher"] + ["12.35", "3.21"] * 2
-    assert lines[7].split() == ["round", "1", "12.35", "3.21"]
-    assert len(lines[7]) == len(lines[4]) > len(lines[1])        # round 1 has 8 steps only
+    assert lines[0].split() == ["sampling", "steps", "-", "4", "8"]
+    assert lines[1].split() == ["data", "perplexity", "12.35"]
+    assert lines[2].split() == ["entropy", "3.21"]
+    assert [line.split()[-1] for line in lines[3:7]] == ["4.04", "50%", "1.25", "1%"]
+    assert lines[7].split() == ["teacher", "perplexity", "12.35", "12.35"]
+    assert lines[13].split() == ["round", "1", "perplexity", "12.35"]
+    assert len(lines[13]) == len(lines[7]) > len(lines[1])       # round 1 has 8 steps only
     lines = distill.table(rows(oracle=False)).splitlines()
-    assert [line.split() for line in lines[1:3]] == [["data", "12.35", "3.21"], ["4.04"]]
+    assert [line.split()[-2] for line in lines[1:4]] == ["perplexity", "entropy", "all"]
+    assert len(lines) == 1 + 3 * 3
 
 
 def test_curve_is_a_png_and_its_absence_is_said(tmp_path, monkeypatch, capsys):

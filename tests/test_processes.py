@@ -173,10 +173,9 @@ def test_batches_of_any_number_of_processes_reach_what_is_trained_on_the_way(mon
         raise Asked
     monkeypatch.setattr(distill, "train", note)
     c = distill.DistillConfig(batch=6, micro_batch=2, out=str(tmp_path))
-    for objective in ("ar", "mdlm"):
+    for get in (distill.get_judge, distill.get_teacher):
         with pytest.raises(Asked):
-            distill.get_model(c, common.Processes(torch.device("cpu"), 1, 3), None, objective,
-                              None, (objective,))
+            get(c, common.Processes(torch.device("cpu"), 1, 3), None)
     assert asked == [("ar", 6, 2), ("mdlm", 6, 2)]
 
 
