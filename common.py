@@ -581,17 +581,30 @@ BOUND = (("tokenizer", "was made with other tokens than {dataset} has now"),
 NAMES = {"data": "dataset", "init": "init"}      # flags that only name what is bound
 
 
+def flags_of(saved, Config):
+    """What a checkpoint says of its flags, completed: {name: value}. Flags that are newer than the
+    checkpoint have the values that Config gives them where nobody does, and flags that are gone are
+    left out. What is not a script's (of tools.convert, say) stays as it is."""
+    if "seed" not in saved:                              # all scripts that train have it
+        return saved
+    names = {field.name for field in dataclasses.fields(Config)}
+    known = {name: value for name, value in saved.items() if name in names}
+    return dataclasses.asdict(Config(**known))
+
+
 def resume(run, c, free):
     """Put run where its checkpoint stands, if there is one; returns the checkpoint, or None.
     Raises UserError where it was made with other flags than c, but for those named in `free`, or
-    from other things than run's, whatever their names: see BOUND."""
+    from other things than run's, whatever their names: see BOUND. A flag that did not exist when
+    the checkpoint was made had its default's value."""
     if not run.path.exists():
         return None
     saved = load_checkpoint(run.path, kinds=(run.content["kind"],))
     named = {flag for key, flag in NAMES.items() if saved.get(key)}
+    made_with = flags_of(saved["config"], type(c))
     for key, value in dataclasses.asdict(c).items():
-        if key not in free and key not in named and saved["config"].get(key) != value:
-            raise UserError(f"{run.path} was made with --{key} {saved['config'].get(key)}, not "
+        if key not in free and key not in named and made_with.get(key) != value:
+            raise UserError(f"{run.path} was made with --{key} {made_with.get(key)}, not "
                             f"{value}; give the same flag, move the file away, or choose another "
                             "--out")
     for key, what in BOUND:

@@ -139,6 +139,16 @@ def test_pictures_of_frontier_and_latency_are_png_files(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("low, high", [(0.004, 0.009), (0.004, 0.03), (0.004, 1), (1.4, 3e4)])
+def test_labels_of_a_logarithmic_axis_have_room(low, high):
+    """Two neighbours are 7 % of the axis apart at least (4 inches wide: 0.28; 0.006 and 0.009 with
+    four labels between them were 2 %), and there are two or more of them. Exact."""
+    ticks = figures.log_ticks(low, high)
+    assert len(ticks) >= 2 and low <= ticks[0] and ticks[-1] <= high
+    gaps = [math.log(b / a) for a, b in zip(ticks, ticks[1:])]
+    assert min(gaps) > 0.07 * math.log(high / low)
+
+
 def test_names_tell_files_apart_by_as_few_folders_as_that_takes(tmp_path):
     """Same stem, same folder's name; a file given twice, also through a link, is there once."""
     (tmp_path / "a/kld").mkdir(parents=True)

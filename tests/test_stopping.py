@@ -382,6 +382,22 @@ def test_distilling_on_with_another_flag_is_refused_by_its_name(runs, tmp_path, 
     assert f"--{flag} " in message and str(tmp_path / "round1.pt") in message
 
 
+@pytest.mark.parametrize("flag, other", [("clip", "0.5"), ("handover", "raw")])
+def test_flag_newer_than_a_round_has_its_default_there(runs, tmp_path, capsys, flag, other):
+    """A fork that adds a flag goes on with the rounds it has: the flag had its default's value when
+    they were made, and only another value is refused. The default is not None in either case, so
+    a comparison with what the file lacks would refuse it too. No false alarm."""
+    argv = start_from(runs, tmp_path)
+    saved = load(runs["distill-whole"] / "round1.pt")
+    del saved["config"][flag]
+    torch.save(saved, tmp_path / "round1.pt")
+    call(distill, *argv)
+    after = load(tmp_path / "round1.pt")
+    assert same(after["model"], saved["model"])
+    message = refused(capsys, distill, *argv, f"--{flag}", other)
+    assert f"--{flag} " in message and str(tmp_path / "round1.pt") in message
+
+
 def test_round_of_another_teacher_is_refused(runs, tmp_path, capsys):
     """Rounds are bound to the weights they began from, not to a file name. No false alarm."""
     argv = start_from(runs, tmp_path)

@@ -247,10 +247,28 @@ def draw_latency(rows, path):
     axis.set(xscale="log", yscale="log", xlabel=f"seconds for {batch} x {rows[0]['length']} tokens",
              ylabel="generative perplexity (numbers: steps)")
     for one in (axis.xaxis, axis.yaxis):
+        low, high = one.get_view_interval()
+        one.set_ticks(log_ticks(low, high))
+        one.set_ticks([], minor=True)
         one.set_major_formatter("{x:g}")
-        one.set_minor_formatter("{x:g}")
     axis.legend()
     save_figure(fig, path)
+
+
+def log_ticks(low, high):
+    """Values from low to high to label on a logarithmic axis, as many as have room: of each decade
+    1, 2, 3, 5 and 7, or 1, 2 and 5, or 1, by how many decades there are."""
+    decades = math.log10(high / low)
+    if decades < 1:
+        digits = (1, 1.5, 2, 3, 5, 7)
+    elif decades < 2.5:
+        digits = (1, 2, 5)
+    else:
+        digits = (1,)
+    ticks = []
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        ticks += [digit * 10.0 ** power for digit in digits]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 @picture
