@@ -379,10 +379,24 @@ def judge_and_teacher(c, p, data):
 
 # ---- the whole path
 
+def announce(c, data, steps):
+    """Say, before anything runs, which files are used and how much there is to do. steps: see
+    schedule."""
+    teacher = c.teacher or c.folder / "teacher.pt"
+    judge = "none, so no table"
+    if c.samples:
+        judge = c.judge or c.folder / "ar.pt"
+    print(f"data: {data.folder}; teacher: {teacher}; judge: {judge}; results: {c.folder}\n"
+          f"{c.rounds} rounds of {c.steps_per_round} optimizer steps: from {steps[0]:g} sampling "
+          f"steps to {steps[-1]:g}", flush=True)
+
+
 def distill(c, p):
     """The whole path that DistillConfig c describes, or what is left of it, in processes p."""
     plan = schedule(c.teacher_steps, c.rounds, c.k)
     data = load_data(c.dataset, p)
+    if p.rank == 0:
+        announce(c, data, plan)
     (judge, judge_file), (teacher, teacher_file) = judge_and_teacher(c, p, data)
     first(p, lambda: hold(c.folder / "results.json"))    # one run at a time in this folder
     broadcast(teacher, p)

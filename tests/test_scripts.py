@@ -139,6 +139,18 @@ def test_without_samples_there_are_rounds_and_no_table(made, tmp_path, capsys):
     assert (tmp_path / "b/results.json").exists()
 
 
+def test_distill_says_first_which_files_it_uses_and_how_much_there_is_to_do(made, tmp_path, capsys):
+    """Before anything runs: its first line names data, teacher, judge and results. No false alarm."""
+    argv = [*TINY, "--dataset", made / "data", "--teacher", made / "out/teacher.pt", "--rounds", 2,
+            "--teacher_steps", 4, "--steps_per_round", 1, "--samples", 0, "--out", tmp_path / "new"]
+    capsys.readouterr()
+    call(distill, *argv)
+    files, work = capsys.readouterr().out.splitlines()[:2]
+    for named in (made / "data", made / "out/teacher.pt", "no table", tmp_path / "new"):
+        assert str(named) in files
+    assert "2 rounds of 1 optimizer steps" in work and "from 4 sampling steps to 1" in work
+
+
 def test_teacher_of_another_vocabulary_or_length_is_refused(made, tmp_path, capsys):
     """A dataset of 11 words, then one of longer texts, with the teacher of 10 words and 12."""
     teacher = ["--teacher", made / "out/teacher.pt", "--out", tmp_path / "out", *TINY]
