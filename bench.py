@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from common import (Processes, UserError, command, flag, load_model, package, parse_flags, seed_all,
-                    start, write_json)
+from common import (Processes, command, flag, load_model, package, parse_flags, seed_all,
+                    start)
+from data.files import UserError, write_json
 from diffusion import categorical, sample, sample_joint
 from model import PRESETS, KVCache, ModelConfig, Transformer, decode, generate
 from sample import draw_samples, entropy, gen_ppl, make_judge, pooled_entropy

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (GOES_ON, Processes, Run, UserError, agree, broadcast, command, fingerprint,
-                    first, flag, hold, load_model, make_optimizers, parse_flags, resume, start,
-                    write, write_json)
+from common import (GOES_ON, Processes, Run, agree, broadcast, command, fingerprint, first,
+                    flag, load_model, make_optimizers, parse_flags, resume, start)
 from data.dataset import load_data
+from data.files import UserError, hold, write, write_json
 from diffusion import q_sample, sample_t, states_at, unmask_step
 from model import Transformer
 from sample import draw_samples, make_judge, sample_row

@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import UserError, command, flag, load_model, parse_flags, seed_all, start
+from common import command, flag, load_model, parse_flags, seed_all, start
 from data.dataset import copies, make_tokenizer, oracle, retokenise
+from data.files import UserError
 from diffusion import categorical, sample, sample_joint, sharpen
 from model import generate, nll
 

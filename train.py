@@ -22,10 +22,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (GOES_ON, Run, UserError, agree, command, ema_update, finite, fingerprint, first,
-                    flag, hold, load_checkpoint, load_model, lr_factor, make_optimizers,
-                    parse_flags, reason, remedy, resume, save, seed_all, start, to_json, write)
+from common import (GOES_ON, Run, agree, command, ema_update, finite, fingerprint, first,
+                    flag, load_checkpoint, load_model, lr_factor, make_optimizers,
+                    parse_flags, resume, save, seed_all, start)
 from data.dataset import load_data
+from data.files import UserError, hold, reason, remedy, to_json, write
 from diffusion import nelbo
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 

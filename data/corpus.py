@@ -17,8 +17,8 @@ import numpy as np
 import regex                             # comes with tiktoken
 from tqdm import tqdm
 
-from common import UserError, as_text, hold, reason, release, remedy
 from data.dataset import BLANK, id_type, make_tokenizer, write_blocks
+from data.files import UserError, as_text, hold, reason, release, remedy
 
 # GPT-2's rule for what a merge may not cross: contractions, words, numbers, signs, white space
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -32,7 +32,7 @@ BINS = "train.bin", "val.bin", "meta.json"       # what a prepare script writes
 
 
 def fetch(file, url):
-    """The text of a local file, or of a web address where `file` is None; see common.as_text.
+    """The text of a local file, or of a web address where `file` is None; see as_text.
     Raises UserError."""
     try:
         with open(file, "rb") if file else urllib.request.urlopen(url, timeout=60) as f:

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import ROOT, UserError, first, hold, reason, release, write
+from common import ROOT, first
+from data.files import UserError, hold, reason, release, write
 
 
 # ---- tokenizers: plain JSON in, functions out

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import common
+from data import files
 from model import ModelConfig, Transformer
 
 
@@ -40,7 +41,7 @@ def test_text_is_utf8_without_a_mark_and_with_line_ends_as_lf(tmp_path, content,
     """The rule for all text, from bytes and from a file; nothing else is altered."""
     path = tmp_path / "text"
     path.write_bytes(content)
-    assert common.as_text(content, "it") == common.read_text(path) == text
+    assert files.as_text(content, "it") == files.read_text(path) == text
 
 
 def test_text_is_read_once(tmp_path):
@@ -49,7 +50,7 @@ def test_text_is_read_once(tmp_path):
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_text, args=("once\n",))
     writer.start()
-    assert common.read_text(path) == "once\n"
+    assert files.read_text(path) == "once\n"
     writer.join()
 
 
@@ -62,14 +63,14 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, content, said):
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(common.UserError, match=f"{path}.*{said}"):
-        common.read_text(path)
+    with pytest.raises(files.UserError, match=f"{path}.*{said}"):
+        files.read_text(path)
 
 
 def test_json_has_null_where_a_number_is_not_finite():
     """At any depth; all else is as it was."""
     value = {"a": [1.5, math.nan, (math.inf, "x")], "b": {"c": -math.inf, "d": None, "e": True}}
-    found = json.loads(common.to_json(value), parse_constant=pytest.fail)
+    found = json.loads(files.to_json(value), parse_constant=pytest.fail)
     assert found == {"a": [1.5, None, [None, "x"]], "b": {"c": None, "d": None, "e": True}}
 
 
@@ -79,13 +80,13 @@ def test_two_processes_write_the_same_file_by_different_names(tmp_path):
     path = tmp_path / "file"
     child = os.fork()
     if not child:
-        common.write(path, lambda f: os.kill(os.getpid(), signal.SIGKILL))
+        files.write(path, lambda f: os.kill(os.getpid(), signal.SIGKILL))
     os.waitpid(child, 0)
     left, = tmp_path.glob("*.tmp")
     alive = left.with_name(left.name.replace(f".{child}.", f".{os.getppid()}."))
     alive.touch()
     seen = []
-    common.write(path, lambda f: seen.extend(p.name for p in tmp_path.glob("*.tmp")))
+    files.write(path, lambda f: seen.extend(p.name for p in tmp_path.glob("*.tmp")))
     assert len(seen) == 2 and alive.name in seen and left.name not in seen
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["file", alive.name])
 
@@ -98,8 +99,8 @@ def test_remedy_for_a_failed_write_fits_the_reason(tmp_path, number, remedy):
     """The system's reason and the remedy are in the sentence, and nothing is left."""
     def fail(f):
         raise OSError(number, os.strerror(number))
-    with pytest.raises(common.UserError, match=f"{os.strerror(number)}.*{remedy}"):
-        common.write(tmp_path / "file", fail)
+    with pytest.raises(files.UserError, match=f"{os.strerror(number)}.*{remedy}"):
+        files.write(tmp_path / "file", fail)
     assert not list(tmp_path.iterdir())
 
 
@@ -110,7 +111,7 @@ def test_ctrl_c_while_a_file_is_written_takes_effect_when_it_is_whole(tmp_path):
     def write(f):
         os.kill(os.getpid(), signal.SIGINT)
         f.write(b"whole")
-    assert status(lambda: common.write(path, write)) == 130 and path.read_bytes() == b"whole"
+    assert status(lambda: files.write(path, write)) == 130 and path.read_bytes() == b"whole"
 
     def twice(f):
         try:
@@ -118,7 +119,7 @@ def test_ctrl_c_while_a_file_is_written_takes_effect_when_it_is_whole(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:
             raise RuntimeError("failed writing file")
-    assert status(lambda: common.write(path, twice)) == 130 and path.read_bytes() == b"whole"
+    assert status(lambda: files.write(path, twice)) == 130 and path.read_bytes() == b"whole"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -130,13 +131,13 @@ def test_lock_ends_with_its_process_and_is_no_obstacle_to_itself(tmp_path):
     path, lock = tmp_path / "x.pt", tmp_path / ".x.pt.lock"
 
     def main():
-        common.hold(path)
-        common.hold(path)
+        files.hold(path)
+        files.hold(path)
         assert lock.exists()
-    assert status(main) == 0 and not lock.exists() and not common.HELD
+    assert status(main) == 0 and not lock.exists() and not files.HELD
     child = os.fork()
     if not child:
-        common.hold(path)
+        files.hold(path)
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert lock.exists()
@@ -152,14 +153,14 @@ def test_lock_of_another_process_is_named_or_waited_for(tmp_path, capfd, wait):
     child = os.fork()
     if not child:
         os.close(go_on)
-        common.hold(path)
+        files.hold(path)
         os.write(ready, b"!")
         os.read(end, 1)
         os._exit(0)
     os.read(held, 1)
     if wait:
         threading.Timer(0.2, os.close, [go_on]).start()
-    code = status(lambda: common.hold(path, wait))
+    code = status(lambda: files.hold(path, wait))
     assert code == (0 if wait else 2)
     error = capfd.readouterr().err
     assert f"process {child}" in error and str(path) in error
@@ -296,7 +297,7 @@ def test_foreign_checkpoint_is_called_what_it_is(tmp_path, kind, said):
     """And stays; no advice to remove it, which this project did not write."""
     path = tmp_path / "model.pt"
     path.write_bytes(content(kind))
-    with pytest.raises(common.UserError, match=f"{path}.*({said})") as e:
+    with pytest.raises(files.UserError, match=f"{path}.*({said})") as e:
         common.load_checkpoint(path)
     assert "delete" not in str(e.value) and "remove" not in str(e.value)
     assert path.read_bytes() == content(kind)
@@ -306,7 +307,7 @@ def test_foreign_checkpoint_is_called_what_it_is(tmp_path, kind, said):
 def test_folder_given_as_a_checkpoint_is_told_apart(tmp_path, inside, said):
     """Of published weights, or of checkpoints."""
     (tmp_path / inside).touch()
-    with pytest.raises(common.UserError, match=f"{tmp_path} is a folder.*{said}"):
+    with pytest.raises(files.UserError, match=f"{tmp_path} is a folder.*{said}"):
         common.load_checkpoint(tmp_path)
 
 
@@ -315,7 +316,7 @@ def test_checkpoint_that_may_not_be_read_says_why(tmp_path, monkeypatch):
     def load(*args, **kw):
         raise PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(common.UserError, match="Permission denied"):
+    with pytest.raises(files.UserError, match="Permission denied"):
         common.load_checkpoint(tmp_path / "x.pt")
 
 
@@ -335,5 +336,5 @@ def test_checkpoint_whose_weights_cannot_be_used_is_refused(tmp_path, spoil, sai
     common.save_checkpoint(path, kind="mdlm", model_config=sizes, model={}, optimizer=[], step=1,
                            ema=model.state_dict(), steps=1, seconds=0.0, config={},
                            tokenizer={"kind": "gpt2"})
-    with pytest.raises(common.UserError, match=f"{path}.*{said}"):
+    with pytest.raises(files.UserError, match=f"{path}.*{said}"):
         common.load_model(path)

@@ -21,6 +21,7 @@ import distill
 import sample
 import train
 from data.dataset import write_data
+from data.files import UserError
 from helpers import call, refused
 from model import ModelConfig, Transformer
 from tools import convert, metrics
@@ -569,7 +570,7 @@ def test_half_precision_weights_are_read(tmp_path, config, dtype):
     x = torch.randint(31, (2, 24))
     assert (model(x) - exact(x)).abs().max() < CLOSE
     tensors["rotary_emb.inv_freq"] = (1.02 * tensors["rotary_emb.inv_freq"].float()).to(dtype)
-    with pytest.raises(common.UserError, match="constant"):
+    with pytest.raises(UserError, match="constant"):
         convert.load_published(publish(tmp_path / "b", config, tensors, "backbone."))
 
 

@@ -30,7 +30,7 @@ import torch
 import common
 import distill
 import train
-from data import corpus, dataset
+from data import corpus, dataset, files
 from data.openwebtext import prepare as openwebtext
 from data.lambada import prepare as lambada
 from data.pydoc import prepare as pydoc
@@ -55,7 +55,7 @@ DOCUMENTS = ["Once upon a time, there was a time.",
 
 def sentence(function, *args):
     """The one sentence with which a call is refused."""
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(files.UserError) as error:
         function(*args)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
     return str(error.value)
@@ -574,7 +574,7 @@ def test_stop_while_a_dataset_is_made_anew_never_leaves_a_mixture(tmp_path, monk
         make(new)
     try:
         assert found() in [(ids * 9, ids * 8, len(ids)) for ids in ((old,) if n < 3 else (new,))]
-    except common.UserError as e:
+    except files.UserError as e:
         assert n < 3 and "val.bin" in str(e)
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
 import diffusion
 import distill
+from data.files import UserError
 from model import ModelConfig, Transformer
 from toy import Model, all_sequences, chi_square, draw, exact_model
 
@@ -62,7 +62,7 @@ def test_schedule_refuses_a_student_of_less_than_one_step(k, rounds):
     """One step is allowed, less is refused with the least --teacher_steps. No false alarm."""
     least = k ** rounds
     assert distill.schedule(least, rounds, k)[-1] == 1
-    with pytest.raises(common.UserError, match=rf"--teacher_steps.*\b{least}\b"):
+    with pytest.raises(UserError, match=rf"--teacher_steps.*\b{least}\b"):
         distill.schedule(least - 1, rounds, k)
 
 

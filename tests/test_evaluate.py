@@ -11,8 +11,9 @@ import torch
 import common
 import sample
 import toy
-from common import Processes, UserError
+from common import Processes
 from data import dataset
+from data.files import UserError
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
 from tools import evaluate, figures

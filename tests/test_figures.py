@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-import common
 import distill
-from common import UserError
+from data.files import UserError, write_json
 from helpers import call, refused
 from tools import figures
 
@@ -40,7 +39,7 @@ def test_table_puts_every_number_under_its_steps():
 def test_curve_is_a_png_and_its_absence_is_said(tmp_path, monkeypatch, capsys):
     """With matplotlib a picture; without it one sentence and no file. Exact."""
     import sys
-    common.write_json(tmp_path / "results.json", {"rows": rows(True)})
+    write_json(tmp_path / "results.json", {"rows": rows(True)})
     monkeypatch.setitem(sys.modules, "matplotlib", None)         # as if it were not installed
     assert "pip install matplotlib" in refused(capsys, figures, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
@@ -54,7 +53,7 @@ def test_curve_is_a_png_and_its_absence_is_said(tmp_path, monkeypatch, capsys):
 def test_results_are_plain_json(tmp_path):
     """What is written is what is read. Exact."""
     results = {"rows": [{"model": "a", "gen_ppl": 1.5, "valid": None}]}
-    common.write_json(tmp_path / "results.json", results)
+    write_json(tmp_path / "results.json", results)
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
@@ -166,7 +165,7 @@ def test_names_tell_files_apart_by_as_few_folders_as_that_takes(tmp_path):
 
 def test_results_are_json_also_where_a_number_is_not_finite(tmp_path):
     """null stands for it."""
-    common.write_json(tmp_path / "x.json", {"rows": [{"a": math.nan, "b": [math.inf, 1]}]})
+    write_json(tmp_path / "x.json", {"rows": [{"a": math.nan, "b": [math.inf, 1]}]})
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
         "rows": [{"a": None, "b": [None, 1]}]}
 

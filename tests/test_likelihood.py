@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import toy
-from common import UserError
 from data.dataset import make_tokenizer
+from data.files import UserError
 from sample import mean_se
 from model import ModelConfig, Transformer
 from tools import likelihood

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import sample
 import toy
 from data import dataset as datasets
 from data.dataset import make_tokenizer, retokenise
+from data.files import write_json
 from data.stories import language
 from model import ModelConfig, Transformer, nll
 from tools import metrics
@@ -158,7 +158,7 @@ def test_results_are_plain_json(tmp_path):
     """Every number of a measured row survives writing and reading. Exact."""
     row = sample.measure(torch.tensor([[0, 1, 2], [1, 1, 3]]), sample.make_judge(judge()),
                            dataset([[0, 1, 2]]))
-    common.write_json(tmp_path / "results.json", {"rows": [row]})
+    write_json(tmp_path / "results.json", {"rows": [row]})
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == [row]
     assert row["copies"] == 0.5 and row["valid"] is None
 

@@ -12,6 +12,7 @@ import torch
 import common
 import distill
 import train
+from data import files
 from helpers import call, make_dataset
 
 ROOT = Path(common.__file__).resolve().parent
@@ -86,10 +87,10 @@ def test_the_first_process_alone_prints(runs, script):
 def test_micro_batches_that_do_not_fill_the_batch_are_refused():
     """8 sequences in micro-batches of 3, or over 3 processes; and the ones that do fit."""
     c = train.TrainConfig(batch=8, micro_batch=3)
-    with pytest.raises(common.UserError, match="--batch 8"):
+    with pytest.raises(files.UserError, match="--batch 8"):
         train.micro_batches(c, common.Processes(torch.device("cpu")))
     c = train.TrainConfig(batch=8)
-    with pytest.raises(common.UserError, match="3 processes"):
+    with pytest.raises(files.UserError, match="3 processes"):
         train.micro_batches(c, common.Processes(torch.device("cpu"), 0, 3))
     assert train.micro_batches(c, common.Processes(torch.device("cpu"), 1, 2)) == (4, 1)
     c = train.TrainConfig(batch=8, micro_batch=2)
@@ -99,6 +100,7 @@ def test_micro_batches_that_do_not_fill_the_batch_are_refused():
 WAY = """
 import sys, time
 import common, distill, train
+from data import files
 
 distill.COLUMNS[:] = [8]
 usual, c = train.TrainConfig.__post_init__, train.TrainConfig
@@ -128,12 +130,12 @@ def main():
     for f in (lambda: common.agree(p, p.rank, "ranks"), lambda: common.first(p, refuse)):
         try:
             f()
-        except common.UserError as e:
+        except files.UserError as e:
             print("refused:", e, flush=True)
 
 
 def refuse():
-    raise common.UserError("by the first")
+    raise files.UserError("by the first")
 
 
 common.command(main)

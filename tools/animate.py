@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from common import (UserError, command, flag, load_model, package, parse_flags, seed_all, start,
-                    write)
+from common import command, flag, load_model, package, parse_flags, seed_all, start
 from data.dataset import make_tokenizer
+from data.files import UserError, write
 from diffusion import categorical, sample, sharpen
 from model import generate
 from sample import DEFAULT_STEPS, known_tokens

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import (UserError, command, flag, load_checkpoint, package, parse_flags, reason,
-                    save_checkpoint, write)
+from common import command, flag, load_checkpoint, package, parse_flags, save_checkpoint
 from data.dataset import make_tokenizer
+from data.files import UserError, reason, write
 from model import ModelConfig, Transformer
 
 VOCABULARIES = "vocab.json", "tokenizer.json"        # which tokens a model knows, where it is said

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (UserError, command, flag, load_model, package, parse_flags, read_text,
-                    seed_all, start, write_json)
+from common import command, flag, load_model, package, parse_flags, seed_all, start
 from data.dataset import Data, load_data, make_tokenizer
+from data.files import UserError, read_text, write_json
 from sample import (BATCH, draw_samples, exp, make_judge, mean_se, perplexity, put, sample_row,
                     spread)
 from tools import figures, likelihood

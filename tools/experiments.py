@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 import distill
-from common import (GOES_ON, ROOT, Processes, UserError, command, fingerprint, flag, load_model,
-                    parse_flags, to_json, write, write_json)
+from common import (GOES_ON, ROOT, Processes, command, fingerprint, flag, load_model,
+                    parse_flags)
 from data.dataset import load_data
+from data.files import UserError, to_json, write, write_json
 from diffusion import states_at, unmask_step
 from model import PRESETS
 from sample import make_judge

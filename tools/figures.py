@@ -11,7 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, command, flag, package, parse_flags, write
+from common import command, flag, package, parse_flags
+from data.files import UserError, write
 from sample import put
 
 LOW = 0.1                            # nats of entropy below its measure that are marked

@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from common import UserError
+from data.files import UserError
 from data.lambada.prepare import WORD, parse_lambada
 from diffusion import ROWS, states_at
 from model import cross_entropy, nll, shifted

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from common import ROOT, command, flag, parse_flags, seed_all, write_json
+from common import ROOT, command, flag, parse_flags, seed_all
+from data.files import write_json
 from diffusion import categorical, sample, sample_joint
 from sample import mean_se, put
 from tools import figures
