@@ -1,8 +1,9 @@
 """Masked diffusion as pure functions: the noise, the bound, one reverse step, the samplers.
 
 x: clean tokens (B, L), ids 0..V-1. z_t: the same with some tokens replaced by mask_id = V.
-t in [0, 1] is the time, 1 = all masked: each token survives with probability alpha_t = 1 - t (the
-log-linear schedule of MDLM, arXiv 2406.07524). Time runs backward when sampling, from t to s < t.
+t in [0, 1] is the time, 1 = all masked: each token survives with probability alpha_t, which is
+1 - t unless mask_share and mask_rate are changed. Time runs backward when sampling, from t to
+s < t.
 
 A "model" is anything that has a config (of which attention and relative are read here) and
     model.hidden(z, at=None, rank=None) -> states (B, L, C), or (N, C) at the N positions `at`
@@ -22,6 +23,19 @@ from model import NOT_FINITE
 ROWS, FEW = 512, 32              # logits (ROWS, V) at a time, and in one draw
 
 
+# ---- the noise schedule: another one is another pair of these two functions
+
+def mask_share(t):
+    """1 - alpha_t of times t, any shape: the share of tokens that are masked then, from 0 at t = 0
+    to 1 at t = 1. Here the log-linear schedule of MDLM (arXiv 2406.07524): alpha_t = 1 - t."""
+    return t
+
+
+def mask_rate(t):
+    """Its derivative, -alpha'_t, the same shape."""
+    return torch.ones_like(t)
+
+
 # ---- the forward process and the bound
 
 def sample_t(B, device=None):
@@ -32,8 +46,9 @@ def sample_t(B, device=None):
 
 
 def q_sample(x, t, mask_id):
-    """The forward process q(z_t | x): each token of x (B, L) is masked with probability t (B,)."""
-    masked = torch.rand(x.shape, device=x.device) < t[:, None]
+    """The forward process q(z_t | x): each token of x (B, L) is masked with probability 1 - alpha_t,
+    at times t (B,)."""
+    masked = torch.rand(x.shape, device=x.device) < mask_share(t)[:, None]
     return torch.where(masked, mask_id, x)
 
 
@@ -54,7 +69,8 @@ def nelbo(model, x, mask_id):
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id)
     masked = z == mask_id                                            # (B, L), N of them
-    weight = (1 / t)[:, None].expand_as(x)[masked]                   # (N,)
+    weight = mask_rate(t) / mask_share(t)                            # (B,), 1/t
+    weight = weight[:, None].expand_as(x)[masked]                    # (N,)
 
     # the network, then the loss: the head is needed at the masks only
     h = states_at(model, z, masked)                                  # (N, C)
@@ -110,12 +126,14 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
 
 def unmask_step(model, z, t, s, mask_id, rank=None):
     """One ancestral step from z_t to z_s, with t and s (B,) per sequence (MDLM, eq. 7).
-    The reverse posterior reveals each mask with probability (t - s) / t, whatever the network says:
-    so that comes first, and the network's head is needed at those positions only.
+    The reverse posterior reveals each mask with probability (alpha_s - alpha_t) / (1 - alpha_t),
+    which is (t - s) / t, whatever the network says: so that comes first, and the network's head is
+    needed at those positions only.
     rank (B, L): when the tokens of z were revealed, for attention "reveal".
     Returns z_s (B, L), the bool reveal (B, L), and the states (N, C) at the revealed positions,
     from whose predictions the tokens were drawn."""
-    share = torch.where(t > 0, (t - s) / t, 0.0)                     # at t = 0 nothing is masked
+    masked_t, masked_s = mask_share(t), mask_share(s)                # (B,)
+    share = torch.where(masked_t > 0, (masked_t - masked_s) / masked_t, 0.0)    # 0: none is
     chosen = torch.rand(z.shape, device=z.device) < share[:, None]
     reveal = (z == mask_id) & chosen                                 # (B, L), N of them
     h = states_at(model, z, reveal, rank)
@@ -130,8 +148,8 @@ def plan(z, steps, mask_id):
     is revealed. Steps that reveal nothing are left out. On the CPU. Raises ValueError if rows have
     different numbers of masks.
 
-    Over all `steps` equal steps, each mask is revealed in one drawn uniformly, independently of the
-    others and of the network. With more steps than masks the sequences of a batch share how many
+    Over all `steps` equal steps, each mask is revealed in one that draw_steps draws, independently
+    of the others and of the network. With more steps than masks the sequences of a batch share how many
     are revealed in each step (not which): for a sequence by itself that is the same law, and most
     steps call no network. With fewer steps they share nothing: their quality would go together,
     and the mean of a batch vary much more."""
@@ -142,9 +160,22 @@ def plan(z, steps, mask_id):
     key = torch.rand(z.shape, dtype=torch.float64).masked_fill(~masked, 2)
     order = key.argsort(dim=1)[:, :n]                                # (B, n) masks come first
     shared = steps > n
-    when = torch.randint(steps, (1 if shared else B, n))
+    when = draw_steps(steps, 1 if shared else B, n)
     when = when.unique(return_inverse=True)[1]                       # 0, 1, 2, ... without gaps
     return order, when.sort(dim=1).values.expand(B, n)
+
+
+def draw_steps(steps, rows, n):
+    """In which of so many equal steps from t = 1 to 0 each of (rows, n) masks is revealed: the step
+    from t to s with probability alpha_s - alpha_t, for the log-linear schedule 1 / steps."""
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    if torch.equal(mask_share(t), t):        # log-linear: all steps alike, however many
+        return torch.randint(steps, (rows, n))
+    shares = mask_share(1 - torch.arange(steps + 1, dtype=torch.float64) / steps)
+    p = shares[:-1] - shares[1:]                                     # (steps,)
+    if rows * n == 0:                        # multinomial draws one or more
+        return torch.zeros((rows, n), dtype=torch.long)
+    return torch.multinomial(p, rows * n, replacement=True).view(rows, n)
 
 
 @torch.no_grad()
@@ -244,7 +275,8 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
     float32, as public code has it, the law is another: a token that would be drawn in a step with
     less than 6e-8 never is, as noise of 24 bits ends at 16.6 (arXiv 2409.02908)."""
     for i in range(steps):
-        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        times = torch.tensor([1 - i / steps, 1 - (i + 1) / steps], dtype=torch.float64)
+        t, s = mask_share(times).tolist()            # of the shares, t and s unless changed
         p = sharpen(model(z), temperature).to(dtype).softmax(-1)     # (B, L, V)
         if bool(p.isnan().any()):
             raise FloatingPointError(NOT_FINITE)

@@ -80,21 +80,23 @@ def exact_model(joint):
     return Model(lambda z, at: table[(z * place).sum(1)][at])
 
 
-def ancestral_law(joint, steps):
+def ancestral_law(joint, steps, chance=None):
     """Probabilities (V^L,) of the perfect model's samples, by enumeration: each position opens in
-    one of the steps, whichever with equal chance; those of one step know the earlier ones only."""
+    one of the steps, with that step's chance (steps,), or all with equal ones; those of one step
+    know the earlier ones only."""
+    chance = torch.ones(steps).double() / steps if chance is None else chance
     V, L = joint.shape[0], joint.dim()
     x, model = all_sequences(V, L), exact_model(joint)               # (S, L)
     total = torch.zeros(len(x), dtype=torch.float64)
     for when in itertools.product(range(steps), repeat=L):
         when = torch.tensor(when)
-        p = torch.ones(len(x), dtype=torch.float64)
+        p = chance[when].prod().expand(len(x)).clone()
         for i in set(when.tolist()):
             at = (when == i).expand(x.shape)
             log_p = model(torch.where(when < i, x, V))[at]           # (S * opening, V)
             p *= log_p.gather(1, x[at][:, None]).exp().view(len(x), -1).prod(1)
         total += p
-    return total / steps ** L
+    return total
 
 
 def count(x, V):

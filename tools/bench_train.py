@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from common import seed_all
-from diffusion import categorical, nelbo, q_sample, sample_t
+from diffusion import categorical, mask_rate, mask_share, nelbo, q_sample, sample_t
 from distill import divergence, sdtt_loss
 from tools.machine import (fill_times, first_run, header, in_new_process, keep_blocks_below, line,
                      peak_bytes, seconds, training_flop)
@@ -40,7 +40,8 @@ def plain_mdlm(model, x, mask_id):
     z = q_sample(x, t, mask_id)
     log_p = F.log_softmax(model(z), dim=-1)                          # (B, L, V)
     nll = -log_p.gather(2, x[..., None])[..., 0]                     # (B, L)
-    return ((z == mask_id) * nll / t[:, None]).sum() / x.numel()
+    weight = mask_rate(t) / mask_share(t)                            # (B,)
+    return ((z == mask_id) * nll * weight[:, None]).sum() / x.numel()
 
 
 def plain_sdtt(student, x, teacher, dt, k, kind, mask_id):
@@ -55,8 +56,9 @@ def plain_sdtt(student, x, teacher, dt, k, kind, mask_id):
             target = log_p if i == 0 else torch.where(masked, log_p, target)
             if i < k - 1:
                 t_i, s_i = (t - i * dt).clamp(min=0), (t - (i + 1) * dt).clamp(min=0)
-                open_p = torch.where(t_i > 0, (t_i - s_i) / t_i, 0.0)
-                reveal = torch.rand(z.shape, device=z.device) < open_p[:, None]
+                m_t, m_s = mask_share(t_i), mask_share(s_i)
+                share = torch.where(t_i > 0, (m_t - m_s) / m_t, 0.0)
+                reveal = torch.rand(z.shape, device=z.device) < share[:, None]
                 z = torch.where((z == mask_id) & reveal, categorical(log_p), z)
     every = divergence(F.log_softmax(student(z_t), dim=-1), target, kind)        # (B, L)
     masked = z_t == mask_id
