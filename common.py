@@ -400,10 +400,9 @@ NAMES = {"data": "dataset", "init": "init"}      # flags that only name what is 
 
 
 def flags_of(saved, Config):
-    """What a checkpoint says of its flags, completed: {name: value}. Flags that are newer than the
-    checkpoint have the values that Config gives them where nobody does, and flags that are gone are
-    left out. What is not a script's (of tools.convert, say) stays as it is."""
-    if "seed" not in saved:                              # all scripts that train have it
+    """The flags that a checkpoint was made with, {name: value}, as Config has them today: a flag
+    that is newer than the checkpoint has its default, and one that no longer exists is dropped."""
+    if "seed" not in saved:                  # not made by training, for example by tools.convert
         return saved
     names = {field.name for field in dataclasses.fields(Config)}
     known = {name: value for name, value in saved.items() if name in names}

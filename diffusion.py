@@ -1,9 +1,8 @@
 """Masked diffusion as pure functions: the noise, the bound, one reverse step, the samplers.
 
 x: clean tokens (B, L), ids 0..V-1. z_t: the same with some tokens replaced by mask_id = V.
-t in [0, 1] is the time, 1 = all masked: each token survives with probability alpha_t, which is
-1 - t unless mask_share and mask_rate are changed. Time runs backward when sampling, from t to
-s < t.
+t in [0, 1] is the time, 1 = all masked: each token survives with probability alpha_t, by
+default 1 - t, see mask_share. Time runs backward when sampling, from t to s < t.
 
 A "model" is anything that has a config (of which attention and relative are read here) and
     model.hidden(z, at=None, rank=None) -> states (B, L, C), or (N, C) at the N positions `at`
@@ -23,17 +22,25 @@ from model import NOT_FINITE
 ROWS, FEW = 512, 32              # logits (ROWS, V) at a time, and in one draw
 
 
-# ---- the noise schedule: another one is another pair of these two functions
+# ---- the noise schedule: for another one, change mask_share and mask_rate
 
 def mask_share(t):
-    """1 - alpha_t of times t, any shape: the share of tokens that are masked then, from 0 at t = 0
-    to 1 at t = 1. Here the log-linear schedule of MDLM (arXiv 2406.07524): alpha_t = 1 - t."""
+    """1 - alpha_t, the share of tokens that are masked at times t (any shape): 0 at t = 0, 1 at
+    t = 1. Here the log-linear schedule of MDLM (arXiv 2406.07524), alpha_t = 1 - t."""
     return t
 
 
 def mask_rate(t):
-    """Its derivative, -alpha'_t, the same shape."""
+    """The derivative of mask_share, -alpha'_t, in the shape of t."""
     return torch.ones_like(t)
+
+
+def reveal_share(t, s):
+    """The chance that a mask of z_t is revealed in the step from t to s < t, in the shape of t:
+    (alpha_s - alpha_t) / (1 - alpha_t), which is (t - s) / t (MDLM, eq. 7)."""
+    masked_t, masked_s = mask_share(t), mask_share(s)
+    # where no token is masked, as at t = 0, there is nothing to reveal
+    return torch.where(masked_t > 0, (masked_t - masked_s) / masked_t, 0.0)
 
 
 # ---- the forward process and the bound
@@ -46,9 +53,9 @@ def sample_t(B, device=None):
 
 
 def q_sample(x, t, mask_id):
-    """The forward process q(z_t | x): each token of x (B, L) is masked with probability 1 - alpha_t,
-    at times t (B,)."""
-    masked = torch.rand(x.shape, device=x.device) < mask_share(t)[:, None]
+    """The forward process q(z_t | x) at times t (B,): each token of x (B, L) is masked with
+    probability 1 - alpha_t. Returns z_t (B, L)."""
+    masked = torch.rand(x.shape, device=x.device) < mask_share(t)[:, None]   # (B, L)
     return torch.where(masked, mask_id, x)
 
 
@@ -63,13 +70,14 @@ def states_at(model, z, at, rank=None):
 
 def nelbo(model, x, mask_id):
     """Negative evidence lower bound of x (B, L), a scalar in nats per token (MDLM, eq. 10):
-    E_t (1/t) sum over the masked tokens of -log p(x_i | z_t). The weight is -alpha'_t / (1 -
-    alpha_t) = 1/t: t masks a share t of the tokens, so with it every t counts alike. Divided by
-    all B * L tokens, not by the number of masked ones: that would not be a bound."""
+    E_t (1/t) sum over the masked tokens of -log p(x_i | z_t). The weight is
+    -alpha'_t / (1 - alpha_t) = 1/t: t masks a share t of the tokens, so with it every t counts
+    alike. Divided by all B * L tokens, not by the number of masked ones: that would not be a
+    bound."""
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id)
     masked = z == mask_id                                            # (B, L), N of them
-    weight = mask_rate(t) / mask_share(t)                            # (B,), 1/t
+    weight = mask_rate(t) / mask_share(t)                            # (B,), log-linear: 1/t
     weight = weight[:, None].expand_as(x)[masked]                    # (N,)
 
     # the network, then the loss: the head is needed at the masks only
@@ -126,15 +134,12 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
 
 def unmask_step(model, z, t, s, mask_id, rank=None):
     """One ancestral step from z_t to z_s, with t and s (B,) per sequence (MDLM, eq. 7).
-    The reverse posterior reveals each mask with probability (alpha_s - alpha_t) / (1 - alpha_t),
-    which is (t - s) / t, whatever the network says: so that comes first, and the network's head is
-    needed at those positions only.
+    The reverse posterior reveals each mask with probability reveal_share(t, s), whatever the
+    network says: so that comes first, and the network's head is needed at those positions only.
     rank (B, L): when the tokens of z were revealed, for attention "reveal".
     Returns z_s (B, L), the bool reveal (B, L), and the states (N, C) at the revealed positions,
     from whose predictions the tokens were drawn."""
-    masked_t, masked_s = mask_share(t), mask_share(s)                # (B,)
-    share = torch.where(masked_t > 0, (masked_t - masked_s) / masked_t, 0.0)    # 0: none is
-    chosen = torch.rand(z.shape, device=z.device) < share[:, None]
+    chosen = torch.rand(z.shape, device=z.device) < reveal_share(t, s)[:, None]  # (B, L)
     reveal = (z == mask_id) & chosen                                 # (B, L), N of them
     h = states_at(model, z, reveal, rank)
     z_s = z.clone()
@@ -148,9 +153,9 @@ def plan(z, steps, mask_id):
     is revealed. Steps that reveal nothing are left out. On the CPU. Raises ValueError if rows have
     different numbers of masks.
 
-    Over all `steps` equal steps, each mask is revealed in one that draw_steps draws, independently
-    of the others and of the network. With more steps than masks the sequences of a batch share how many
-    are revealed in each step (not which): for a sequence by itself that is the same law, and most
+    Each mask is revealed in the step that draw_steps draws for it, independently of the others
+    and of the network. With more steps than masks the sequences of a batch share how many are
+    revealed in each step (not which): for a sequence by itself that is the same law, and most
     steps call no network. With fewer steps they share nothing: their quality would go together,
     and the mean of a batch vary much more."""
     masked = (z == mask_id).cpu()
@@ -166,16 +171,18 @@ def plan(z, steps, mask_id):
 
 
 def draw_steps(steps, rows, n):
-    """In which of so many equal steps from t = 1 to 0 each of (rows, n) masks is revealed: the step
-    from t to s with probability alpha_s - alpha_t, for the log-linear schedule 1 / steps."""
+    """The step, 0 to steps - 1, in which each of (rows, n) masks is revealed, of equal steps from
+    t = 1 to t = 0: the one from t to s with probability alpha_s - alpha_t."""
+    # log-linear: all steps are equally likely, and there may be more of them than memory holds
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    if torch.equal(mask_share(t), t):        # log-linear: all steps alike, however many
+    if torch.equal(mask_share(t), t):
         return torch.randint(steps, (rows, n))
-    shares = mask_share(1 - torch.arange(steps + 1, dtype=torch.float64) / steps)
-    p = shares[:-1] - shares[1:]                                     # (steps,)
-    if rows * n == 0:                        # multinomial draws one or more
-        return torch.zeros((rows, n), dtype=torch.long)
-    return torch.multinomial(p, rows * n, replacement=True).view(rows, n)
+
+    # any other schedule: invert the share that is revealed by the end of each step
+    end = 1 - torch.arange(1, steps + 1, dtype=torch.float64) / steps        # (steps,)
+    revealed = 1 - mask_share(end)                                           # ascending, to 1
+    u = torch.rand((rows, n), dtype=torch.float64)
+    return torch.searchsorted(revealed, u, right=True)                       # first one above u
 
 
 @torch.no_grad()
@@ -275,12 +282,15 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
     float32, as public code has it, the law is another: a token that would be drawn in a step with
     less than 6e-8 never is, as noise of 24 bits ends at 16.6 (arXiv 2409.02908)."""
     for i in range(steps):
-        times = torch.tensor([1 - i / steps, 1 - (i + 1) / steps], dtype=torch.float64)
-        t, s = mask_share(times).tolist()            # of the shares, t and s unless changed
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        times = torch.tensor([t, s], dtype=torch.float64)
+        masked_t, masked_s = mask_share(times).tolist()              # two numbers
         p = sharpen(model(z), temperature).to(dtype).softmax(-1)     # (B, L, V)
         if bool(p.isnan().any()):
             raise FloatingPointError(NOT_FINITE)
-        joint = torch.cat((p * (t - s) / t, torch.full_like(p[..., :1], s / t)), dim=-1)
+        # reveal_share(t, s) is shared out among the tokens, the rest stays masked
+        stay = torch.full_like(p[..., :1], masked_s / masked_t)      # (B, L, 1)
+        joint = torch.cat((p * (masked_t - masked_s) / masked_t, stay), dim=-1)  # (B, L, V + 1)
         gumbel = -(-torch.rand_like(joint).log()).log()
         choice = (joint.log() + gumbel).argmax(-1)                   # V, the mask's id: stay
         z = torch.where(z == mask_id, choice, z)

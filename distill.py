@@ -320,8 +320,9 @@ def load_fitting(path, p, data, kinds):
     """The model of a checkpoint and the checkpoint: (model, content). Raises UserError where it
     does not fit data."""
     model, content = load_model(path, p.device, kinds)
-    context, known = model.config.context, content["tokenizer"] == data.tokenizer.spec
-    # a judge with other tokens reads the texts anew
+    context = model.config.context
+    known = content["tokenizer"] == data.tokenizer.spec
+    # only a judge may have other tokens: it reads the texts anew in its own
     if not known and not model.config.causal:
         raise UserError(f"{path} knows {model.config.vocab} tokens, {data.folder} other ones "
                         f"({data.tokenizer.vocab}); give the --dataset it was trained on")
@@ -379,24 +380,24 @@ def judge_and_teacher(c, p, data):
 
 # ---- the whole path
 
-def announce(c, data, steps):
-    """Say, before anything runs, which files are used and how much there is to do. steps: see
-    schedule."""
+def announce(c, data, sampling_steps):
+    """Say, before anything trains, which files are used and how much there is to do.
+    sampling_steps: see schedule."""
     teacher = c.teacher or c.folder / "teacher.pt"
     judge = "none, so no table"
     if c.samples:
         judge = c.judge or c.folder / "ar.pt"
     print(f"data: {data.folder}; teacher: {teacher}; judge: {judge}; results: {c.folder}\n"
-          f"{c.rounds} rounds of {c.steps_per_round} optimizer steps: from {steps[0]:g} sampling "
-          f"steps to {steps[-1]:g}", flush=True)
+          f"{c.rounds} rounds of {c.steps_per_round} optimizer steps: from "
+          f"{sampling_steps[0]:g} sampling steps to {sampling_steps[-1]:g}", flush=True)
 
 
 def distill(c, p):
     """The whole path that DistillConfig c describes, or what is left of it, in processes p."""
-    plan = schedule(c.teacher_steps, c.rounds, c.k)
+    sampling_steps = schedule(c.teacher_steps, c.rounds, c.k)
     data = load_data(c.dataset, p)
     if p.rank == 0:
-        announce(c, data, plan)
+        announce(c, data, sampling_steps)
     (judge, judge_file), (teacher, teacher_file) = judge_and_teacher(c, p, data)
     first(p, lambda: hold(c.folder / "results.json"))    # one run at a time in this folder
     broadcast(teacher, p)
@@ -433,7 +434,8 @@ def distill(c, p):
     ema, run = copy.deepcopy(teacher), None
     for r in range(c.rounds):
         if p.rank == 0:
-            print(f"round {r + 1}: {c.k} steps of 1/{plan[r]:g} in one, for {plan[r + 1]:g} steps")
+            before, after = sampling_steps[r], sampling_steps[r + 1]
+            print(f"round {r + 1}: {c.k} steps of 1/{before:g} in one, for {after:g} steps")
         run = distill_round(c, p, data, r, student, ema, run, origin)
         seconds[f"round {r + 1}"] = run.seconds
         report(f"round {r + 1}", ema, fingerprint(ema))

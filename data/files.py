@@ -1,5 +1,5 @@
-"""Reading and writing files: text by one rule, JSON without NaN, a file whole or not at all, and one
-writer at a time.
+"""Reading and writing files: text by one rule, JSON without NaN, a file whole or not at all,
+and one writer at a time.
 """
 import contextlib
 import errno

@@ -11,6 +11,7 @@ import torch
 import toy
 from data.dataset import make_tokenizer
 from data.files import UserError
+from data.lambada.prepare import parse_lambada
 from sample import mean_se
 from model import ModelConfig, Transformer
 from tools import likelihood
@@ -232,10 +233,10 @@ def test_a_bad_line_of_lambada_is_named_by_its_number(line):
     """Exact."""
     good = json.dumps({"text": "a b"}) + "\n\n"
     with pytest.raises(UserError, match="there, line 3: not a JSON object with a \"text\""):
-        likelihood.parse_lambada(good + line + "\n", "there")
-    assert likelihood.parse_lambada(good, "there") == ["a b"]
+        parse_lambada(good + line + "\n", "there")
+    assert parse_lambada(good, "there") == ["a b"]
     with pytest.raises(UserError, match="there has no passages"):
-        likelihood.parse_lambada("\n", "there")
+        parse_lambada("\n", "there")
 
 
 def test_batches_hold_tasks_of_one_shape_and_lose_none():
@@ -263,7 +264,7 @@ def test_only_a_line_feed_ends_a_line_of_json():
     """U+2028, U+2029, U+0085 and others may stand within a text; CRLF is no text. Exact."""
     text = "one\u2028two\u2029three\x85four\x1cfive six"
     content = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in (text, "a b"))
-    assert likelihood.parse_lambada(content, "x") == [text, "a b"]
+    assert parse_lambada(content, "x") == [text, "a b"]
 
 
 @pytest.mark.parametrize("word", ["cafe\u0301", "naïve", "हिन्दी", "don't", "Zoe\u0308's", "well-known"])

@@ -2,6 +2,7 @@
 
 No test here has a false alarm: nothing random is looked at.
 """
+import json
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import common
+import distill
 import model
 import train
 from data import dataset
@@ -91,6 +93,16 @@ def test_no_placeholder_and_only_files_that_exist():
     assert not re.findall(r"@[A-Z0-9]+@", README) and README.count("\n") <= 350
     for name in re.findall(r"`(results/[\w.-]+|[\w/]+\.py)[:`]|\]\((results/[\w.-]+)\)", README):
         assert (ROOT / (name[0] or name[1])).exists(), name
+
+
+def test_table_is_what_distill_prints_of_the_saved_results():
+    """Line by line, without the lines and columns that the page says it leaves out."""
+    rows = json.loads((ROOT / "results/stories-nano.json").read_text())["rows"]
+    rows = [row for row in rows if row["model"] in ("data", "ar", "teacher", "round 7")
+            and row["steps"] in (None, 4, 8, 32, 1024)]
+    lines = distill.table(rows).splitlines()
+    shown = [line for line in lines if line[10:26].strip() not in ("contradictions", "copies")]
+    assert "```text\n" + "\n".join(shown) + "\n```" in README
 
 
 # ---- the commands in small

@@ -84,7 +84,8 @@ def ancestral_law(joint, steps, chance=None):
     """Probabilities (V^L,) of the perfect model's samples, by enumeration: each position opens in
     one of the steps, with that step's chance (steps,), or all with equal ones; those of one step
     know the earlier ones only."""
-    chance = torch.ones(steps).double() / steps if chance is None else chance
+    if chance is None:
+        chance = torch.full((steps,), 1 / steps, dtype=torch.float64)
     V, L = joint.shape[0], joint.dim()
     x, model = all_sequences(V, L), exact_model(joint)               # (S, L)
     total = torch.zeros(len(x), dtype=torch.float64)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from common import seed_all
-from diffusion import categorical, mask_rate, mask_share, nelbo, q_sample, sample_t
+from diffusion import (categorical, mask_rate, mask_share, nelbo, q_sample, reveal_share,
+                       sample_t)
 from distill import divergence, sdtt_loss
 from tools.machine import (fill_times, first_run, header, in_new_process, keep_blocks_below, line,
                      peak_bytes, seconds, training_flop)
@@ -56,9 +57,7 @@ def plain_sdtt(student, x, teacher, dt, k, kind, mask_id):
             target = log_p if i == 0 else torch.where(masked, log_p, target)
             if i < k - 1:
                 t_i, s_i = (t - i * dt).clamp(min=0), (t - (i + 1) * dt).clamp(min=0)
-                m_t, m_s = mask_share(t_i), mask_share(s_i)
-                share = torch.where(t_i > 0, (m_t - m_s) / m_t, 0.0)
-                reveal = torch.rand(z.shape, device=z.device) < share[:, None]
+                reveal = torch.rand(z.shape, device=z.device) < reveal_share(t_i, s_i)[:, None]
                 z = torch.where((z == mask_id) & reveal, categorical(log_p), z)
     every = divergence(F.log_softmax(student(z_t), dim=-1), target, kind)        # (B, L)
     masked = z_t == mask_id

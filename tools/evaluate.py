@@ -20,6 +20,7 @@ import torch
 from common import command, flag, load_model, package, parse_flags, seed_all, start
 from data.dataset import Data, load_data, make_tokenizer
 from data.files import UserError, read_text, write_json
+from data.lambada.prepare import parse_lambada
 from sample import (BATCH, draw_samples, exp, make_judge, mean_se, perplexity, put, sample_row,
                     spread)
 from tools import figures, likelihood
@@ -228,7 +229,7 @@ def open_tasks(c, tokenizer, context):
     `context` tokens."""
     found = {}
     if c.lambada:
-        texts = likelihood.parse_lambada(read_text(c.lambada), c.lambada)[:c.tasks]
+        texts = parse_lambada(read_text(c.lambada), c.lambada)[:c.tasks]
         found["lambada"] = likelihood.make_tasks(texts, tokenizer, context)
     if c.last_word:
         texts = likelihood.passages(read_text(c.last_word))[:c.tasks]

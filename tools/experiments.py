@@ -13,7 +13,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 import numpy as np

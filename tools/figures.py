@@ -257,8 +257,8 @@ def draw_latency(rows, path):
 
 
 def log_ticks(low, high):
-    """Values from low to high to label on a logarithmic axis, as many as have room: of each decade
-    1, 2, 3, 5 and 7, or 1, 2 and 5, or 1, by how many decades there are."""
+    """The values between low and high that have room for a label on a logarithmic axis: of each
+    decade six where the axis is shorter than one, three up to 2.5 decades, else one."""
     decades = math.log10(high / low)
     if decades < 1:
         digits = (1, 1.5, 2, 3, 5, 7)

@@ -2,7 +2,6 @@
 
     python -m tools.lesson out/stories-nano
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 

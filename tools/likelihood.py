@@ -11,7 +11,7 @@ import re
 import torch
 
 from data.files import UserError
-from data.lambada.prepare import WORD, parse_lambada
+from data.lambada.prepare import WORD
 from diffusion import ROWS, states_at
 from model import cross_entropy, nll, shifted
 from sample import exp, mean_se, put

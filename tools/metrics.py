@@ -4,7 +4,6 @@ Generative perplexity never stands without entropy and diversity: a model that r
 pleases the judge. Where a measure depends on how many texts there are (self-BLEU, distinct-n), its
 error is of the value at that number, and only values at equal numbers can be compared.
 """
-import math
 from collections import Counter
 
 import numpy as np

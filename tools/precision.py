@@ -9,7 +9,6 @@ than 6e-8, which noise of 24 bits cannot reach.
 import math
 import types
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
