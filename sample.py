@@ -223,7 +223,8 @@ def sample_row(name, model, judge, data, steps, n, p, seed, context, **how):
     if model is None:
         x = data.pieces(n, context)          # none twice, which self-BLEU would notice
     else:
-        x = draw_samples(model, n, steps, p, seed, f"{name}, {steps} steps", calls=calls, **how)
+        title = f"{name}, {steps} steps" if steps else name          # AR has no number of steps
+        x = draw_samples(model, n, steps, p, seed, title, calls=calls, **how)
     row = {"model": name, "steps": steps, "nfe": sum(calls) / len(calls) if calls else None,
            "temperature": how.get("temperature", 1.0), "precision": how.get("precision", 64),
            "joint": how.get("joint", False), "seed": seed}
