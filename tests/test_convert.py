@@ -23,7 +23,7 @@ import train
 from data.dataset import write_data
 from data.files import UserError
 from helpers import call, refused
-from model import ModelConfig, Transformer
+from model import ModelConfig, Reading, Transformer
 from tools import convert, metrics
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -234,7 +234,7 @@ def test_fixtures(name):
             row = torch.arange(B).repeat_interleave(n)
             slot = torch.arange(begin, out.shape[1]).repeat(B)
             with torch.no_grad():
-                h = model.read(cache, out[:, begin:].flatten(), slot, row, slot, slot)
+                h = model.read(cache, Reading(out[:, begin:].flatten(), slot, row, slot, slot))
             best = model.head(h.view(B, n, -1)[:, -1]).argmax(-1, keepdim=True)
             begin, out = out.shape[1], torch.cat((out, best), 1)
         assert torch.equal(out, expected["greedy"])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion import categorical, states_at
-from model import (PRESETS, KVCache, ModelConfig, Transformer, cross_entropy,
+from model import (PRESETS, KVCache, ModelConfig, Reading, Transformer, cross_entropy,
                    decode, gelu, generate, nll, rotate)
 from toy import all_sequences, chi_square, count
 from tools.machine import compiled_decode
@@ -53,7 +53,8 @@ def in_chunks(model, idx, sizes, pos=None, cache=None):
         part = slice(begin, begin + n)
         row, slot = torch.arange(B).repeat_interleave(n), torch.arange(begin, begin + n).repeat(B)
         limit = slot if model.config.causal else torch.full_like(slot, begin + n)
-        h = model.read(cache, idx[:, part].flatten(), pos[:, part].flatten(), row, slot, limit)
+        h = model.read(cache, Reading(idx[:, part].flatten(), pos[:, part].flatten(), row,
+                                        slot, limit))
         logits.append(model.head(h).view(B, n, -1))
         begin += n
     assert begin == L
