@@ -2,10 +2,10 @@
 
     python train.py --objective mdlm         # out/stories-nano/teacher.pt
     python train.py --objective ar           # out/stories-nano/ar.pt
-    torchrun --standalone --nproc_per_node=8 train.py --preset small --dataset openwebtext ...
+    torchrun --standalone --nproc_per_node=8 train.py --preset small --dataset openwebtext
 
-Interrupt it at any time: the same command goes on from the last checkpoint, to the same weights.
-`fit` is the project's only training loop; distill.py uses it for its rounds.
+Interrupt it at any time: the same command goes on from the last checkpoint, and ends with
+the same weights. `fit` is the project's only training loop: distill.py's rounds use it too.
 """
 import contextlib
 import copy
@@ -36,31 +36,45 @@ from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 @dataclasses.dataclass
 class LoopConfig:
     """What train.py and distill.py share."""
+    # what is trained, on what, and where it goes
     dataset: str = flag("stories", "a folder under data/, or the path of one")
     preset: str = flag("nano", "size of the model", choices=list(PRESETS))
-    context: int | None = flag(None, "positions [the preset's, or a row of the dataset]", low=2)
-    positions: str | None = flag(None, "rope, learned or both [rope; both where each row of the "
-                                 "dataset begins a text]", choices=["rope", "learned", "both"])
-    attention: str | None = flag(None, "full, or reveal: in the order of reveal, with an exact KV "
-                                 "cache [full; of a given teacher its own]",
-                                 choices=["full", "reveal"])
+    context: int | None = flag(
+        None, "positions [the preset's, or a row of the dataset]", low=2)
+    positions: str | None = flag(
+        None, "rope, learned or both [rope; both where each row of the dataset begins a "
+        "text]",
+        choices=["rope", "learned", "both"])
+    attention: str | None = flag(
+        None, "full, or reveal: in the order of reveal, with an exact KV cache [full; of a "
+        "given teacher its own]", choices=["full", "reveal"])
     out: str | None = flag(None, "folder of the results [out/DATASET-PRESET]")
+
+    # the batch: the noise of a run depends on the size of a micro-batch
     batch: int = flag(32, "sequences per step, over all processes", low=1)
-    micro_batch: int | None = flag(None, "sequences per forward pass [batch / processes]", low=1)
+    micro_batch: int | None = flag(
+        None, "sequences per forward pass [batch / processes]", low=1)
+
+    # the optimizer: linear warm-up, then a cosine
     lr: float = flag(4e-3, "highest learning rate", low=0)
     warmup: int = flag(50, "steps of linear warm-up", low=0)
-    final_lr: float = flag(0.1, "last learning rate as a share of the highest", low=0, high=1)
+    final_lr: float = flag(
+        0.1, "last learning rate as a share of the highest", low=0, high=1)
     optimizer: str = flag("muon", "muon: Muon for the hidden matrices, AdamW for the rest",
                           choices=["muon", "adamw"])
     weight_decay: float = flag(0.0, "decoupled weight decay", low=0)
     clip: float = flag(1.0, "largest norm of the gradient; 0: any", low=0)
     dropout: float = flag(0.0, "dropout, in training only", low=0, high=0.9)
-    ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", low=0, high=1)
+    ema: float = flag(
+        0.99, "decay of the averaged weights, which are evaluated", low=0, high=1)
     seed: int = flag(0, "seed of everything random")
+
+    # where and how it runs: none of this changes what is learned
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
     bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
     compile: bool = flag(False, "compile the blocks with torch.compile")
-    recompute: bool = flag(False, "run the blocks again in backward: less memory, a fifth slower")
+    recompute: bool = flag(
+        False, "run the blocks again in backward: less memory, a fifth slower")
     log_every: int = flag(200, "steps between log lines", low=1)
     save_every: int = flag(200, "steps between checkpoints", low=1)
 
@@ -80,16 +94,19 @@ FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_ever
 
 @dataclasses.dataclass
 class TrainConfig(LoopConfig):
+    """The flags of train.py."""
     objective: str = flag("mdlm", "mdlm: masked diffusion; ar: next token",
                           choices=["mdlm", "ar"])
-    steps: int | None = flag(None, "optimizer steps [mdlm 1500, ar 300; on text 6000, 1000]", low=1)
-    init: str | None = flag(None, "checkpoint whose weights, and sizes, training begins with")
+    steps: int | None = flag(
+        None, "optimizer steps [mdlm 1500, ar 300; on text 6000, 1000]", low=1)
+    init: str | None = flag(
+        None, "checkpoint whose weights, and sizes, training begins with")
 
     def __post_init__(self):
         if self.steps is None:
             on_stories, on_text = DEFAULT_STEPS[self.objective]
             self.steps = on_stories if self.dataset == "stories" else on_text
-            if self.init:                    # it need not begin from nothing
+            if self.init:                # it need not begin from nothing
                 self.steps //= 3
 
     @property
@@ -115,182 +132,241 @@ class Loss(torch.nn.Module):
         return self.loss(self.model, x)
 
 
-def fit(c, p, data, run, loss):
+def fit(config, procs, data, run, loss):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
-    c: LoopConfig; p: Processes; loss: f(model, x (B, L)) -> scalar, in nats per token.
-    Raises UserError at the first loss or gradient that is not a finite number; the last checkpoint
-    stays as it was."""
-    agree(p, (run.step, run.steps), "steps of " + run.path.name)
+    config: LoopConfig; procs: Processes; loss: f(model, x (B, L)) -> scalar, in nats per
+    token. Raises UserError at the first loss or gradient that is not a finite number; the
+    last checkpoint stays as it was."""
+    # every process reads the checkpoint: is it the same file for all?
+    agree(procs, (run.step, run.steps), "steps of " + run.path.name)
     if run.step == run.steps:
         return
-    if p.rank == 0:
+    if procs.rank == 0:
         rewind_log(run)
-    run.micro, count = micro_batches(c, p, run)
+
+    # the batch of a step, `count` micro-batches in each process
+    run.micro, count = micro_batches(config, procs, run)
+    # the model with its loss, in all processes
     net = Loss(run.model, loss)
-    if p.world > 1:
+    if procs.world > 1:
         # the buffers are constants (cos, sin): nothing to broadcast in every step
         net = DistributedDataParallel(net, broadcast_buffers=False)
-    run.model.train()
-    begin, spent, began = run.step, run.seconds, time.time()
-    bad = torch.zeros((), device=p.device)       # the first step that was not finite, 0: none
-    with tqdm(total=run.steps, initial=begin, desc=run.path.stem, disable=p.rank > 0,
+    run.model.train()                    # dropout, if any, is on
+    begin, clock = run.step, Clock(config, run)
+    bad = torch.zeros((), device=procs.device)       # the first step not finite; 0: none
+    with tqdm(total=run.steps, initial=begin, desc=run.path.stem, disable=procs.rank > 0,
               mininterval=1, ncols=90) as bar:
         for step in range(begin, run.steps):
             # what happens after this step
             last = step + 1 == run.steps
             shown = (step + 1) % 20 == 0
-            logged = last or (step + 1) % c.log_every == 0
-            saved = last or (step + 1) % c.save_every == 0
+            logged = last or (step + 1) % config.log_every == 0
+            saved = last or (step + 1) % config.save_every == 0
 
-            # the gradient of the global batch, clipped
-            total = backward(c, p, data, run, net, count)                # this process's loss
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.clip or math.inf)
+            # the gradient of the global batch, clipped; total is this process's loss
+            total = backward(config, procs, data, run, net, count)
+            norm = clip_gradient(run.model, config.clip)
 
-            # stop before a step that would spoil the weights; on a GPU not at every step, because to
-            # read a number there is to wait for it
+            # stop before a step that would spoil the weights; on a GPU not at every step,
+            # because to read a number there is to wait for it
             fine = total.isfinite() & norm.isfinite()
             bad = torch.where(fine | (bad > 0), bad, step + 1)
-            if p.device.type == "cpu" or shown or logged or saved:
-                stop_if_not_finite(c, p, run, bad)
+            if procs.device.type == "cpu" or shown or logged or saved:
+                stop_if_not_finite(config, procs, run, bad)
 
-            # the step: linear warm-up, then a cosine; then the averaged weights follow
-            for optimizer in run.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = c.lr * lr_factor(step, run.steps, c.warmup, c.final_lr)
-                optimizer.step()
-                optimizer.zero_grad()
-            ema_update(run.ema, run.model, c.ema, run.averaged + step)
+            # the step, and the averaged weights, which follow
+            optimizer_step(config, run)
+            ema_update(run.ema, run.model, config.ema, run.averaged + step)
+            run.step = step + 1
 
             # the clock and the bar
-            seconds = time.time() - began
-            run.step, run.seconds = step + 1, spent + seconds
-            speed = (run.step - begin) * c.batch * run.model.config.context / seconds    # tokens/s
+            speed = clock.tick()
             if shown:
-                bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", False)
+                text = f"loss {total.item():.3f}, {speed:,.0f} tokens/s"
+                bar.set_postfix_str(text, refresh=False)
             bar.update()
 
-            # validation, before anything is saved: the step itself may have been too large
+            # validation comes before saving: the step itself may have been too large
             if logged or saved:
-                val_loss = validate(run.ema, loss, data, c, p.device, 4 if logged else 1)
+                val_loss = validate(run.ema, loss, data, config, 4 if logged else 1)
                 if not (math.isfinite(val_loss) and finite(run.model)):
                     bad.fill_(run.step)
-                    stop_if_not_finite(c, p, run, bad)
+                    stop_if_not_finite(config, procs, run, bad)
+            # a log line has the mean loss of all processes
             if logged:
-                if p.world > 1:
+                if procs.world > 1:
                     dist.all_reduce(total)
-                write_log(p, run, loss=total.item() / p.world, tokens_per_s=speed, val_loss=val_loss)
-            if saved and p.rank == 0:
+                write_log(procs, run, loss=total.item() / procs.world, tokens_per_s=speed,
+                          val_loss=val_loss)
+            # process 0 saves for all: their weights are equal
+            if saved and procs.rank == 0:
                 save(run)
 
 
-def backward(c, p, data, run, net, count):
-    """The gradient of one step, left in the parameters; returns this process's loss. The global
-    batch is a list of micro-batches, each with a seed of its own, dealt out to the processes in
-    turn: so several processes see what one would have seen."""
-    total = torch.zeros((), device=p.device)
+class Clock:
+    """The seconds that a run takes, over all its continuations, and its speed."""
+
+    def __init__(self, config, run):
+        self.run, self.first_step, self.spent = run, run.step, run.seconds
+        # a step reads so many tokens
+        self.tokens = config.batch * run.model.config.context
+        self.began = time.time()
+
+    def tick(self):
+        """Put the time up to now into run.seconds; returns tokens per second."""
+        seconds = time.time() - self.began
+        self.run.seconds = self.spent + seconds
+        return (self.run.step - self.first_step) * self.tokens / seconds
+
+
+def backward(config, procs, data, run, net, count):
+    """The gradient of one step, left in the parameters; returns this process's loss, a
+    scalar. The global batch is a list of micro-batches, each with a seed of its own, dealt
+    out to the processes in turn: so several processes see what one would have seen."""
+    total = torch.zeros((), device=procs.device)
     for i in range(count):
-        seed_all(c.seed, run.path.stem, run.step, i * p.world + p.rank)
-        x = data.batch("train", run.micro, run.model.config.context, p.device)       # (micro, L)
-        # gradients are averaged between processes after the last micro-batch only
-        alone = p.world == 1 or i == count - 1
+        # micro-batch number i * world + rank of this step, with its seed
+        seed_all(config.seed, run.path.stem, run.step, i * procs.world + procs.rank)
+        x = data.batch("train", run.micro, run.model.config.context, procs.device)
+        # x is (micro, L); gradients are averaged between processes after the last one only
+        alone = procs.world == 1 or i == count - 1
         with contextlib.nullcontext() if alone else net.no_sync():
+            # so that the gradients' sum is the mean over the global batch
             value = net(x) / count
             value.backward()
         total += value.detach()
     return total
 
 
-def stop_if_not_finite(c, p, run, bad):
-    """Raise UserError, in all processes, if `bad`, the first step of any of them whose loss or
-    gradient was not finite, is not 0."""
-    if p.world > 1:
+def clip_gradient(model, largest):
+    """Scale the gradient down to the norm `largest`, if it is not 0; returns the norm that
+    it had."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
+
+
+def optimizer_step(config, run):
+    """One step of each optimizer, at the learning rate of step number run.step."""
+    # linear warm-up, then a cosine
+    factor = lr_factor(run.step, run.steps, config.warmup, config.final_lr)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * factor
+        optimizer.step()
+        optimizer.zero_grad()            # the next step's gradient begins at zero
+
+
+def stop_if_not_finite(config, procs, run, bad):
+    """Raise UserError, in all processes, if `bad`, the first step of any of them whose loss
+    or gradient was not finite, is not 0."""
+    # of several processes, all learn of it
+    if procs.world > 1:
         bad = bad.clone()
         dist.all_reduce(bad, dist.ReduceOp.MAX)
     if not bad:
         return
+    # a sentence that says what is left, and what may help
     kept = "no checkpoint was written yet"
     if run.path.exists():
         kept = f"{run.path} is as it was saved last"
-    clip = "" if c.clip else ", or with --clip 1"
-    raise UserError(f"{run.path.stem}: the loss or its gradient is no finite number at step "
-                    f"{int(bad)} of {run.steps}; {kept}; begin anew in another --out with a lower "
-                    f"--lr (it is {c.lr:g}) or a longer --warmup{clip}")
+    clip = "" if config.clip else ", or with --clip 1"
+    raise UserError(f"{run.path.stem}: the loss or its gradient is no finite number at "
+                    f"step {int(bad)} of {run.steps}; {kept}; begin anew in another --out "
+                    f"with a lower --lr (it is {config.lr:g}) or a longer --warmup{clip}")
 
 
-def micro_batches(c, p, run=None):
+def micro_batches(config, procs, run=None):
     """Sequences of a micro-batch, and how many micro-batches each process has in a step.
-    Each micro-batch has a seed of its own, so the noise of a run depends on their size. It is
-    --micro_batch; else a run that goes on keeps the size that it began with, if it can."""
-    share = max(1, c.batch // p.world)
+    Each micro-batch has a seed of its own, so the noise of a run depends on their size. It
+    is --micro_batch; else a run that goes on keeps the size that it began with, if it can.
+    Raises UserError where the batch cannot be divided so."""
+    share = max(1, config.batch // procs.world)          # sequences of each process
     begun = run.micro if run else None
-    micro = c.micro_batch or begun or share
-    if c.micro_batch is None and begun and c.batch % (begun * p.world):
+    micro = config.micro_batch or begun or share
+    # the size that a run began with may not divide what there is now
+    if config.micro_batch is None and begun and config.batch % (begun * procs.world):
         micro = share
-        if p.rank == 0:
-            print(f"{run.path.stem}: the run began with micro-batches of {begun} sequences, which "
-                  f"do not fit {p.world} processes and a batch of {c.batch}. It goes on with "
-                  f"{micro}: from here its noise is another than it would have been. (With "
-                  "--micro_batch nothing depends on the number of processes.)")
-    if c.batch % (micro * p.world):
-        raise UserError(f"--batch {c.batch} is not a multiple of {p.world} processes x {micro} "
-                        "sequences; choose another --batch or --micro_batch")
-    return micro, c.batch // (micro * p.world)
+        if procs.rank == 0:
+            print(f"{run.path.stem}: the run began with micro-batches of {begun} "
+                  f"sequences, which do not fit {procs.world} processes and a batch of "
+                  f"{config.batch}. It goes on with {micro}: from here its noise is "
+                  "another than it would have been. (With --micro_batch nothing depends on the "
+                  "number of processes.)")
+    if config.batch % (micro * procs.world):
+        raise UserError(f"--batch {config.batch} is not a multiple of {procs.world} "
+                        f"processes x {micro} sequences; choose another --batch or "
+                        "--micro_batch")
+    return micro, config.batch // (micro * procs.world)
 
 
 @torch.no_grad()
-def validate(model, loss, data, c, device, batches=4):
-    """Mean loss on validation text, always with the same text and noise; leaves the RNG alone."""
+def validate(model, loss, data, config, batches=4):
+    """Mean loss on validation text, in nats per token. Always with the same text and noise,
+    which leave the run's own random numbers alone."""
+    device = model.embed.weight.device
+    size = 128 if config.preset == "nano" else 16        # sequences of a batch
     total = 0.0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for i in range(batches):
-            seed_all("validation", i)
-            x = data.batch("val", 128 if c.preset == "nano" else 16, model.config.context, device)
+            seed_all("validation", i)                    # the noise of batch i
+            x = data.batch("val", size, model.config.context, device)    # (size, L)
             total += loss(model, x).item() / batches
     return total
 
 
-def write_log(p, run, **entry):
+def write_log(procs, run, **entry):
     """One line for the reader, one line of JSON beside the checkpoint."""
-    if p.rank == 0:
-        tqdm.write(f"{run.path.stem}: step {run.step}, loss {entry['loss']:.4f}, validation "
-                   f"{entry['val_loss']:.4f}, {entry['tokens_per_s']:,.0f} tokens/s")
-        path = run.path.with_suffix(".jsonl")
-        try:
-            with open(path, "a") as f:
-                f.write(to_json({"step": run.step, **entry}) + "\n")
-        except OSError as e:
-            raise UserError(f"{path} cannot be written ({reason(e)}); {remedy(e)}")
+    if procs.rank > 0:
+        return
+    # for the reader; tqdm.write keeps the bar whole
+    tqdm.write(f"{run.path.stem}: step {run.step}, loss {entry['loss']:.4f}, validation "
+               f"{entry['val_loss']:.4f}, {entry['tokens_per_s']:,.0f} tokens/s")
+    # for programs, and for the learning curves
+    path = run.path.with_suffix(".jsonl")
+    try:
+        with open(path, "a") as f:
+            f.write(to_json({"step": run.step, **entry}) + "\n")
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({reason(e)}); {remedy(e)}")
 
 
 def rewind_log(run):
-    """Drop the lines after run.step: a stop may have come between a line and a checkpoint."""
+    """Drop the lines after run.step: a run may have been stopped after it wrote a line and
+    before it wrote a checkpoint."""
     path = run.path.with_suffix(".jsonl")
     lines = []
     if path.exists() and run.step:
-        lines = path.read_text().split("\n")[:-1]        # what no line end follows is half a line
+        # what no line end follows is half a line
+        lines = path.read_text().split("\n")[:-1]
+    # the log is written anew, whole or not at all
     kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
     write(path, lambda f: f.write("".join(kept).encode()))
 
 
 # ---- pretraining
 
-def prepare_model(model, c, p):
-    """Onto the device, with bfloat16 inside the blocks and compiled blocks where asked for."""
-    model = model.to(p.device)
-    model.bf16 = p.device.type == "cuda" if c.bf16 is None else c.bf16
-    model.recompute = c.recompute
-    if c.compile:
-        for block in model.blocks:           # one is compiled, all share it
+def prepare_model(model, config, procs):
+    """The model on the device, with bfloat16 inside the blocks and compiled blocks where
+    they are asked for."""
+    model = model.to(procs.device)
+    # a CPU is no faster with bfloat16
+    model.bf16 = config.bf16
+    if config.bf16 is None:
+        model.bf16 = procs.device.type == "cuda"
+    model.recompute = config.recompute
+    if config.compile:
+        for block in model.blocks:       # one is compiled, all share it
             block.compile()
     return model
 
 
-def as_command(script, c):
-    """The command line that gives the config c."""
-    defaults, words = dataclasses.asdict(type(c)()), ["python", script]
-    for name, value in dataclasses.asdict(c).items():
+def as_command(script, config):
+    """The command line that gives this config."""
+    defaults, words = dataclasses.asdict(type(config)()), ["python", script]
+    for name, value in dataclasses.asdict(config).items():
+        # what has its default is not said, but for what is trained
         if value == defaults[name] and name != "objective":
             continue
+        # a switch is on or off, any other flag has a value
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
@@ -299,77 +375,102 @@ def as_command(script, c):
 
 
 def ar_loss(model, x, mask_id):
-    """Mean next-token loss of x (B, L), a scalar in nats per token; the start symbol is mask_id."""
+    """Mean next-token loss of x (B, L), a scalar in nats per token; mask_id: the start
+    symbol."""
     h = model.hidden(shifted(x, mask_id)).flatten(0, 1)              # (B L, C)
     return model.chunked_sum(h, cross_entropy, x.flatten()) / x.numel()
 
 
-def with_saved_flags(c):
-    """c with the flags that its unfinished or finished checkpoint was made with."""
-    saved = load_checkpoint(c.path, kinds=(c.objective,))
+def with_saved_flags(config):
+    """The config with the flags that its checkpoint, finished or not, was made with. Raises
+    UserError where train.py did not make it."""
+    saved = load_checkpoint(config.path, kinds=(config.objective,))
+    # only train.py's have an objective
     if "objective" not in saved["config"]:
-        raise UserError(f"{c.path} was made by tools.convert, not by train.py; move it to another "
-                        f"folder and give it as --{'judge' if c.causal else 'teacher'}")
+        name = "judge" if config.causal else "teacher"
+        raise UserError(f"{config.path} was made by tools.convert, not by train.py; move "
+                        f"it to another folder and give it as --{name}")
+    # some flags may differ, and keep their present values
     kept = FREE
-    if saved.get("data"):                    # resume() compares the data, not their name
+    if saved.get("data"):                # resume() compares the data, not their name
         kept = FREE | {"dataset"}
-    return dataclasses.replace(c, **{k: v for k, v in saved["config"].items() if k not in kept})
+    flags = {name: value for name, value in saved["config"].items() if name not in kept}
+    return dataclasses.replace(config, **flags)
 
 
-def initial_model(c, data):
-    """What training begins with, on the CPU: a new Transformer that fits data, or one of the sizes
-    and weights of --init; and a fingerprint of these weights, or None. Raises UserError."""
-    attention = "causal" if c.causal else c.attention or "full"
-    seed_all(c.seed, c.objective)
-    if c.init is None:
-        sizes = dict(PRESETS[c.preset])
-        sizes["context"] = data.context(c.context or sizes["context"])
-        positions = c.positions or ("both" if data.texts else "rope")
-        config = ModelConfig(data.tokenizer.vocab, attention=attention, positions=positions,
-                             dropout=c.dropout, **sizes)
-        # MDLM has no biases in attention: without them tools.convert can export what is trained
-        config.attention_bias = not config.relative
-        return Transformer(config), None
-    kinds = ("ar",) if c.causal else ("mdlm", "sdtt")
-    given, content = load_model(c.init, kinds=kinds)
+def new_model(config, data):
+    """A Transformer with random weights that fits the data, on the CPU. Raises UserError
+    where there are not enough data for it."""
+    # the preset's sizes, with what the data or a flag say
+    sizes = dict(PRESETS[config.preset])
+    sizes["context"] = data.context(config.context or sizes["context"])
+    sizes["attention"] = "causal" if config.causal else config.attention or "full"
+    # where every row begins a text, its place counts beside the distances
+    sizes["positions"] = config.positions or ("both" if data.texts else "rope")
+    sizes = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
+    # MDLM has no biases in attention: without them tools.convert can export the model
+    sizes.attention_bias = not sizes.relative
+    return Transformer(sizes)
+
+
+def model_from(config, data):
+    """A Transformer of the sizes and weights of --init, on the CPU, with the config's
+    attention and dropout; and a fingerprint of these weights. Raises UserError."""
+    # an AR model goes on from AR weights, a diffusion model from diffusion weights
+    kinds = ("ar",) if config.causal else ("mdlm", "sdtt")
+    given, content = load_model(config.init, kinds=kinds)
     if content["tokenizer"] != data.tokenizer.spec:
-        raise UserError(f"--init {c.init} knows other tokens than {data.folder}; give the --dataset "
-                        "it was trained on")
-    data.context(given.config.context)       # is there enough of it?
-    model = Transformer(dataclasses.replace(given.config, attention=attention, dropout=c.dropout))
+        raise UserError(f"--init {config.init} knows other tokens than {data.folder}; give "
+                        "the --dataset it was trained on")
+    data.context(given.config.context)   # raises where there is not enough of it
+    # the attention may be another: the tensors are the same
+    attention = "causal" if config.causal else config.attention or "full"
+    model = Transformer(dataclasses.replace(given.config, attention=attention,
+                                            dropout=config.dropout))
     model.load_state_dict(given.state_dict())
     return model, fingerprint(given)
 
 
-def train(c, p, as_saved=False):
-    """Train what TrainConfig c says, or what is left of it; returns the checkpoint's path, where
-    the whole file is when it returns, in all processes.
-    as_saved: a checkpoint made with other flags goes on with its own instead of being refused."""
-    if as_saved and c.path.exists():
-        c = with_saved_flags(c)
-    data = load_data(c.dataset, p)
-    model, init = initial_model(c, data)
-    model = prepare_model(model, c, p)
-    ema = prepare_model(copy.deepcopy(model).eval(), c, p)
-    content = dict(kind=c.objective, config=dataclasses.asdict(c), tokenizer=data.tokenizer.spec,
-                   data=data.fingerprint)
-    if init:
-        content["init"] = init
-    run = Run(c.path, c.steps, model, ema, make_optimizers(model, c), content)
+def train(config, procs, as_saved=False):
+    """Train what a TrainConfig says, or what is left of it; returns the checkpoint's path,
+    where the whole file is when this returns, in all processes.
+    as_saved: a checkpoint that was made with other flags goes on with its own, instead of
+    being refused."""
+    if as_saved and config.path.exists():
+        config = with_saved_flags(config)
+    data = load_data(config.dataset, procs)
 
-    first(p, lambda: hold(c.path))           # one run at a time writes it
-    if resume(run, c, FREE) and run.step == run.steps and p.rank == 0:
-        print(f"{c.path} is there: {run.steps} steps, {run.seconds:.0f} s")
-    loss = {"ar": ar_loss, "mdlm": nelbo}[c.objective]
-    fit(c, p, data, run, functools.partial(loss, mask_id=model.mask_id))
-    if p.world > 1:
-        dist.barrier()                       # process 0 has saved: now the others may read
-    return c.path
+    # the model, and what its checkpoint says beside its weights
+    content = dict(kind=config.objective, config=dataclasses.asdict(config),
+                   tokenizer=data.tokenizer.spec, data=data.fingerprint)
+    seed_all(config.seed, config.objective)
+    if config.init is None:
+        model = new_model(config, data)
+    else:
+        model, content["init"] = model_from(config, data)
+    model = prepare_model(model, config, procs)
+    ema = prepare_model(copy.deepcopy(model).eval(), config, procs)
+    optimizers = make_optimizers(model, config)
+    run = Run(config.path, config.steps, model, ema, optimizers, content)
+
+    # go on where the checkpoint stands, if there is one
+    first(procs, lambda: hold(config.path))              # one run at a time writes it
+    if resume(run, config, FREE) and run.step == run.steps and procs.rank == 0:
+        print(f"{config.path} is there: {run.steps} steps, {run.seconds:.0f} s")
+
+    # the bound of a diffusion model, the log-likelihood of an AR one
+    loss = nelbo
+    if config.causal:
+        loss = ar_loss
+    fit(config, procs, data, run, functools.partial(loss, mask_id=model.mask_id))
+    if procs.world > 1:
+        dist.barrier()                   # process 0 has saved: now the others may read
+    return config.path
 
 
 def main():
-    c = parse_flags(TrainConfig, __doc__)
-    train(c, start(c.device))
+    config = parse_flags(TrainConfig, __doc__)
+    train(config, start(config.device))
 
 
 main.stopped = GOES_ON
