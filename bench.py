@@ -22,9 +22,10 @@ import torch
 from common import (Processes, command, flag, load_model, package, parse_flags, seed_all,
                     start)
 from data.files import UserError, write_json
+from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
 from diffusion import categorical, sample, sample_joint
 from model import PRESETS, KVCache, ModelConfig, Transformer, decode, generate
-from sample import draw_samples, entropy, gen_ppl, make_judge, pooled_entropy
+from sample import Sampling, draw_samples
 from tools import bench_train, figures
 from tools.machine import (compiled_decode, describe, fill_times, first_run, header, least_memory,
                            limits, line, prepare, roofline, seconds, transformers_gpt2)
@@ -188,7 +189,7 @@ def measure(c, group, device, machine):
 
 def quality(c, models, device, name, label, steps):
     """Perplexity under the AR model, and both entropies, of a trained model's texts."""
-    x = draw_samples(models[name][label], c.samples, steps, Processes(device), 0)
+    x = draw_samples(models[name][label], c.samples, Sampling(steps), Processes(device))
     judge, = list(models["ar"].values())[:1]
     vocab = judge.config.vocab
     return (gen_ppl(make_judge(judge), x.to(device))[0], entropy(x, vocab)[0],

@@ -23,9 +23,10 @@ from common import (GOES_ON, Processes, Run, agree, broadcast, command, fingerpr
                     flag, load_model, make_optimizers, parse_flags, resume, start)
 from data.dataset import Data, load_data
 from data.files import UserError, hold, write, write_json
+from data.measures import make_judge
 from diffusion import q_sample, sample_t, states_at, unmask_step
 from model import Transformer
-from sample import draw_samples, make_judge, sample_row
+from sample import Sampling, draw_samples, sample_row
 from train import FREE, LoopConfig, TrainConfig, as_command, fit, prepare_model, train
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
@@ -242,7 +243,7 @@ class Exam:
     judge: typing.Callable       # see sample.make_judge
     judged_by: str               # the judge's fingerprint
     context: int                 # tokens of a text
-    device: torch.device
+    alone: Processes             # process 0 by itself, which measures
 
 
 def open_results(config):
@@ -280,8 +281,8 @@ def fill_rows(exam, name, model, digest):
         n = config.samples
         if steps and steps > 32:         # they take long
             n = max(2, config.samples // 2)
-        row, _ = sample_row(name, model, exam.judge, exam.data, steps, n,
-                            Processes(exam.device), config.seed, exam.context)
+        sampling = Sampling(steps, config.seed, length=exam.context)
+        row, _ = sample_row(name, model, n, sampling, exam.judge, exam.data, exam.alone)
         results["rows"].append(row)
         write_json(config.folder / "results.json", results)
 
@@ -346,7 +347,7 @@ def show_samples(config, procs, data, models):
         for name, model in models.items():
             text += f"\n{name}, {steps} steps:\n"
             # three texts (3, L)
-            x = draw_samples(model, 3, steps, Processes(procs.device), config.seed)
+            x = draw_samples(model, 3, Sampling(steps, config.seed), Processes(procs.device))
             for row in x.tolist():
                 one = data.tokenizer.decode(row).strip().replace("\n", "\n    ")
                 text += f"  * {one}\n"
@@ -482,7 +483,7 @@ def distill(config, procs):
         seconds["ar"] = judge_file["seconds"]
         exam = Exam(config, data, results,
                     make_judge(judge, judge_file["tokenizer"], data.tokenizer),
-                    fingerprint(judge), teacher.config.context, procs.device)
+                    fingerprint(judge), teacher.config.context, Processes(procs.device))
 
     # the rows that need no distillation
     report(exam, procs, "data", None, "")

@@ -1,16 +1,15 @@
-"""Text from any checkpoint, a masked diffusion model or an autoregressive one; and what texts are
-worth: the few measures that distill.py's table and bench.py need.
+"""Text from any checkpoint, a masked diffusion model or an autoregressive one.
 
     python sample.py out/stories-nano/round7.pt --steps 8 --num_samples 4
-    python sample.py out/stories-nano/round7.pt --prompt "one sunny day tom went to the park ."
+    python sample.py out/stories-nano/round7.pt --prompt "one sunny day tom went to"
     python sample.py out/stories-nano/teacher.pt --infill "one sunny day _ went to the _ ."
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
 
-The checkpoint is all that is needed. Token draws are exact, in float64; --temperature and --top_p
-change the law that the model has learned, and are off unless given. How a text comes about, as an
-animation or a race: python -m tools.animate.
+The checkpoint is all that is needed. Token draws are exact, in float64; --temperature and
+--top_p change the law that the model has learned, and are off unless given. To watch a text
+come about, alone or as a race: python -m tools.animate.
 """
-import math
+import contextlib
 import re
 import sys
 import time
@@ -21,282 +20,237 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import command, flag, load_model, parse_flags, seed_all, start
-from data.dataset import copies, make_tokenizer, oracle, retokenise
+from data.dataset import make_tokenizer
 from data.files import UserError
+from data.measures import measure
 from diffusion import categorical, sample, sample_joint, sharpen
-from model import generate, nll
+from model import generate
 
-BATCH = 32                               # texts at a time, written or judged
-DEFAULT_STEPS = 32                       # of a teacher, which is made for no number of steps
+BATCH = 32                               # texts that are written at a time
+DEFAULT_STEPS = 32                      # of a teacher, which is made for no number of steps
+DTYPES = {32: torch.float32, 64: torch.float64}          # of a token draw, by its bits
 
 
 @dataclass
 class SampleConfig:
+    """The flags of sample.py."""
     checkpoint: str                          # the argument without --
-    steps: int | None = flag(None, "diffusion steps [what the model was distilled for; a teacher "
-                             "32]; AR takes one per token", low=1)
-    num_samples: int = flag(4, "how many texts", low=1)
-    prompt: str = flag("", "how the text begins")
-    infill: str | None = flag(None, 'a text with gaps: "___" has three tokens, "_20_" twenty; a gap '
-                              "stands between spaces or ends, any other underscore is text")
-    length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
-    temperature: float = flag(1.0, "below 1: likelier tokens more often; changes the law",
-                              low=0.01)
-    top_p: float = flag(1.0, "draw only among the likeliest tokens that have this probability "
-                        "together; changes the law", low=0.01, high=1)
+    # how the text is drawn
+    steps: int | None = flag(
+        None, "diffusion steps [what the model was distilled for; a teacher 32]; AR takes "
+        "one per token", low=1)
+    temperature: float = flag(
+        1.0, "below 1: likelier tokens more often; changes the law", low=0.01)
+    top_p: float = flag(
+        1.0, "draw only among the likeliest tokens that have this probability together; "
+        "changes the law", low=0.01, high=1)
     seed: int = flag(0, "seed of the samples")
+    # what is given, and how much is wanted
+    prompt: str = flag("", "how the text begins")
+    infill: str | None = flag(
+        None, 'a text with gaps: "___" has three tokens, "_20_" twenty; a gap stands '
+        "between spaces or ends, any other underscore is text")
+    num_samples: int = flag(4, "how many texts", low=1)
+    length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
 
 
-# ---- samples
+# ---- drawing texts
 
-def spread(parts, f, p, title=None):
-    """[f(part) for part in parts], dealt out to the processes p in turn; each gets all results.
-    title: of a progress bar."""
-    parts = list(parts)
-    mine = []
-    hidden = title is None or p.rank > 0
-    for part in tqdm(parts[p.rank::p.world], desc=title, leave=False, ncols=90, disable=hidden):
-        mine.append(f(part))
-    everyone = [mine]
-    if p.world > 1:
-        everyone = [None] * p.world
-        dist.all_gather_object(everyone, mine)
-    # part i was process (i mod world)'s, as its (i div world)-th
-    return [everyone[i % p.world][i // p.world] for i in range(len(parts))]
+@dataclass
+class Sampling:
+    """How texts are drawn from a model."""
+    steps: int | None = None     # of diffusion; AR takes one per token
+    seed: int = 0
+    temperature: float = 1.0     # other than 1, and top_p below 1: not the model's own law
+    top_p: float = 1.0
+    precision: int = 64          # bits of a token draw, 32 or 64
+    joint: bool = False          # see diffusion.sample_joint
+    length: int | None = None    # tokens of a text; None: the model's context
 
 
-def draw_samples(model, n, steps, p, seed, title=None, temperature=1.0, top_p=1.0, precision=64,
-                 joint=False, length=None, prompts=None, calls=None):
-    """n texts (n, L) on the CPU: diffusion in `steps` steps, AR token by token. The same seed gives
-    models of one shape the same order of reveal.
-    prompts: their first tokens (n, P), for diffusion with mask_id in the gaps. joint: see
-    diffusion.sample_joint; precision: bits of the draw, 32 or 64. calls: a list that gets the
-    number of network calls of each batch. title: of a progress bar."""
-    dtype = {32: torch.float32, 64: torch.float64}[precision]
-    length = length or model.config.context
+def draw_batch(model, known, sampling):
+    """Texts x (B, L) that begin with known (B, P), on their device. For diffusion known may
+    have mask_id in its gaps."""
+    length = sampling.length or model.config.context
+    dtype = DTYPES[sampling.precision]
+
+    def draw(logits):
+        """One token from each row: logits (N, V) -> (N,)."""
+        return categorical(sharpen(logits, sampling.temperature, sampling.top_p), dtype)
+
+    if model.config.causal:
+        return generate(model, known, length, draw)
+    # diffusion begins with a mask wherever nothing is known
+    z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
+    z[:, :known.shape[1]] = known
+    if sampling.joint:
+        return sample_joint(model, z, sampling.steps, model.mask_id, dtype,
+                            sampling.temperature)
+    return sample(model, z, sampling.steps, model.mask_id, draw)
+
+
+@contextlib.contextmanager
+def counted_calls(model):
+    """A list that gets an entry for each call of the network inside the `with`: every call
+    embeds tokens exactly once."""
+    calls = []
+    hook = model.embed.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def draw_samples(model, n, sampling, procs, prompts=None, title=None, calls=None):
+    """n texts (n, L) on the CPU, drawn as `sampling` says, in all processes together; each
+    returns all of them. The same seed gives models of one shape the same order of reveal.
+    prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
+    title: of a progress bar. calls: a list that gets the number of network calls of each
+    batch."""
     if prompts is None:
         prompts = torch.zeros((n, 0), dtype=torch.long)
 
-    def draw(logits):
-        return categorical(sharpen(logits, temperature, top_p), dtype)
-
-    def write(i):
-        """Texts i to i + BATCH."""
-        # a seed for each batch: the texts do not depend on how many processes there are
-        seed_all(seed, "samples", steps, i)
-        known = prompts[i:i + BATCH].to(p.device)                    # (B, P)
-        if model.config.causal:
-            return generate(model, known, length, draw).cpu()
-        z = torch.full((len(known), length), model.mask_id, device=p.device)
-        z[:, :known.shape[1]] = known
-        if joint:
-            return sample_joint(model, z, steps, model.mask_id, dtype, temperature).cpu()
-        return sample(model, z, steps, model.mask_id, draw).cpu()
-
     def batch(i):
-        """The same, and how often the network was called: each call embeds tokens once."""
-        count = []
-        hook = model.embed.register_forward_hook(lambda *_: count.append(1))
-        x = write(i)
-        hook.remove()
-        return x, len(count)
+        """Texts i to i + BATCH, and the network calls that they took."""
+        # a seed for each batch: the texts do not depend on how many processes there are
+        seed_all(sampling.seed, "samples", sampling.steps, i)
+        known = prompts[i:i + BATCH].to(procs.device)                # (B, P)
+        with counted_calls(model) as made:
+            x = draw_batch(model, known, sampling)                   # (B, L)
+        return x.cpu(), len(made)
 
-    texts = []
-    for x, count in spread(range(0, n, BATCH), batch, p, title):
-        texts.append(x)
-        if calls is not None:
-            calls.append(count)
-    return torch.cat(texts)
-
-
-# ---- what samples are worth: pure functions of texts x (n, L), each value with its standard error
-
-def mean_se(values):
-    """Mean of values (n,), None where there are none, and its standard error, None of fewer than
-    two."""
-    values, n = values.double(), len(values)
-    mean = values.mean().item() if n else None
-    error = (values.std() / math.sqrt(n)).item() if n > 1 else None
-    return mean, error
+    results = spread(range(0, n, BATCH), batch, procs, title)
+    if calls is not None:
+        calls.extend(count for _, count in results)
+    return torch.cat([x for x, _ in results])
 
 
-def exp(x):
-    """e to the x, infinite where a float cannot hold it."""
-    return math.exp(x) if x < 709 else math.inf
+def spread(parts, f, procs, title=None):
+    """[f(part) for part in parts], dealt out to the processes in turn; each returns all
+    results. title: of a progress bar."""
+    parts = list(parts)
+    # this process does parts number rank, rank + world, ...
+    hidden = title is None or procs.rank > 0
+    bar = tqdm(parts[procs.rank::procs.world], desc=title, leave=False, ncols=90,
+               disable=hidden)
+    mine = [f(part) for part in bar]
+    everyone = [mine]
+    if procs.world > 1:
+        everyone = [None for _ in range(procs.world)]
+        dist.all_gather_object(everyone, mine)
+    # part i was process (i mod world)'s, as its (i div world)-th
+    return [everyone[i % procs.world][i // procs.world] for i in range(len(parts))]
 
 
-def make_judge(model, spec=None, tokenizer=None):
-    """An AR model as a judge: f(x (n, L), skip=0) -> nats (n,), tokens (n,), what each text costs
-    it but for its first `skip` tokens, and of how many of its tokens that is. spec: of the judge's
-    tokenizer; where `tokenizer`, the texts', is another, they are read in the judge's tokens (see
-    data.dataset.retokenise), and judged up to the judge's context."""
-    same = tokenizer is None or spec == tokenizer.spec
-    judges = None if same else make_tokenizer(spec)
-
-    def read(row):
-        if same:
-            return row
-        return retokenise(row, tokenizer, judges)[:model.config.context]
-
-    @torch.no_grad()
-    def judge(x, skip=0):
-        rows = [read(row) for row in x.tolist()]
-        begin = [len(read(row[:skip])) for row in x.tolist()]
-        begin = torch.tensor(begin, device=x.device)                 # (n,)
-        end = torch.tensor([len(row) for row in rows], device=x.device)
-        # rows of one width: what stands beyond a text's end is not seen from within it
-        width = max(1, int(end.max()))
-        y = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=x.device)
-        place = torch.arange(width, device=x.device)
-        within = (place >= begin[:, None]) & (place < end[:, None])  # (n, width)
-        nats = torch.cat([nll(model, part, model.mask_id) for part in y.split(BATCH)])
-        return (nats * within).sum(1).double(), within.sum(1)
-    return judge
-
-
-def perplexity(nats, tokens):
-    """exp of the mean nats per token of texts that cost nats (n,), and its standard error."""
-    mean = (nats.sum() / tokens.sum()).item()
-    error = mean_se((nats - mean * tokens) / tokens.double().mean())[1]
-    return exp(mean), exp(mean) * error
-
-
-def gen_ppl(judge, x):
-    """Generative perplexity of x (n, L): exp of the judge's mean nats per token, and its SE."""
-    return perplexity(*judge(x))
-
-
-def entropy(x, vocab):
-    """Entropy of each sequence's own token frequencies, x (n, L) -> mean in nats, and its SE.
-    Below the data's it means repetition within a text."""
-    counts = torch.zeros(len(x), vocab).scatter_add_(1, x, torch.ones(x.shape))
-    return mean_se(torch.special.entr(counts / x.shape[1]).sum(1))
-
-
-def pooled_entropy(x, vocab):
-    """Entropy of the token frequencies of all of x (n, L) together, in nats, and its SE.
-    Below the data's it means that the texts resemble each other, be each as rich as it may."""
-    p = torch.bincount(x.flatten(), minlength=vocab) / x.numel()     # (V,)
-    return mean_se(-p.log()[x].mean(1))      # the entropy is the mean of -log p over all tokens
-
-
-def put(row, name, value):
-    """row[name], row[name_se] = value: a mean with its standard error."""
-    row[name], row[name + "_se"] = value
-
-
-def measure(x, judge, data):
-    """The measures that cost next to nothing: {"gen_ppl", "gen_ppl_se", "entropy", ...,
-    "samples", "tokens"} of samples x (n, L). gen_ppl weighs tokens, text_ppl is the mean of the
-    texts' own perplexities; judge None: neither."""
-    row = {"samples": len(x), "tokens": x.numel()}
-    vocab, none = data.tokenizer.vocab, (None, None)
-    put(row, "gen_ppl", none)
-    put(row, "text_ppl", none)
-    if judge:
-        nats, tokens = judge(x)
-        put(row, "gen_ppl", perplexity(nats, tokens))
-        put(row, "text_ppl", mean_se((nats / tokens.clamp(min=1)).exp()))
-    x = x.cpu()
-    put(row, "entropy", entropy(x, vocab))
-    put(row, "pooled_entropy", pooled_entropy(x, vocab))
-
-    # what only some datasets can say: whether a text is valid, or a copy
-    judged, copied = oracle(x, data), copies(x, data)
-    put(row, "valid", none)
-    put(row, "contradictions", none)
-    put(row, "copies", none if copied is None else mean_se(copied))
-    put(row, "log_p", none)
-    if judged:
-        faults, log_p = judged
-        put(row, "valid", mean_se(faults == 0))
-        put(row, "contradictions", mean_se(faults))
-        put(row, "log_p", mean_se(log_p[faults == 0]))
-    return row
-
-
-def sample_row(name, model, judge, data, steps, n, p, seed, context, **how):
-    """One row of results, and the samples in it: n samples of a model (None: n texts of the
-    validation data, of `context` tokens), measured. how: see draw_samples."""
-    began, calls = time.time(), []
+def sample_row(name, model, n, sampling, judge, data, procs):
+    """One row of results, and the samples (n, L) that it is about: n texts of a model,
+    drawn as `sampling` says, or of the validation data (model None), and what they are
+    worth. judge: see data.measures.make_judge."""
+    began = time.time()
+    calls = []
     if model is None:
-        x = data.pieces(n, context)          # none twice, which self-BLEU would notice
+        x = data.pieces(n, sampling.length)      # none twice, which self-BLEU would notice
     else:
-        title = f"{name}, {steps} steps" if steps else name          # AR has no number of steps
-        x = draw_samples(model, n, steps, p, seed, title, calls=calls, **how)
-    row = {"model": name, "steps": steps, "nfe": sum(calls) / len(calls) if calls else None,
-           "temperature": how.get("temperature", 1.0), "precision": how.get("precision", 64),
-           "joint": how.get("joint", False), "seed": seed}
-    row |= measure(x.to(p.device), judge, data)
-    if model is None:
-        row |= {"temperature": None, "precision": None}
+        title = name
+        if sampling.steps:                       # AR has no number of steps
+            title = f"{name}, {sampling.steps} steps"
+        x = draw_samples(model, n, sampling, procs, title=title, calls=calls)
+
+    # how the texts came about; nfe: number of function evaluations, the mean of the batches
+    row = {"model": name, "steps": sampling.steps, "nfe": None,
+           "temperature": sampling.temperature, "precision": sampling.precision,
+           "joint": sampling.joint, "seed": sampling.seed}
+    if calls:
+        row["nfe"] = sum(calls) / len(calls)
+    if model is None:                            # data are not drawn here
+        row["temperature"] = row["precision"] = None
+
+    # what they are worth
+    row |= measure(x.to(procs.device), judge, data)
     row["seconds"] = round(time.time() - began, 2)
     return row, x
 
 
-# ---- what is given
+# ---- the text that is given
 
 GAP = re.compile(r"(?<!\S)(_+\d+_+|_+)(?!\S)")       # alone between white space or ends
 
 
 def parse_infill(text, tokenizer, mask_id):
-    """"a ___ b _20_" -> ids with mask_id in the gaps: 3 for the first, 20 for the second. Any other
-    underscore is text, as in file_name."""
+    """"a ___ b _20_" -> ids with mask_id in the gaps: 3 for the first, 20 for the second.
+    Any other underscore is text, as in file_name."""
     ids = []
+    # split() returns text and gaps in turn, text first
     for i, part in enumerate(GAP.split(text)):
-        if i % 2:                            # every second part is a gap
+        is_gap = i % 2 == 1
+        if is_gap:
             number = part.strip("_")
             ids += [mask_id] * int(number or len(part))
         elif tokenizer.spec["kind"] == "chars":
             ids += tokenizer.encode(part)
-        else:                                # the space before a gap belongs to the gap's token
+        else:                            # the space before a gap belongs to the gap's token
             ids += tokenizer.encode(part.removesuffix(" "))
     return ids
 
 
-def without_last_space(c, tokenizer):
-    """Drop the spaces at the end of c.prompt where words have theirs before them (GPT-2's tokens
-    and ours), and say so: a space by itself is hardly ever followed by a word."""
-    if tokenizer.spec["kind"] in ("bpe", "gpt2") and c.prompt.endswith(" "):
-        c.prompt = c.prompt.rstrip(" ")
-        print("the space at the end of --prompt is left out: it belongs to the token that follows",
-              file=sys.stderr)
+def without_last_space(prompt, tokenizer):
+    """The prompt without spaces at its end, where a token begins with its space (GPT-2's
+    tokens and ours): a space by itself is hardly ever followed by a word. Says so on
+    stderr."""
+    if tokenizer.spec["kind"] not in ("bpe", "gpt2") or not prompt.endswith(" "):
+        return prompt
+    print("the space at the end of --prompt is left out: it belongs to the token that "
+          "follows", file=sys.stderr)
+    return prompt.rstrip(" ")
 
 
-def known_tokens(c, model, tokenizer):
-    """The text that is given: ids (n,), mask_id in its gaps. Raises UserError if it cannot be."""
-    if c.infill is not None and c.prompt:
-        raise UserError("--prompt and --infill together; put the prompt at the start of --infill")
-    if c.infill is not None and model.config.causal:
-        raise UserError(f"{c.checkpoint} is autoregressive and cannot fill gaps; give --prompt, "
-                        "or a diffusion checkpoint")
-    if c.length and c.length > model.config.context:
-        raise UserError(f"--length {c.length} is beyond the model's context of "
-                        f"{model.config.context} tokens")
-    if c.infill is None:
-        without_last_space(c, tokenizer)
-        name, ids = "prompt", tokenizer.encode(c.prompt)
+def known_tokens(config, model, tokenizer):
+    """The tokens that the flags give: ids (P,), mask_id in gaps. Raises UserError where the
+    model cannot take them."""
+    context = model.config.context
+    if config.infill is not None and config.prompt:
+        raise UserError("--prompt and --infill together; put the prompt at the start of "
+                        "--infill")
+    if config.infill is not None and model.config.causal:
+        raise UserError(f"{config.checkpoint} is autoregressive and cannot fill gaps; give "
+                        "--prompt, or a diffusion checkpoint")
+    if config.length and config.length > context:
+        raise UserError(f"--length {config.length} is beyond the model's context of "
+                        f"{context} tokens")
+
+    if config.infill is not None:
+        name, ids = "infill", parse_infill(config.infill, tokenizer, model.mask_id)
     else:
-        name, ids = "infill", parse_infill(c.infill, tokenizer, model.mask_id)
-    length = c.length or model.config.context
+        # put back, so that a race of several models says it once
+        config.prompt = without_last_space(config.prompt, tokenizer)
+        name, ids = "prompt", tokenizer.encode(config.prompt)
+    length = config.length or context
     if len(ids) > length:
-        raise UserError(f"--{name} has {len(ids)} tokens, more than the text's {length}; shorten it")
+        raise UserError(f"--{name} has {len(ids)} tokens, more than the text's {length}; "
+                        "shorten it")
     return torch.tensor(ids, dtype=torch.long)
 
 
 def main():
-    c = parse_flags(SampleConfig, __doc__, checkpoint="of train.py, distill.py or tools.convert")
-    p = start(c.device)
-    model, content = load_model(c.checkpoint, p.device)
+    config = parse_flags(SampleConfig, __doc__,
+                         checkpoint="of train.py, distill.py or tools.convert")
+    procs = start(config.device)
+    model, content = load_model(config.checkpoint, procs.device)
     tokenizer = make_tokenizer(content["tokenizer"])
-    known = known_tokens(c, model, tokenizer).expand(c.num_samples, -1)      # (n, P)
-    steps = c.steps or content.get("sampling_steps") or DEFAULT_STEPS
-    x = draw_samples(model, c.num_samples, steps, p, c.seed, temperature=c.temperature,
-                     top_p=c.top_p, length=c.length, prompts=known)
-    if c.infill is not None:                 # the model wrote on after the template
-        x = x[:, :known.shape[1]]
-    if p.rank == 0:
+
+    # every text begins with the same known tokens
+    known = known_tokens(config, model, tokenizer)                   # (P,)
+    prompts = known.expand(config.num_samples, -1)                   # (n, P)
+    # a student is made for a number of steps, a teacher for none
+    steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
+    sampling = Sampling(steps, config.seed, config.temperature, config.top_p,
+                        length=config.length)
+    x = draw_samples(model, config.num_samples, sampling, procs, prompts)        # (n, L)
+
+    if config.infill is not None:        # the model wrote on after the template
+        x = x[:, :len(known)]
+    if procs.rank == 0:
         for row in x.tolist():
             print(tokenizer.decode(row))
 

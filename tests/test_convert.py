@@ -20,11 +20,12 @@ import common
 import distill
 import sample
 import train
+from data import measures
 from data.dataset import write_data
 from data.files import UserError
 from helpers import call, refused
 from model import ModelConfig, Reading, Transformer
-from tools import convert, metrics
+from tools import convert
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -363,8 +364,8 @@ def test_a_judge_with_other_tokens_reads_text(tmp_path, monkeypatch, capsys):
         log_p = model(torch.tensor([[11] + ids[:-1]])).log_softmax(-1)[0]
         nats -= log_p[range(len(ids)), ids].sum().item()
         tokens += len(ids)
-    judge = sample.make_judge(model, spec, tokenizer)
-    assert abs(sample.gen_ppl(judge, x)[0] / math.exp(nats / tokens) - 1) < 1e-5
+    judge = measures.make_judge(model, spec, tokenizer)
+    assert abs(measures.gen_ppl(judge, x)[0] / math.exp(nats / tokens) - 1) < 1e-5
 
 
 def test_revisions_of_sdtt_say_how_many_steps_they_are_for(tmp_path, monkeypatch):

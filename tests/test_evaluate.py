@@ -16,6 +16,7 @@ from data import dataset
 from data.files import UserError
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
+from sample import Sampling
 from tools import evaluate, figures
 
 CPU = Processes(torch.device("cpu"))
@@ -57,10 +58,10 @@ def test_samples_depend_on_the_seed_alone(attention):
     """Also on how many are asked for only beyond whole batches. Exact; two sets of 40 random texts
     are never equal by chance."""
     model = random_model(attention, 4, 6, scale=1)
-    one, two, other = (sample.draw_samples(model, 40, 3, CPU, seed) for seed in (0, 0, 1))
+    one, two, other = (sample.draw_samples(model, 40, Sampling(3, seed), CPU) for seed in (0, 0, 1))
     assert one.shape == (40, 6) and int(one.max()) < 4
     assert torch.equal(one, two) and not torch.equal(one, other)
-    assert torch.equal(one[:32], sample.draw_samples(model, 32, 3, CPU, 0))
+    assert torch.equal(one[:32], sample.draw_samples(model, 32, Sampling(3), CPU))
 
 
 def test_the_whole_table(made, tmp_path, capsys):
@@ -177,7 +178,7 @@ def test_every_way_to_draw_has_the_models_law(how):
     seed to fail)."""
     torch.manual_seed(0)
     p = toy.joint(3, 3, 0)
-    x = sample.draw_samples(law_model(p), 12_000, 2, CPU, 0, **how)
+    x = sample.draw_samples(law_model(p), 12_000, Sampling(2, **how), CPU)
     assert toy.chi_square(toy.count(x, 3), toy.ancestral_law(p, 2)) > 0.001
 
 
@@ -185,7 +186,8 @@ def test_temperature_sharpens_what_the_model_has_learned():
     """One position, temperature 1/2: probabilities are squared. Chi-square over 0.001."""
     p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     for joint in (False, True):
-        x = sample.draw_samples(law_model(p), 4000, 1, CPU, 0, temperature=0.5, joint=joint)
+        how = Sampling(1, temperature=0.5, joint=joint)
+        x = sample.draw_samples(law_model(p), 4000, how, CPU)
         assert toy.chi_square(toy.count(x, 3), p ** 2 / (p ** 2).sum()) > 0.001
 
 
@@ -208,10 +210,10 @@ def test_the_joint_draw_loses_rare_tokens_where_noise_has_few_bits():
 def test_continuations_keep_the_prompt_and_are_judged_without_it(made):
     """The first tokens are the prompt's; the judge counts the rest only. Exact."""
     prompts = torch.arange(8).expand(5, 8)
-    x = sample.draw_samples(random_model(), 5, 4, CPU, 0, prompts=prompts)
+    x = sample.draw_samples(random_model(), 5, Sampling(4), CPU, prompts)
     assert x.shape == (5, 12) and torch.equal(x[:, :8], prompts)
     ar = random_model("causal")
-    assert torch.equal(sample.draw_samples(ar, 5, None, CPU, 0, prompts=prompts)[:, :8], prompts)
+    assert torch.equal(sample.draw_samples(ar, 5, Sampling(), CPU, prompts)[:, :8], prompts)
     nats, tokens = evaluate.make_judge(ar)(x, 8)
     truth = evaluate.likelihood.nll(ar, x, 10)[:, 8:].sum(1)
     assert tokens.tolist() == [4] * 5 and torch.allclose(nats, truth.double(), atol=1e-4)
@@ -225,8 +227,9 @@ def test_continuations_of_a_prompt_do_not_make_its_error_smaller(monkeypatch):
 
     def judge(y, skip):
         return y[:, skip:].double().sum(1) / 99, torch.full((len(y),), 12 - skip)
-    once, often = (evaluate.continuation_row("", model, judge, None, None, 3, x, c, CPU)
-                   for model in (None, "any"))
+    c.temperature, model = [1.0], random_model()
+    everything = evaluate.Evaluation(c, CPU, {}, evaluate.Judge(judge, None, ""), None, {})
+    once, often = (evaluate.continuation_row(everything, "", m, 3, x, None) for m in (None, model))
     for key in ("gen_ppl", "gen_ppl_se"):
         assert once[key] == pytest.approx(often[key], rel=1e-12)
     assert (once["texts"], often["texts"], once["prompts"]) == (5, 20, 5)

@@ -7,8 +7,8 @@ import torch
 
 import diffusion
 import distill
-import sample
 import toy
+from data import measures
 from data.stories import language
 from model import cross_entropy
 from tools import figures, metrics
@@ -30,7 +30,7 @@ def test_exercise_1_the_mean_over_masked_tokens_is_not_the_bound():
         return model.chunked_sum(model.hidden(z)[at], cross_entropy, x[at]) / at.sum()
 
     def mean_of(loss):
-        return sample.mean_se(torch.stack([loss(model, toy.draw(law, 16), 3)
+        return measures.mean_se(torch.stack([loss(model, toy.draw(law, 16), 3)
                                             for _ in range(4000)]))
     (right, right_se), (wrong, wrong_se) = mean_of(diffusion.nelbo), mean_of(solved)
     assert abs(right - entropy) < 4 * right_se < 0.05 and wrong > entropy + 4 * wrong_se
@@ -82,9 +82,9 @@ def test_exercise_4_always_the_likeliest_token():
     for name, draw in (("data", diffusion.categorical), ("greedy", lambda h: h.argmax(-1))):
         x = diffusion.sample(model, z, 100, 3, draw)
         row = {"model": name, "steps": 100, "temperature": 1}
-        sample.put(row, "gen_ppl", sample.gen_ppl(judge, x))
-        sample.put(row, "entropy", sample.entropy(x, 3))
-        sample.put(row, "pooled_entropy", sample.pooled_entropy(x, 3))
+        measures.add_mean(row, "gen_ppl", measures.gen_ppl(judge, x))
+        measures.add_mean(row, "entropy", measures.entropy(x, 3))
+        measures.add_mean(row, "pooled_entropy", measures.pooled_entropy(x, 3))
         rows.append(row)
     figures.mark(rows, None)
     assert rows[1]["gen_ppl"] < rows[0]["gen_ppl"] - 0.1

@@ -12,7 +12,7 @@ import toy
 from data.dataset import make_tokenizer
 from data.files import UserError
 from data.lambada.prepare import parse_lambada
-from sample import mean_se
+from data.measures import mean_se
 from model import ModelConfig, Transformer
 from tools import likelihood
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import sample
 import toy
 from data import dataset as datasets
+from data import measures
 from data.dataset import make_tokenizer, retokenise
 from data.files import write_json
 from data.stories import language
@@ -37,16 +37,16 @@ def judge(vocab=4, context=6, seed=0):
 
 def test_mean_and_standard_error():
     """By hand: 1, 2, 3, 6 have mean 3, variance 14/3, standard error sqrt(14/12). Exact."""
-    assert sample.mean_se(torch.tensor([1, 2, 3, 6])) == pytest.approx((3, math.sqrt(14 / 12)))
-    assert sample.mean_se(torch.tensor([2])) == (2, None)
-    assert sample.mean_se(torch.tensor([])) == (None, None)
+    assert measures.mean_se(torch.tensor([1, 2, 3, 6])) == pytest.approx((3, math.sqrt(14 / 12)))
+    assert measures.mean_se(torch.tensor([2])) == (2, None)
+    assert measures.mean_se(torch.tensor([])) == (None, None)
 
 
 def test_standard_error_covers_the_truth_in_about_95_of_100_cases():
     """400 means of 30 uniform numbers, within 1.96 errors: 380 expected with a deviation of 4.4;
     360 to 396 is beyond 3.6 deviations, with another seed less than one in 1,000."""
     torch.manual_seed(0)
-    pairs = [sample.mean_se(torch.rand(30)) for _ in range(400)]
+    pairs = [measures.mean_se(torch.rand(30)) for _ in range(400)]
     assert 360 <= sum(abs(mean - 0.5) < 1.96 * se for mean, se in pairs) <= 396
 
 
@@ -58,7 +58,7 @@ def test_generative_perplexity_is_the_exponential_of_the_judges_mean_nats():
         start = torch.full((70, 1), 4)
         log_p = model(torch.cat((start, x[:, :i]), 1))[:, -1].double().log_softmax(-1)
         nats -= log_p.gather(1, x[:, i:i + 1])[:, 0].detach() / 6
-    value, se = sample.gen_ppl(sample.make_judge(model), x)
+    value, se = measures.gen_ppl(measures.make_judge(model), x)
     assert value == pytest.approx(nats.mean().exp().item(), rel=1e-5)
     assert se == pytest.approx(value * nats.std().item() / math.sqrt(70), rel=1e-4)
 
@@ -67,16 +67,16 @@ def test_entropy_is_of_each_text_and_pooled_entropy_of_all():
     """Texts of one repeated word each: 0 within a text, log 2 and its halves over all; and the
     other way round, one text of four words twice. Exact up to float32: 1e-6."""
     same = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
-    assert sample.entropy(same, 4) == pytest.approx((0, 0), abs=1e-6)
-    assert sample.pooled_entropy(same, 4) == pytest.approx((math.log(2), 0), abs=1e-6)
+    assert measures.entropy(same, 4) == pytest.approx((0, 0), abs=1e-6)
+    assert measures.pooled_entropy(same, 4) == pytest.approx((math.log(2), 0), abs=1e-6)
     rich = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
-    assert sample.entropy(rich, 4)[0] == pytest.approx(math.log(4), abs=1e-6)
+    assert measures.entropy(rich, 4)[0] == pytest.approx(math.log(4), abs=1e-6)
     mixed = torch.tensor([[0, 0, 0, 1], [0, 0, 2, 2]])
     p = torch.tensor([5, 1, 2]) / 8
-    assert sample.pooled_entropy(mixed, 4)[0] == pytest.approx(-(p * p.log()).sum().item())
+    assert measures.pooled_entropy(mixed, 4)[0] == pytest.approx(-(p * p.log()).sum().item())
     within = [-(q * q.log()).sum().item() for q in (torch.tensor([.75, .25]),
                                                     torch.tensor([.5, .5]))]
-    assert sample.entropy(mixed, 4)[0] == pytest.approx(sum(within) / 2)
+    assert measures.entropy(mixed, 4)[0] == pytest.approx(sum(within) / 2)
 
 
 def test_pooled_entropys_standard_error_is_its_spread_over_repetitions():
@@ -84,7 +84,7 @@ def test_pooled_entropys_standard_error_is_its_spread_over_repetitions():
     own deviation is 4 %. With another seed a false alarm has one chance in 5,000."""
     torch.manual_seed(0)
     p = torch.tensor([0.6, 0.2, 0.15, 0.05])
-    found = [sample.pooled_entropy(torch.multinomial(p, 1000, True).view(100, 10), 4)
+    found = [measures.pooled_entropy(torch.multinomial(p, 1000, True).view(100, 10), 4)
              for _ in range(300)]
     values, errors = torch.tensor(found).T
     assert errors.mean().item() == pytest.approx(values.std().item(), rel=0.15)
@@ -107,7 +107,7 @@ def test_oracle_grades_stories():
     bad = [*good[0][:-1], good[0][0]]                # no full stop at the end
     data = dataset([[0] * 50], "stories", stories)
     x = torch.tensor([stories.encode(" ".join(story)) for story in [*good, bad]])
-    row = sample.measure(x, sample.make_judge(judge(stories.vocab, 50)), data)
+    row = measures.measure(x, measures.make_judge(judge(stories.vocab, 50)), data)
     assert row["valid"] == pytest.approx(0.8) and row["contradictions"] > 0
     assert row["samples"] == 5 and row["copies"] == 0
 
@@ -117,10 +117,10 @@ def test_a_judge_of_other_tokens_weighs_tokens_and_its_error_covers_the_truth():
     perplexity of 20,000 texts against those of 200 sets of 100: within 1.96 errors in 90 to 99 of
     100 (the spread of that share is 1.5 %: beyond that with one seed in 1,000)."""
     words = make_tokenizer(dict(kind="words", items=["a", "bb", "cab", "c"]))
-    model = sample.make_judge(judge(4, 30), dict(kind="chars", items=list("abc ")), words)
+    model = measures.make_judge(judge(4, 30), dict(kind="chars", items=list("abc ")), words)
     x = torch.randint(4, (20_000, 6))
-    truth = sample.gen_ppl(model, x)[0]
-    found = [sample.gen_ppl(model, part) for part in x.split(100)]
+    truth = measures.gen_ppl(model, x)[0]
+    found = [measures.gen_ppl(model, part) for part in x.split(100)]
     assert 0.90 <= sum(abs(v - truth) < 1.96 * se for v, se in found) / 200 <= 0.99
     nats, tokens = model(x[:3])
     assert tokens.tolist() == [len(words.decode(row)) for row in x[:3].tolist()]
@@ -144,19 +144,19 @@ def test_special_tokens_go_from_tokenizer_to_tokenizer_as_such():
     word = ours.encode("<end>")
     assert len(word) == 5 and retokenise(word, ours, other) == word
     model = judge(258, 8)
-    nats, tokens = sample.make_judge(model, pairs, ours)(torch.tensor([row]), skip=3)
+    nats, tokens = measures.make_judge(model, pairs, ours)(torch.tensor([row]), skip=3)
     expected = nll(model, torch.tensor([[257, ab, 257, 257, b, ab]]), 258)[0, 2:].sum()
     assert tokens.tolist() == [4] and nats.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_perplexity_beyond_what_a_float_holds_is_infinite():
     """Not a traceback: 800 nats a token."""
-    assert sample.perplexity(torch.tensor([800.0, 810.0]), torch.tensor([1, 1]))[0] == math.inf
+    assert measures.perplexity(torch.tensor([800.0, 810.0]), torch.tensor([1, 1]))[0] == math.inf
 
 
 def test_results_are_plain_json(tmp_path):
     """Every number of a measured row survives writing and reading. Exact."""
-    row = sample.measure(torch.tensor([[0, 1, 2], [1, 1, 3]]), sample.make_judge(judge()),
+    row = measures.measure(torch.tensor([[0, 1, 2], [1, 1, 3]]), measures.make_judge(judge()),
                            dataset([[0, 1, 2]]))
     write_json(tmp_path / "results.json", {"rows": [row]})
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == [row]
@@ -261,10 +261,10 @@ def test_oracles_log_probability_is_of_valid_stories():
     good = [language.generate(random.Random(i)) for i in range(4)]
     data = dataset([[0] * 50], "stories", stories)
     x = torch.tensor([stories.encode(" ".join(story)) for story in good] + [[0] * 50])
-    row = sample.measure(x, None, data)
+    row = measures.measure(x, None, data)
     assert row["log_p"] == pytest.approx(sum(map(language.log_prob, good)) / 4)
     assert row["gen_ppl"] is None
-    assert sample.measure(x[-1:].repeat(2, 1), None, data)["log_p"] is None
+    assert measures.measure(x[-1:].repeat(2, 1), None, data)["log_p"] is None
 
 
 # ---- the whole on a toy: exact samples, and a model that repeats itself
@@ -281,7 +281,7 @@ def test_generative_perplexity_of_exact_samples_is_exp_of_the_cross_entropy():
     p, q = toy.joint(3, 4, 0), toy.joint(3, 4, 1)
     for law in (p, q):
         truth = -(p * law.log()).sum() / 4
-        value, se = sample.gen_ppl(toy_judge(law), toy.draw(p, 20_000))
+        value, se = measures.gen_ppl(toy_judge(law), toy.draw(p, 20_000))
         assert abs(value - truth.exp().item()) < 4 * se < 0.05
 
 
@@ -297,10 +297,10 @@ def test_standard_errors_cover_the_truth(measure):
     for i in range(4):
         p = p * torch.tensor([8.0, 3.0, 1.0]).view([3 if j == i else 1 for j in range(4)])
     p /= p.sum()
-    f = {"gen_ppl": lambda x: sample.gen_ppl(toy_judge(p), x),
-         "text_ppl": lambda x: sample.mean_se((toy.nll(p, x) / 4).exp()),
-         "entropy": lambda x: sample.entropy(x, 3),
-         "pooled_entropy": lambda x: sample.pooled_entropy(x, 3),
+    f = {"gen_ppl": lambda x: measures.gen_ppl(toy_judge(p), x),
+         "text_ppl": lambda x: measures.mean_se((toy.nll(p, x) / 4).exp()),
+         "entropy": lambda x: measures.entropy(x, 3),
+         "pooled_entropy": lambda x: measures.pooled_entropy(x, 3),
          "self_bleu": lambda x: metrics.self_bleu(x, 2)[1],
          "distinct": lambda x: metrics.distinct(x, 3)[2],
          "repetition": lambda x: metrics.repetition(x, 2)}[measure]

@@ -1,28 +1,31 @@
 """Quality: likelihood, samples, diversity, and last words of any checkpoints, side by side.
 
-    python -m tools.evaluate out/stories-nano/teacher.pt out/stories-nano/round7.pt --steps 8 32
+    python -m tools.evaluate out/stories-nano/teacher.pt out/stories-nano/round7.pt
     python -m tools.evaluate out/stories-nano/round7.pt --frontier --plot frontier.png
     python -m tools.evaluate out/stories-nano/teacher.pt --steps 1024 --joint --precision 32
 
-Every number has a standard error, every row says how its samples were drawn. Perplexity can be
-bought by repetition: rows whose entropy is too low are marked, and --frontier compares models at
-equal entropy. The same seed gives the same table, on one process or on several.
+Every number has a standard error, every row says how its samples were drawn. Perplexity can
+be bought by repetition: rows whose entropy is too low are marked, and --frontier compares
+models at equal entropy. The same seed gives the same table, on one process or on several.
 """
 import dataclasses
 import platform
 import sys
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import command, flag, load_model, package, parse_flags, seed_all, start
+from common import (Processes, command, flag, load_model, package, parse_flags, seed_all,
+                    start)
 from data.dataset import Data, load_data, make_tokenizer
 from data.files import UserError, read_text, write_json
 from data.lambada.prepare import parse_lambada
-from sample import (BATCH, draw_samples, exp, make_judge, mean_se, perplexity, put, sample_row,
-                    spread)
+from data.measures import NO_VALUE, add_mean, exp, make_judge, mean_se, perplexity
+from model import Transformer
+from sample import BATCH, Sampling, draw_samples, sample_row, spread
 from tools import figures, likelihood
 from tools.metrics import diversity, mauve, self_bleu
 
@@ -31,285 +34,417 @@ TEMPERATURES = [0.7, 0.8, 0.9, 1.0, 1.1]     # of the frontier
 
 @dataclasses.dataclass
 class EvaluateConfig:
+    """The flags of tools.evaluate."""
     checkpoint: list[str]            # the arguments without --
+    # what is measured on what
+    judge: str | None = flag(
+        None, "AR checkpoint that reads the samples [ar.pt beside the first checkpoint]")
+    teacher: str | None = flag(
+        None, "checkpoint of those given whose entropy the others are measured by [the "
+        "first that is not distilled]")
+    dataset: str | None = flag(
+        None, "folder of a dataset, or a text file [the first checkpoint's]")
+    sequences: int | None = flag(
+        None, "pieces of val.bin for the likelihood [32,768 tokens, but 32 at least]",
+        low=2)
+    likelihood_only: bool = flag(False, "no samples; then no judge is needed")
+    # samples
     steps: list[int] | None = flag(None, "diffusion steps [8 16 32]", low=1)
-    judge: str | None = flag(None, "AR checkpoint that reads the samples [ar.pt beside the first "
-                             "checkpoint]")
-    teacher: str | None = flag(None, "checkpoint of those given whose entropy the others are "
-                               "measured by [the first that is not distilled]")
-    dataset: str | None = flag(None, "folder of a dataset, or a text file [the first checkpoint's]")
     samples: int = flag(256, "texts for each row", low=3)
     length: int | None = flag(None, "tokens of a text [the least context]", low=9)
-    sequences: int | None = flag(None, "pieces of val.bin for the likelihood [32,768 tokens, but "
-                                 "32 at least]", low=2)
     temperature: list[float] | None = flag(None, "divides the logits [1]", low=0.01)
-    frontier: bool = flag(False, "perplexity at equal entropy, from temperatures 0.7 to 1.1")
+    frontier: bool = flag(
+        False, "perplexity at equal entropy, from temperatures 0.7 to 1.1")
     precision: int = flag(64, "bits of the token draw", choices=[32, 64])
-    likelihood_only: bool = flag(False, "no samples; then no judge is needed")
-    joint: bool = flag(False, "draw tokens and whether they open together, as public code does")
-    lambada: str | None = flag(None, "JSONL file of passages to complete by the last word")
-    last_word: str | None = flag(None, "text file; its passages of 20 words or more, likewise")
+    joint: bool = flag(
+        False, "draw tokens and whether they are revealed together, as public code does")
+    seed: int = flag(0, "seed of the samples")
+    # last words
+    lambada: str | None = flag(
+        None, "JSONL file of passages to complete by the last word")
+    last_word: str | None = flag(
+        None, "text file; its passages of 20 words or more, likewise")
     tasks: int | None = flag(None, "passages at most [all]", low=2)
+    # continuations
     continuations: int = flag(0, "of each prompt from val.bin, see --prompts", low=0)
     prompts: int = flag(64, "prompts to continue", low=2)
     prompt_tokens: int | None = flag(None, "tokens of a prompt [half the text's]", low=1)
-    mauve: str | None = flag(None, "converted GPT-2 whose features compare the continuations with "
-                             "the data's (needs mauve-text)")
+    mauve: str | None = flag(
+        None, "converted GPT-2 whose features compare the continuations with the data's "
+        "(needs mauve-text)")
+    # where the results go, and where this runs
     plot: str | None = flag(None, "picture of the frontier (needs matplotlib)")
     json: str | None = flag(None, "file for everything measured")
-    seed: int = flag(0, "seed of the samples")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
 
 
-# ---- samples
+# ---- rows: each is one model's, under one setting
 
-def evaluate(*args, more=False, **how):
-    """sample_row, with more by metrics.diversity too."""
-    row, x = sample_row(*args, **how)
-    if more:
-        began = time.time()
-        row |= diversity(x, args[3])
-        row["seconds"] = round(row["seconds"] + time.time() - began, 2)
+def quality_row(name, model, n, sampling, judge, data, procs):
+    """sample_row, with tools.metrics.diversity too."""
+    row, x = sample_row(name, model, n, sampling, judge, data, procs)
+    began = time.time()
+    row |= diversity(x, data)
+    row["seconds"] = round(row["seconds"] + time.time() - began, 2)
     return row
 
 
-# ---- likelihood and last words
-
-def likelihood_row(name, model, x, p, draws=8):
-    """Nats per token of x (n, L): a diffusion model's bound in two estimates, or AR's exact value.
-    All models meet the same noise. Perplexity is exp of the better-known one."""
+def likelihood_row(name, model, x, procs, draws=8):
+    """Nats per token of x (n, L): a diffusion model's bound in two estimates, or AR's exact
+    value. All models meet the same noise. Perplexity is exp of the better-known one."""
     def batch(i):
+        """{estimate: its values (B,)} of the texts i to i + BATCH."""
         seed_all("likelihood", i)
-        part = x[i:i + BATCH].to(p.device)
+        part = x[i:i + BATCH].to(procs.device)                       # (B, L)
         if model.config.causal:
             return {"nll": likelihood.exact(model, part, model.mask_id).cpu()}
-        return {f.__name__: f(model, part, model.mask_id, draws).cpu()
-                for f in (likelihood.bound, likelihood.any_order)}
-    parts = spread(range(0, len(x), BATCH), batch, p, f"{name}, likelihood")
+        bound = likelihood.bound(model, part, model.mask_id, draws)
+        any_order = likelihood.any_order(model, part, model.mask_id, draws)
+        return {"bound": bound.cpu(), "any_order": any_order.cpu()}
+
+    parts = spread(range(0, len(x), BATCH), batch, procs, f"{name}, likelihood")
     row = {"model": name, "sequences": len(x), "tokens": x.numel()}
-    for key in parts[0]:
-        put(row, key, mean_se(torch.cat([part[key] for part in parts])))
-    best = min(parts[0], key=lambda key: row[key + "_se"])
-    put(row, "ppl", (exp(row[best]), exp(row[best]) * row[best + "_se"]))
+    estimates = list(parts[0])
+    for key in estimates:
+        values = torch.cat([part[key] for part in parts])            # (n,)
+        add_mean(row, key, mean_se(values))
+    best = min(estimates, key=lambda key: row[key + "_se"])
+    ppl = exp(row[best])
+    add_mean(row, "ppl", (ppl, ppl * row[best + "_se"]))
     return row
 
 
-def last_word_row(name, model, tasks, p):
-    """The accuracies and the perplexity of the last words of tasks: see likelihood.last_word."""
+def last_word_row(name, model, tasks, procs):
+    """The accuracies and the perplexity of the last words of tasks: see
+    likelihood.last_word."""
     def batch(part):
         numbers, x, w = part
         seed_all("last word", numbers)
-        found = likelihood.answer(model, x.to(p.device), w)
-        return {key: values.cpu() for key, values in found.items()}
-    answers = spread(likelihood.batches(tasks, BATCH), batch, p, f"{name}, last words")
+        answer = likelihood.answer(model, x.to(procs.device), w)
+        return {key: values.cpu() for key, values in answer.items()}
+
+    batches = likelihood.batches(tasks, BATCH)
+    answers = spread(batches, batch, procs, f"{name}, last words")
     return {"model": name, **likelihood.last_word(answers, tasks)}
 
 
-def continuation_row(name, model, judge, gpt2, data, steps, x, c, p, **how):
-    """Conditional text: c.continuations of the first c.prompt_tokens tokens of each of x (n, L), of
-    as many tokens as x has; model None: x itself. Perplexity under the judge given the prompt,
-    self-BLEU among the continuations of a prompt, MAUVE against x where gpt2 is given."""
-    row, P, m = {"model": name, "steps": steps}, c.prompt_tokens, c.continuations
-    y, real = x, x.repeat_interleave(m, 0)
-    if model is not None:
-        y = draw_samples(model, len(real), steps, p, c.seed, f"{name}, continuations",
-                         length=x.shape[1], prompts=real[:, :P], **how)
-        put(row, "self_bleu4", mean_se(torch.tensor(
-            [self_bleu(part[:, P:])[-1][0] for part in y.split(m)])) if m > 2 else (None, None))
-    nats, tokens = (part.view(len(x), -1).sum(1) for part in judge(y.to(p.device), P))
-    put(row, "gen_ppl", perplexity(nats, tokens))        # a prompt counts once
-    if gpt2 and model is not None:
-        put(row, "mauve", mauve(gpt2, x, y, data.tokenizer))
-    return row | {"prompts": len(x), "prompt_tokens": P, "texts": len(y)}
+# ---- what is given: data, models, judge, tasks
 
-
-# ---- the command
-
-def open_data(c, content, tokenizer, p):
-    """The dataset to measure on: a folder, or a text file in the tokens of the checkpoints, the
-    first of which holds content. Raises UserError where it does not fit."""
-    name = c.dataset or content["config"].get("dataset")
+def open_data(config, content, tokenizer, procs):
+    """The dataset to measure on: a folder, or a text file in the tokens of the checkpoints,
+    the first of which holds content. Raises UserError where it does not fit."""
+    first = config.checkpoint[0]
+    name = config.dataset or content["config"].get("dataset")
     if name is None:
-        raise UserError(f"{c.checkpoint[0]} does not say what it was trained on; give --dataset")
-    if Path(name).exists() and not Path(name).is_dir():      # a pipe will do
+        raise UserError(f"{first} does not say what it was trained on; give --dataset")
+    # a file of text, for which a pipe will do
+    if Path(name).exists() and not Path(name).is_dir():
         ids = np.array(tokenizer.encode(read_text(name)))
         return Data(Path(name), ids[:0], ids, tokenizer, None, False, None)
-    data = load_data(name, p)
+    # a folder
+    data = load_data(name, procs)
     if data.tokenizer.spec != tokenizer.spec:
-        raise UserError(f"{c.checkpoint[0]} knows other tokens than {data.folder}; give --dataset "
-                        "a folder of the same tokens, or a text file")
-    if c.dataset is None and content.get("data") not in (None, data.fingerprint):
-        raise UserError(f"{c.checkpoint[0]} was trained on other text than {data.folder} holds now; "
+        raise UserError(f"{first} knows other tokens than {data.folder}; give --dataset a "
+                        "folder of the same tokens, or a text file")
+    if config.dataset is None and content.get("data") not in (None, data.fingerprint):
+        raise UserError(f"{first} was trained on other text than {data.folder} holds now; "
                         "to measure on what is there, give --dataset too")
     return data
 
 
 def with_oracle(data, length):
-    """data as texts of `length` tokens can be measured, and a note for the user, or None: pieces of
-    a row are no texts that an oracle could judge."""
-    if data.oracle and length != data.stride:
-        return dataclasses.replace(data, oracle=None), (
-            f"texts of {length} tokens are pieces of {data.folder.name}'s rows of {data.stride}: "
-            "whether they are valid is not measured")
-    return data, None
+    """data as texts of `length` tokens can be measured, and a note for the user, or None:
+    pieces of a row are no texts that an oracle could judge."""
+    if not data.oracle or length == data.stride:
+        return data, None
+    note = (f"texts of {length} tokens are pieces of {data.folder.name}'s rows of "
+            f"{data.stride}: whether they are valid is not measured")
+    return dataclasses.replace(data, oracle=None), note
 
 
-def open_models(c, p):
-    """{name: (model, content)} of the checkpoints. Raises UserError where they differ in tokens."""
-    models = {name: load_model(path, p.device)
-              for name, path in figures.names(c.checkpoint).items()}
+def open_models(config, procs):
+    """{name: (model, content)} of the checkpoints. Raises UserError where they differ in
+    tokens."""
+    models = {}
+    for name, path in figures.names(config.checkpoint).items():
+        models[name] = load_model(path, procs.device)
     specs = [content["tokenizer"] for _, content in models.values()]
     if any(spec != specs[0] for spec in specs):
         raise UserError("the checkpoints know different tokens; evaluate them one by one")
     return models
 
 
-def open_judge(c, data, p):
-    """(judge, its model where it has the same tokens, what it reads), from --judge or ar.pt beside
-    the first checkpoint."""
-    path = Path(c.judge) if c.judge else Path(c.checkpoint[0]).with_name("ar.pt")
-    if not c.judge and c.likelihood_only:
-        return None, None, "none"
-    if not c.judge and not path.exists():
+@dataclasses.dataclass
+class Judge:
+    """What reads the samples."""
+    read: typing.Callable | None         # see data.measures.make_judge; None: there is none
+    model: Transformer | None            # where it has the samples' own tokens
+    title: str                           # which file it is, and what it reads
+
+
+def open_judge(config, data, procs):
+    """The Judge of --judge, or of ar.pt beside the first checkpoint. Raises UserError where
+    it cannot read the texts."""
+    if config.likelihood_only and not config.judge:
+        return Judge(None, None, "none")
+    path = Path(config.judge or Path(config.checkpoint[0]).with_name("ar.pt"))
+    if not config.judge and not path.exists():
         raise UserError(f"no {path} to judge the samples; give an AR checkpoint as --judge")
-    model, content = load_model(path, p.device, ("ar",))
+    model, content = load_model(path, procs.device, ("ar",))
     same = content["tokenizer"] == data.tokenizer.spec
-    if same and c.length > model.config.context:
-        raise UserError(f"{path} reads at most {model.config.context} tokens, the texts have "
-                        f"{c.length}; give another --judge, or --length")
-    judge = make_judge(model, content["tokenizer"], data.tokenizer)
+    if same and config.length > model.config.context:
+        raise UserError(f"{path} reads at most {model.config.context} tokens, the texts "
+                        f"have {config.length}; give another --judge, or --length")
+    read = make_judge(model, content["tokenizer"], data.tokenizer)
+    # a try: a vocabulary of words may not have these texts' words
     try:
-        judge(data.pieces(1, c.length).to(p.device))
-    except UserError as e:                   # a vocabulary of words
+        read(data.pieces(1, config.length).to(procs.device))
+    except UserError as e:
         raise UserError(f"{path} cannot read these texts ({e}); give another --judge")
-    return (judge, model if same else None,
-            f"{path}, " + ("in tokens" if same else "re-tokenised: in its own tokens"))
+    if same:
+        return Judge(read, model, f"{path}, in tokens")
+    return Judge(read, None, f"{path}, re-tokenised: in its own tokens")
 
 
-def settle(c, models, data):
-    """Fill in the flags that were not given. Raises UserError on what does not fit together."""
-    least = min(model.config.context for model, _ in models.values())
-    c.length = c.length or min(least, data.stride or least)
-    c.prompt_tokens = c.prompt_tokens or c.length // 2
-    if c.length > least or data.stride and c.length > data.stride:
-        raise UserError(f"--length {c.length} is beyond the context of {least} tokens, or a row of "
-                        f"{data.folder}")
-    if len(data.val) < 3 * (size := data.stride or c.length):    # errors need two, self-BLEU three
-        raise UserError(f"{data.folder}: {len(data.val)} tokens to validate with, fewer than three "
-                        f"texts of {size}; use more text or a smaller --length")
-    if c.prompt_tokens >= c.length:
-        raise UserError(f"--prompt_tokens {c.prompt_tokens} leaves nothing of a text of {c.length} "
-                        "tokens to write; give fewer")
-    if c.mauve and not c.continuations:
-        raise UserError("--mauve compares continuations; give --continuations too, such as 5")
-    figures.check_picture(c.plot)
-    if c.mauve:
+def set_defaults(config, models, data):
+    """Fill in the flags that were not given. Raises UserError on what does not fit
+    together."""
+    context = min(model.config.context for model, _ in models.values())
+    config.length = config.length or min(context, data.stride or context)
+    config.prompt_tokens = config.prompt_tokens or config.length // 2
+    config.sequences = config.sequences or max(32, 2 ** 15 // config.length)
+    config.steps = sorted(config.steps or [8, 16, 32])
+    if not config.temperature:
+        config.temperature = [1.0]
+        if config.frontier or config.plot:
+            config.temperature = TEMPERATURES
+
+    # lengths
+    longest = min(context, data.stride or context)
+    if config.length > longest:
+        raise UserError(f"--length {config.length} is beyond the context of {context} "
+                        f"tokens, or a row of {data.folder}")
+    # errors need two texts, self-BLEU three
+    size = data.stride or config.length
+    if len(data.val) < 3 * size:
+        raise UserError(f"{data.folder}: {len(data.val)} tokens to validate with, fewer "
+                        f"than three texts of {size}; use more text or a smaller --length")
+    if config.prompt_tokens >= config.length:
+        raise UserError(f"--prompt_tokens {config.prompt_tokens} leaves nothing of a text "
+                        f"of {config.length} tokens to write; give fewer")
+
+    # flags that need others, or a package
+    if config.mauve and not config.continuations:
+        raise UserError("--mauve compares continuations; give --continuations too, such as "
+                        "5")
+    figures.check_picture(config.plot)
+    if config.mauve:
         package("mauve")
-    c.temperature = c.temperature or (TEMPERATURES if c.frontier or c.plot else [1.0])
-    c.steps = sorted(c.steps or [8, 16, 32])
-    c.sequences = c.sequences or max(32, 2 ** 15 // c.length)
-    if c.joint and any(model.config.attention == "reveal" for model, _ in models.values()):
-        raise UserError("--joint is not for models with attention reveal, whose order it does not "
-                        "keep; leave it out")
+    reveal = any(model.config.attention == "reveal" for model, _ in models.values())
+    if config.joint and reveal:
+        raise UserError("--joint is not for models with attention reveal, whose order it "
+                        "does not keep; leave it out")
 
 
-def teacher_of(c, models):
-    """The name of the checkpoint that others are measured by: --teacher's, a file among those that
-    are given, or the first that is not distilled, or None. Raises UserError."""
-    if c.teacher:
-        for name, path in figures.names(c.checkpoint).items():
-            if path.resolve() == Path(c.teacher).resolve():
+def teacher_of(config, models):
+    """The name of the checkpoint that others are measured by: --teacher's, a file among
+    those that are given, or the first that is not distilled, or None. Raises UserError."""
+    if config.teacher:
+        for name, path in figures.names(config.checkpoint).items():
+            if path.resolve() == Path(config.teacher).resolve():
                 return name
-        raise UserError(f"--teacher {c.teacher} is not among the checkpoints; name it there too")
-    return next((name for name, (_, content) in models.items() if content["kind"] == "mdlm"), None)
+        raise UserError(f"--teacher {config.teacher} is not among the checkpoints; name it "
+                        "there too")
+    for name, (_, content) in models.items():
+        if content["kind"] == "mdlm":
+            return name
+    return None
 
 
-def open_tasks(c, tokenizer, context):
-    """{"lambada" or "last_word": tasks} of the files that are given, for models that read at most
-    `context` tokens."""
-    found = {}
-    if c.lambada:
-        texts = parse_lambada(read_text(c.lambada), c.lambada)[:c.tasks]
-        found["lambada"] = likelihood.make_tasks(texts, tokenizer, context)
-    if c.last_word:
-        texts = likelihood.passages(read_text(c.last_word))[:c.tasks]
-        found["last_word"] = likelihood.make_tasks(texts, tokenizer, context, cut=True)
-    for part, tasks in found.items():
-        if len(tasks) < 2:
-            raise UserError(f"--{part} {getattr(c, part)} has a single passage, and no standard "
-                            "error; give more")
-    return found
+def open_tasks(config, tokenizer, context):
+    """{"lambada" or "last_word": tasks} of the files that are given, for models that read
+    at most `context` tokens."""
+    tasks = {}
+    if config.lambada:
+        texts = parse_lambada(read_text(config.lambada), config.lambada)[:config.tasks]
+        tasks["lambada"] = likelihood.make_tasks(texts, tokenizer, context)
+    if config.last_word:
+        texts = likelihood.passages(read_text(config.last_word))[:config.tasks]
+        tasks["last_word"] = likelihood.make_tasks(texts, tokenizer, context, cut=True)
+    for name, some in tasks.items():
+        if len(some) < 2:
+            raise UserError(f"--{name} {getattr(config, name)} has a single passage, and "
+                            "no standard error; give more")
+    return tasks
 
 
-def fill(c, p, models, judge, judge_model, data, results, save):
-    """Measure everything that c asks for, part by part, into results; save() after each row."""
-    readers = models | ({"judge": judge_model} if judge_model else {})
+# ---- everything that is asked for, part by part
+
+@dataclasses.dataclass
+class Evaluation:
+    """What is measured, with what, and where the rows go."""
+    config: EvaluateConfig
+    procs: Processes
+    models: dict                 # {name: model}
+    judge: Judge
+    data: Data
+    results: dict                # what --json gets
+
+    def add(self, part, row):
+        """A new row of a part of the results, which are saved at once."""
+        self.results[part].append(row)
+        self.save()
+
+    def save(self):
+        if self.config.json and self.procs.rank == 0:
+            write_json(self.config.json, self.results)
+
+    def settings(self):
+        """(name, model, steps) of the data, which are model None, and of every model."""
+        yield "data", None, None
+        for name, model in self.models.items():
+            if model.config.causal:
+                yield name, model, None
+            else:
+                for steps in self.config.steps:
+                    yield name, model, steps
+
+    def sampling(self, model, steps, temperature=1.0):
+        """How texts of a model are drawn."""
+        config = self.config
+        joint = config.joint and model is not None and not model.config.causal
+        return Sampling(steps, config.seed, temperature, precision=config.precision,
+                        joint=joint, length=config.length)
+
+
+def measure_readings(evaluation):
+    """Likelihood and last words: what needs no samples."""
+    config, procs, data = evaluation.config, evaluation.procs, evaluation.data
+    # the judge is a model like the others here
+    readers = dict(evaluation.models)
+    if evaluation.judge.model:
+        readers["judge"] = evaluation.judge.model
     context = min(model.config.context for model in readers.values())
-    tasks, x = open_tasks(c, data.tokenizer, context), data.pieces(c.sequences, c.length)
-    gpt2 = load_model(c.mauve, p.device, ("ar",)) if c.mauve else None
+    tasks = open_tasks(config, data.tokenizer, context)
+
+    x = data.pieces(config.sequences, config.length)                 # (n, L)
     for name, model in readers.items():
-        results["likelihood"].append(likelihood_row(name, model, x, p))
-        save()
+        evaluation.add("likelihood", likelihood_row(name, model, x, procs))
     for part, some in tasks.items():
-        results[part] = []
+        evaluation.results[part] = []
         for name, model in readers.items():
-            results[part].append(last_word_row(name, model, some, p))
-            save()
-    if c.likelihood_only:
-        return
-    how = {"precision": c.precision, "length": c.length}
-    for name, model in {"data": None, **models}.items():
-        diffusion = model is not None and not model.config.causal
-        for steps in c.steps if diffusion else [None]:
-            for T in c.temperature if model is not None else [1.0]:
-                results["samples"].append(evaluate(
-                    name, model, judge, data, steps, c.samples, p, c.seed, c.length, more=True,
-                    temperature=T, joint=c.joint and diffusion, **how))
-                figures.mark(results["samples"], results["teacher"])
-                save()
-    if len(c.temperature) > 1:
+            evaluation.add(part, last_word_row(name, model, some, procs))
+
+
+def measure_samples(evaluation):
+    """Texts of every model at every number of steps and every temperature."""
+    config, results = evaluation.config, evaluation.results
+    for name, model, steps in evaluation.settings():
+        temperatures = config.temperature
+        if model is None:                # data have one temperature, their own
+            temperatures = [1.0]
+        for temperature in temperatures:
+            sampling = evaluation.sampling(model, steps, temperature)
+            row = quality_row(name, model, config.samples, sampling, evaluation.judge.read,
+                              evaluation.data, evaluation.procs)
+            results["samples"].append(row)
+            figures.mark(results["samples"], results["teacher"])
+            evaluation.save()
+    if len(config.temperature) > 1:
         results["frontier"] = figures.frontier(results["samples"], results["teacher"])
-    if c.continuations:
-        results["continuations"] = []
-        gpt2 = gpt2 and (gpt2[0], make_tokenizer(gpt2[1]["tokenizer"]))
-        x = data.pieces(c.prompts, c.length)
-        for name, model in {"data": None, **models}.items():
-            diffusion = model is not None and not model.config.causal
-            for steps in c.steps if diffusion else [None]:
-                results["continuations"].append(continuation_row(
-                    name, model, judge, gpt2, data, steps, x, c, p, precision=c.precision,
-                    temperature=c.temperature[0], joint=c.joint and diffusion))
-                save()
+
+
+def continuation_row(evaluation, name, model, steps, x, gpt2):
+    """Conditional text of a model: --continuations of the first --prompt_tokens tokens of
+    each of x (n, L), of as many tokens as x has; model None: x itself. Perplexity under the
+    judge given the prompt, self-BLEU among the continuations of a prompt, MAUVE against x
+    where gpt2 is given, as (model, tokenizer)."""
+    config, procs = evaluation.config, evaluation.procs
+    P, m = config.prompt_tokens, config.continuations
+    row = {"model": name, "steps": steps}
+    y = x
+    if model is not None:
+        # m texts for each prompt, one after the other: (n m, L)
+        prompts = x[:, :P].repeat_interleave(m, 0)
+        sampling = evaluation.sampling(model, steps, config.temperature[0])
+        y = draw_samples(model, len(prompts), sampling, procs, prompts,
+                         f"{name}, continuations")
+        add_mean(row, "self_bleu4", NO_VALUE)
+        if m > 2:
+            alike = []
+            for texts in y.split(m):     # of one prompt
+                bleu4, _ = self_bleu(texts[:, P:])[-1]
+                alike.append(bleu4)
+            add_mean(row, "self_bleu4", mean_se(torch.tensor(alike)))
+
+    # nats and tokens of all continuations of a prompt: (n,), a prompt counts once
+    nats, tokens = evaluation.judge.read(y.to(procs.device), P)
+    nats = nats.view(len(x), -1).sum(1)
+    tokens = tokens.view(len(x), -1).sum(1)
+    add_mean(row, "gen_ppl", perplexity(nats, tokens))
+    if gpt2 and model is not None:
+        add_mean(row, "mauve", mauve(gpt2, x, y, evaluation.data.tokenizer))
+    return row | {"prompts": len(x), "prompt_tokens": P, "texts": len(y)}
+
+
+def measure_continuations(evaluation, gpt2):
+    """Texts of every model that go on from prompts of the data. gpt2: see
+    continuation_row."""
+    config = evaluation.config
+    evaluation.results["continuations"] = []
+    x = evaluation.data.pieces(config.prompts, config.length)        # (n, L)
+    for name, model, steps in evaluation.settings():
+        row = continuation_row(evaluation, name, model, steps, x, gpt2)
+        evaluation.add("continuations", row)
+
+
+def evaluate(evaluation):
+    """Measure everything that the flags ask for; the results are saved after each row."""
+    config = evaluation.config
+    gpt2 = None
+    if config.mauve:                     # first, so that a mistake shows at once
+        gpt2_model, content = load_model(config.mauve, evaluation.procs.device, ("ar",))
+        gpt2 = gpt2_model, make_tokenizer(content["tokenizer"])
+    measure_readings(evaluation)
+    if not config.likelihood_only:
+        measure_samples(evaluation)
+        if config.continuations:
+            measure_continuations(evaluation, gpt2)
+    evaluation.save()
 
 
 def main():
-    c = parse_flags(EvaluateConfig, __doc__, checkpoint="of train.py, distill.py or tools.convert")
-    p = start(c.device)
-    models = open_models(c, p)
-    content = next(iter(models.values()))[1]
-    tokenizer = make_tokenizer(content["tokenizer"])
-    data = open_data(c, content, tokenizer, p)
-    settle(c, models, data)
-    data, note = with_oracle(data, c.length)
-    teacher = teacher_of(c, models)
-    judge, judge_model, judged = open_judge(c, data, p)
-    results = {"judge": judged, "data": data.folder.name, "teacher": teacher,
+    config = parse_flags(EvaluateConfig, __doc__,
+                         checkpoint="of train.py, distill.py or tools.convert")
+    procs = start(config.device)
+    opened = open_models(config, procs)
+    _, first_content = next(iter(opened.values()))
+    tokenizer = make_tokenizer(first_content["tokenizer"])
+    data = open_data(config, first_content, tokenizer, procs)
+    set_defaults(config, opened, data)
+    data, note = with_oracle(data, config.length)
+    teacher = teacher_of(config, opened)
+    judge = open_judge(config, data, procs)
+    results = {"judge": judge.title, "data": data.folder.name, "teacher": teacher,
                "argv": sys.argv[1:], "torch": torch.__version__,
                "python": platform.python_version(), "likelihood": [], "samples": []}
 
-    def save():
-        if c.json and p.rank == 0:
-            write_json(c.json, results)
+    models = {name: model for name, (model, _) in opened.items()}
+    evaluate(Evaluation(config, procs, models, judge, data, results))
 
-    fill(c, p, {name: model for name, (model, _) in models.items()}, judge, judge_model, data,
-         results, save)
-    save()
-    if p.rank == 0:
-        print(f"{data.folder.name}; judge: {judged}; texts of {c.length} tokens, seed {c.seed}"
-              + ", joint draws" * c.joint + (f"\n{note}" if note else "") + "\n")
-        print(figures.show(results))
-        if c.plot:
-            figures.draw_frontier(results["samples"], c.plot)
+    # what the reader sees
+    if procs.rank > 0:
+        return
+    title = (f"{data.folder.name}; judge: {judge.title}; texts of {config.length} tokens, "
+             f"seed {config.seed}")
+    if config.joint:
+        title += ", joint draws"
+    if note:
+        title += "\n" + note
+    print(title + "\n")
+    print(figures.show(results))
+    if config.plot:
+        figures.draw_frontier(results["samples"], config.plot)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from data.dataset import load_data
 from data.files import UserError, to_json, write, write_json
 from diffusion import states_at, unmask_step
 from model import PRESETS
-from sample import make_judge
+from data.measures import make_judge
+from sample import Sampling
 from tools import evaluate, figures, likelihood
 from train import TrainConfig, train
 
@@ -160,7 +161,8 @@ def measure(path, data, judge, store, what, steps, heat):
             row |= {"steps": None, "temperature": None}
         else:
             n = SAMPLES if T == 1 else SAMPLES // 2
-            row = evaluate.evaluate("", model, judge, data, s, n, CPU, 0, None, temperature=T)
+            sampling = Sampling(s, temperature=T)
+            row = evaluate.quality_row("", model, n, sampling, judge, data, CPU)
         rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v
                      for k, v in (row | what).items()        # without what this dataset has not
                      if v is not None or k in ("steps", "temperature")})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import command, flag, package, parse_flags
 from data.files import UserError, write
-from sample import put
+from data.measures import add_mean
 
 LOW = 0.1                            # nats of entropy below its measure that are marked
 
@@ -190,7 +190,7 @@ def frontier(rows, teacher):
             row = {"model": name, "steps": steps, "entropy": usual["entropy"],
                    "pooled_entropy": usual["pooled_entropy"]}
             for key in ("entropy", "pooled_entropy"):
-                put(row, f"at_{key}", at_entropy(points, key, usual[key], usual[key + "_se"]))
+                add_mean(row, f"at_{key}", at_entropy(points, key, usual[key], usual[key + "_se"]))
             found.append(row)
     return found
 

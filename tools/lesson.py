@@ -13,7 +13,7 @@ from data.files import UserError
 from data.stories import language
 from diffusion import q_sample, unmask_step
 from distill import DistillConfig, schedule
-from sample import draw_samples
+from sample import Sampling, draw_samples
 
 CPU = Processes(torch.device("cpu"))
 
@@ -39,7 +39,7 @@ def likeliest(logits, tokenizer, n=3):
 def contradiction(model, tokenizer, steps, seed):
     """The text with the fewest faults, but not without one, of 64 in so many steps."""
     texts = [tokenizer.decode(row).split() for row in
-             draw_samples(model, 64, steps, CPU, seed).tolist()]
+             draw_samples(model, 64, Sampling(steps, seed), CPU).tolist()]
     faults = [(len(language.contradictions(text)), i) for i, text in enumerate(texts)]
     _, i = min((n, i) for n, i in faults if n)
     print(f"The teacher in {steps} steps writes all tokens of a step without seeing the others:\n\n"

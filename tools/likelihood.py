@@ -14,7 +14,7 @@ from data.files import UserError
 from data.lambada.prepare import WORD
 from diffusion import ROWS, states_at
 from model import cross_entropy, nll, shifted
-from sample import exp, mean_se, put
+from data.measures import exp, mean_se, add_mean
 
 LONGEST = 5                  # tokens of a word whose orders are enumerated: 120
 DRAWS = 16                   # maskings for the bound of a longer one
@@ -177,7 +177,7 @@ def last_word(answers, tasks):
     row = {"tasks": len(tasks), "by_bound": sum(len(word) > LONGEST for _, word in tasks)}
     for name in ("one_pass", "confident", "left"):
         values = [a[name] for a in answers if name in a]
-        put(row, name, mean_se(torch.cat(values)) if values else (None, None))
+        add_mean(row, name, mean_se(torch.cat(values)) if values else (None, None))
     mean, se = mean_se(torch.cat([a["nats"] for a in answers]))
-    put(row, "word_ppl", (exp(mean), exp(mean) * se))
+    add_mean(row, "word_ppl", (exp(mean), exp(mean) * se))
     return row

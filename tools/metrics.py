@@ -11,7 +11,7 @@ import torch
 
 from common import package
 from data.dataset import retokenise
-from sample import mean_se, put
+from data.measures import mean_se, add_mean
 
 GRAM = 8                             # tokens of a piece that is looked for in the training data
 SEARCHED, BLOCK = 10 ** 8, 2 ** 20   # tokens of train.bin that it is looked for in, and at a time
@@ -109,9 +109,9 @@ def diversity(x, data):
     row, x = {}, x.cpu()
     for name, values in (("self_bleu", self_bleu(x)), ("distinct", distinct(x))):
         for order, value in enumerate(values, 1):
-            put(row, f"{name}{order}", value)
-    put(row, "seen", seen(x, data))
-    put(row, "repetition", repetition(x))
+            add_mean(row, f"{name}{order}", value)
+    add_mean(row, "seen", seen(x, data))
+    add_mean(row, "repetition", repetition(x))
     return row
 
 

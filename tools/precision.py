@@ -15,7 +15,7 @@ import torch
 from common import ROOT, command, flag, parse_flags, seed_all
 from data.files import write_json
 from diffusion import categorical, sample, sample_joint
-from sample import mean_se, put
+from data.measures import mean_se, add_mean
 from tools import figures
 
 RARE = 6e-5
@@ -67,8 +67,8 @@ def rows(c):
             x.append(draw().flatten())
         x = torch.cat(x)
         found.append({"draw": name, "steps": c.steps, "tokens": len(x)})
-        put(found[-1], "rare", mean_se(rare[x].double()))
-        put(found[-1], "nats", mean_se(-log_p[x]))
+        add_mean(found[-1], "rare", mean_se(rare[x].double()))
+        add_mean(found[-1], "nats", mean_se(-log_p[x]))
     return found
 
 

@@ -1,0 +1,153 @@
+"""What texts are worth: the few measures that distill.py's table and bench.py need.
+
+Each is a pure function of texts x (n, L), and returns a mean over texts with its standard
+error. No single one is enough: perplexity alone is lowest for a text that repeats itself,
+so both entropies stand beside it. tools/metrics.py has more.
+"""
+import math
+
+import torch
+
+from data.dataset import copies, make_tokenizer, oracle, retokenise
+from model import nll
+
+JUDGED = 32                              # texts that the judge reads at a time
+NO_VALUE = (None, None)                  # neither a mean nor an error
+
+
+def mean_se(values):
+    """The mean of values (n,) and its standard error; None for the mean of no values, and
+    for the error of fewer than two."""
+    values, n = values.double(), len(values)
+    if n == 0:
+        return None, None
+    if n == 1:
+        return values.mean().item(), None
+    return values.mean().item(), (values.std() / math.sqrt(n)).item()
+
+
+def exp(x):
+    """e to the x, infinite where a float cannot hold it."""
+    if x > 709:
+        return math.inf
+    return math.exp(x)
+
+
+def add_mean(row, name, mean_and_se):
+    """row[name] = the mean, row[name + "_se"] = its standard error."""
+    mean, se = mean_and_se
+    row[name] = mean
+    row[name + "_se"] = se
+
+
+# ---- under a judge: what the texts cost another model
+
+def make_judge(model, spec=None, tokenizer=None):
+    """An AR model as a judge of texts: a function judge(x (n, L), skip=0) -> (nats (n,),
+    tokens (n,)), what each text costs the model from its token number `skip` on, and how
+    many tokens that is.
+    spec: the judge's tokenizer; where the texts' `tokenizer` is another, the texts are read
+    anew in the judge's tokens (see data.dataset.retokenise), up to the judge's context."""
+    same = tokenizer is None or spec == tokenizer.spec
+    if not same:
+        judges = make_tokenizer(spec)
+
+    def read(row):
+        """Ids of a text, as the judge has them."""
+        if same:
+            return row
+        return retokenise(row, tokenizer, judges)[:model.config.context]
+
+    @torch.no_grad()
+    def judge(x, skip=0):
+        rows = [read(row) for row in x.tolist()]
+        # of the judge's tokens, those from `begin` to `end` of a text count
+        begin = [len(read(row[:skip])) for row in x.tolist()]
+        begin = torch.tensor(begin, device=x.device)                 # (n,)
+        end = torch.tensor([len(row) for row in rows], device=x.device)
+
+        # rows of one width W: what stands beyond a text's end is not seen from within it
+        width = max(1, int(end.max()))
+        rows = [row + [0] * (width - len(row)) for row in rows]
+        y = torch.tensor(rows, device=x.device)                      # (n, W)
+        place = torch.arange(width, device=x.device)
+        counts = (place >= begin[:, None]) & (place < end[:, None])  # (n, W)
+
+        batches = [nll(model, batch, model.mask_id) for batch in y.split(JUDGED)]
+        nats = torch.cat(batches)                                    # (n, W)
+        return (nats * counts).sum(1).double(), counts.sum(1)
+    return judge
+
+
+def perplexity(nats, tokens):
+    """exp of the mean nats per token of texts that cost nats (n,) for tokens (n,), and its
+    standard error."""
+    mean = (nats.sum() / tokens.sum()).item()
+    # the error of a ratio of two sums, to first order
+    _, se = mean_se((nats - mean * tokens) / tokens.double().mean())
+    return exp(mean), exp(mean) * se
+
+
+def gen_ppl(judge, x):
+    """Generative perplexity of x (n, L): exp of the judge's mean nats per token, and its
+    SE. Lower means that the judge finds the texts more likely."""
+    nats, tokens = judge(x)
+    return perplexity(nats, tokens)
+
+
+# ---- diversity: within a text, and among the texts
+
+def entropy(x, vocab):
+    """Entropy of the token frequencies of each text of x (n, L): the mean, in nats, and its
+    SE. If it is below the data's, texts repeat themselves."""
+    counts = torch.zeros(len(x), vocab)
+    counts.scatter_add_(1, x, torch.ones(x.shape))                   # (n, V)
+    return mean_se(torch.special.entr(counts / x.shape[1]).sum(1))
+
+
+def pooled_entropy(x, vocab):
+    """Entropy of the token frequencies of all of x (n, L) together, in nats, and its SE.
+    If it is below the data's, texts resemble each other, however rich each may be."""
+    p = torch.bincount(x.flatten(), minlength=vocab) / x.numel()     # (V,)
+    # the entropy is the mean of -log p over all tokens
+    return mean_se(-p.log()[x].mean(1))
+
+
+# ---- all of them
+
+def measure(x, judge, data):
+    """The measures that cost next to nothing, as a row of a table: {"gen_ppl",
+    "gen_ppl_se", "entropy", ..., "samples", "tokens"} of texts x (n, L). gen_ppl counts
+    every token alike, text_ppl is the mean of the texts' own perplexities; judge None:
+    neither. What only some datasets can say (valid, contradictions, copies, log_p) is None
+    for the others."""
+    row = {"samples": len(x), "tokens": x.numel()}
+    vocab = data.tokenizer.vocab
+
+    # quality, under the judge
+    add_mean(row, "gen_ppl", NO_VALUE)
+    add_mean(row, "text_ppl", NO_VALUE)
+    if judge:
+        nats, tokens = judge(x)
+        add_mean(row, "gen_ppl", perplexity(nats, tokens))
+        add_mean(row, "text_ppl", mean_se((nats / tokens.clamp(min=1)).exp()))
+
+    # diversity
+    x = x.cpu()
+    add_mean(row, "entropy", entropy(x, vocab))
+    add_mean(row, "pooled_entropy", pooled_entropy(x, vocab))
+
+    # truth: whether a text obeys the rules of its language, or is copied from the data
+    judged, copied = oracle(x, data), copies(x, data)
+    add_mean(row, "valid", NO_VALUE)
+    add_mean(row, "contradictions", NO_VALUE)
+    add_mean(row, "copies", NO_VALUE)
+    add_mean(row, "log_p", NO_VALUE)
+    if copied is not None:
+        add_mean(row, "copies", mean_se(copied))
+    if judged:
+        faults, log_p = judged                                       # (n,) both
+        add_mean(row, "valid", mean_se(faults == 0))
+        add_mean(row, "contradictions", mean_se(faults))
+        add_mean(row, "log_p", mean_se(log_p[faults == 0]))
+    return row
