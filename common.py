@@ -1,18 +1,17 @@
-"""What several scripts share: errors, flags, devices and processes, optimizers, checkpoints.
+"""What several scripts share: flags, devices and processes, optimizers, checkpoints.
 
-Randomness: every random draw here and in diffusion.py comes from torch's global generator, and
-`seed_all(seed, step, i)` sets it before each micro-batch i of each step. So a run that was stopped
-goes on exactly as it would have, and two processes draw what one process would have drawn.
+Randomness: every random draw here and in diffusion.py comes from torch's global generator,
+and `seed_all(seed, step, i)` sets it before each micro-batch i of each step. So a run that
+was stopped goes on exactly as it would have, and two processes draw what one process would
+have drawn.
 """
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import hashlib
 import importlib
 import math
 import os
-import pickle
 import sys
 import typing
 from pathlib import Path
@@ -20,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.files import UserError, reason, release, write
+from data.files import Output, UserError, reason, release, write
+from data.foreign import as_today, content_kind, file_kind, folder_kind
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parent
@@ -32,25 +32,27 @@ GOES_ON = "stopped; the same command goes on from the last checkpoint"
 
 
 def command(main):
-    """Run a script's main; end in one sentence on stderr and status 2 where the user can help.
-    After Ctrl-C (status 130) that is main.stopped: GOES_ON where a script has checkpoints."""
+    """Run a script's main. What the user can mend ends in one sentence on stderr and status
+    2, Ctrl-C in main.stopped (GOES_ON where a script has checkpoints) and status 130."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, needed=False)
     try:
         main()
-        sys.stdout.flush()
+        sys.stdout.flush()               # a full disk may show itself only now
     except KeyboardInterrupt:
         print(f"\n{getattr(main, 'stopped', 'stopped')}", file=sys.stderr)
         sys.exit(130)
-    except (UserError, FloatingPointError) as e:         # the latter: a sampler that met NaN
+    except (UserError, FloatingPointError) as e:     # the latter: a sampler met NaN
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except Exception as e:
-        if not (why := compiler_trouble(e)):
+        why = compiler_trouble(e)
+        if why is None:                  # a fault of this code: let Python show where
             raise
         print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
     finally:
+        # leave nothing behind: streams, locks on files, processes that wait for this one
         sys.stdout, sys.stderr = streams
         release()
         if dist.is_initialized():
@@ -59,6 +61,7 @@ def command(main):
 
 def compiler_trouble(error):
     """A sentence for an exception that torch.compile raised; None for all others."""
+    # the exception, what caused it, what caused that, ...
     chain = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -66,39 +69,12 @@ def compiler_trouble(error):
     modules = [type(e).__module__ for e in chain]
     if not any(name.startswith(("torch._dynamo", "torch._inductor")) for name in modules):
         return None
-    why = (str(chain[-1]).strip() or type(chain[-1]).__name__).splitlines()[0][:200]
-    return (f"torch.compile failed ({type(chain[-1]).__name__}: {why}); mend the C++ compiler "
-            "(CXX names it), or go without: leave --compile out, or give --no-compile")
-
-
-class Output:
-    """stdout or stderr, whose failures are not the user's mistakes. What the encoding has no sign
-    for is written as an escape; where nobody reads on (`| head -1`), the work goes on unseen.
-    needed: whether other failures, such as a full disk, end the work (UserError)."""
-
-    def __init__(self, stream, needed=True):
-        self.stream, self.needed = stream, needed
-        with contextlib.suppress(AttributeError, ValueError):    # a notebook's has no encoding
-            stream.reconfigure(errors="backslashreplace")
-
-    def write(self, text):
-        return self.attempt(lambda: self.stream.write(text))
-
-    def flush(self):
-        return self.attempt(self.stream.flush)
-
-    def attempt(self, f):
-        try:
-            return f()
-        except BrokenPipeError:                          # from now on into nothing, also at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        except OSError as e:
-            if self.needed:
-                raise UserError(f"what is to be shown cannot be written ({reason(e)}); make room, "
-                                "or send it elsewhere")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+    # the first cause says most, in its first line
+    kind = type(chain[-1]).__name__
+    text = str(chain[-1]).strip() or kind
+    return (f"torch.compile failed ({kind}: {text.splitlines()[0][:200]}); mend the C++ "
+            "compiler (CXX names it), or go without: leave --compile out, or give "
+            "--no-compile")
 
 
 def package(name):
@@ -106,6 +82,7 @@ def package(name):
     try:
         return importlib.import_module(name)
     except ImportError:
+        # some are installed under another name
         called = {"mauve": "mauve-text", "PIL": "pillow"}.get(name, name.split(".")[0])
         raise UserError(f"this needs {called} (pip install {called})")
 
@@ -113,102 +90,144 @@ def package(name):
 # ---- flags: a dataclass whose fields are made by flag() is a script's command line
 
 def flag(default, help, choices=None, low=None, high=None):
-    """A dataclass field that is also a flag; low and high are the least and largest value."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices,
-                                                            low=low, high=high))
+    """A dataclass field that is also a flag; low and high are the least and largest
+    value."""
+    metadata = dict(help=help, choices=choices, low=low, high=high)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def value_type(hint):
+    """Of a field's annotation: the type of one value, and whether the flag takes several:
+    int | None -> int, False; list[int] | None -> int, True."""
+    arguments = typing.get_args(hint)
+    if type(None) in arguments:
+        hint = arguments[0]
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return hint, False
 
 
 def parse_flags(Config, description, argv=None, **positional):
-    """argv (sys.argv unless given) -> a Config. positional: name=help of arguments without --.
-    Exits with usage and status 2 on an unknown, ill-typed or out-of-range flag."""
+    """argv (sys.argv unless given) -> a Config. positional: name=help of arguments without
+    --. Exits with usage and status 2 on an unknown, ill-typed or out-of-range flag."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(Config)
+    fields = [field for field in dataclasses.fields(Config) if field.metadata]
+
+    # arguments without --
     for name, text in positional.items():
-        many = dict(nargs="+") if typing.get_origin(hints[name]) is list else {}
-        parser.add_argument(name, help=text, **many)
-    fields = [f for f in dataclasses.fields(Config) if f.metadata]
-    for f in fields:
-        kind = (typing.get_args(hints[f.name]) or (hints[f.name],))[0]       # int | None -> int
-        many = dict(nargs="+") if typing.get_origin(kind) is list else {}    # list[int] -> int
-        kind = (typing.get_args(kind) or (kind,))[0]
-        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
-               dict(type=kind, choices=f.metadata["choices"], **many))
-        parser.add_argument(f"--{f.name}", default=f.default, **how,
-                            help=(f.metadata["help"] + f" [{f.default}]" * (f.default is not None)
-                                  ).replace("%", "%%"))
+        _, several = value_type(hints[name])
+        parser.add_argument(name, help=text, nargs="+" if several else None)
+    # flags
+    for field in fields:
+        kind, several = value_type(hints[field.name])
+        if kind is bool:                 # --name and --no-name
+            how = dict(action=argparse.BooleanOptionalAction)
+        else:
+            how = dict(type=kind, choices=field.metadata["choices"],
+                       nargs="+" if several else None)
+        text = field.metadata["help"]
+        if field.default is not None:    # a default of None is explained in the text
+            text += f" [{field.default}]"
+        # argparse fills in what stands after a %
+        parser.add_argument(f"--{field.name}", default=field.default,
+                            help=text.replace("%", "%%"), **how)
+
     args = parser.parse_args(argv)
-    for f in fields:
-        values, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and (low is not None and not value >= low
-                                      or high is not None and not value <= high):
-                parser.error(f"argument --{f.name}: {value} is not " + (
-                    f"between {low} and {high}" if high is not None else f"{low} or more"))
+    for field in fields:
+        check_range(parser, field, getattr(args, field.name))
     return Config(**vars(args))
+
+
+def check_range(parser, field, values):
+    """End with usage and status 2 if one of a flag's values is out of its range."""
+    low, high = field.metadata["low"], field.metadata["high"]
+    allowed = f"{low} or more"
+    if high is not None:
+        allowed = f"between {low} and {high}"
+    if not isinstance(values, list):
+        values = [values]
+    for value in values:
+        if value is None:
+            continue
+        # `not >=` instead of `<`: NaN is never in range
+        too_low = low is not None and not value >= low
+        too_high = high is not None and not value <= high
+        if too_low or too_high:
+            parser.error(f"argument --{field.name}: {value} is not {allowed}")
 
 
 # ---- device, processes, seeds
 
 class Processes(typing.NamedTuple):
+    """Where this process computes, and which of how many it is."""
     device: torch.device
-    rank: int = 0                    # of this process; 0 alone writes and prints
-    world: int = 1                   # how many there are
+    rank: int = 0                # of this process; 0 alone writes and prints
+    world: int = 1               # how many there are
 
 
 def start(device):
     """Device and processes: 'auto' | 'cpu' | 'cuda' -> Processes.
-    Under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK) the processes are joined, by NCCL on
-    GPUs and gloo on the CPU. Raises UserError if CUDA is asked for and absent."""
+    Under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK) the processes are joined, by
+    NCCL on GPUs and gloo on the CPU. Raises UserError if CUDA is asked for and absent."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but this PyTorch finds no CUDA GPU; use --device cpu")
+        raise UserError("--device cuda, but this PyTorch finds no CUDA GPU; use --device "
+                        "cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # a GPU for each process of this machine
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
+    # the others may wait for hours while process 0 trains a judge or fills a table
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if device == "cpu" else "nccl",
                                 timeout=datetime.timedelta(hours=12))
     return Processes(torch.device(device), rank, world)
 
 
-def first(p, f):
-    """f(), in process 0 alone, for which all others wait; its UserError is raised in all."""
+def first(procs, f):
+    """f(), in process 0 alone, for which all others wait; its UserError is raised in
+    all."""
     error = [None]
-    if p.rank == 0:
+    if procs.rank == 0:
         try:
             f()
         except UserError as e:
             error = [str(e)]
-    if p.world > 1:
+    if procs.world > 1:
         dist.broadcast_object_list(error, 0)
     if error[0]:
         raise UserError(error[0])
 
 
-def agree(p, value, what):
-    """Check that all processes hold an equal value (of plain ones, such as a fingerprint). Raises
-    UserError in all of them where they do not. what: the value's name, for the sentence."""
-    if p.world == 1:
+def agree(procs, value, what):
+    """Check that all processes hold an equal value (of plain ones, such as a fingerprint).
+    Raises UserError in all of them where they do not. what: the value's name, for the
+    sentence."""
+    if procs.world == 1:
         return
-    values = [None] * p.world
+    values = [None for _ in range(procs.world)]
     dist.all_gather_object(values, value)
     if any(one != values[0] for one in values):
-        raise UserError(f"the processes hold different {what} ({values}); --out and the dataset "
-                        "must be the same files for all of them")
+        raise UserError(f"the processes hold different {what} ({values}); --out and the "
+                        "dataset must be the same files for all of them")
 
 
 @torch.no_grad()
-def broadcast(model, p):
+def broadcast(model, procs):
     """Give all processes the weights that process 0 has."""
-    for tensor in model.state_dict().values() if p.world > 1 else []:
+    if procs.world == 1:
+        return
+    for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
 
 
 def seed_all(*key):
-    """Seed torch's global generators with a hash of the key, for example (seed, step, i)."""
+    """Seed torch's global generators with a hash of the key, for example (seed, step,
+    i)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -216,35 +235,44 @@ def seed_all(*key):
 # ---- learning rate, optimizers, averaged weights
 
 def lr_factor(step, steps, warmup, final):
-    """Linear warm-up to 1, then a cosine to `final` at the last step; final = 1 stays constant."""
+    """Linear warm-up to 1, then a cosine to `final` at the last step; final = 1 stays
+    constant."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / max(1, steps - warmup)              # 0 to 1
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizers(model, c):
-    """[Muon on the blocks' matrices, AdamW on the rest], or [AdamW]. Muon's steps are scaled to
-    AdamW's size, so that one learning rate serves both (arXiv 2502.16982)."""
-    matrices = [w for w in model.blocks.parameters() if w.ndim == 2 and c.optimizer == "muon"]
+def make_optimizers(model, config):
+    """[AdamW on vectors, embedding and head, Muon on the blocks' matrices], or [AdamW] for
+    all. Muon's steps are scaled to AdamW's size, so that one learning rate serves both
+    (arXiv 2502.16982)."""
+    matrices = []
+    if config.optimizer == "muon":
+        matrices = [w for w in model.blocks.parameters() if w.ndim == 2]
     ids = {id(w) for w in matrices}
     rest = [w for w in model.parameters() if id(w) not in ids]
-    adamw = torch.optim.AdamW(rest, c.lr, weight_decay=c.weight_decay, foreach=True)
-    return [adamw] if not matrices else [adamw, torch.optim.Muon(
-        matrices, c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    decay = config.weight_decay
+    adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=True)
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(matrices, config.lr, weight_decay=decay,
+                            adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
 
 
 @torch.no_grad()
 def ema_update(ema, model, decay, step):
-    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)), a warm-up."""
+    """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)): at first
+    the average follows quickly, so that it forgets the random weights of the beginning."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
 # ---- checkpoints: one file, plain values and tensors only
 
-KEYS = {"kind", "model_config", "model", "ema", "optimizer", "step", "steps", "seconds", "config",
-        "tokenizer"}
+KEYS = {"kind", "model_config", "model", "ema", "optimizer", "step", "steps", "seconds",
+        "config", "tokenizer"}
 
 
 def save_checkpoint(path, **content):
@@ -253,18 +281,27 @@ def save_checkpoint(path, **content):
 
 
 def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
-    """Read a checkpoint onto the CPU. Raises UserError on a missing, foreign or wrong one."""
+    """Read a checkpoint onto the CPU. Raises UserError on a missing, foreign or wrong
+    one."""
+    makers = "train.py, distill.py or tools.convert"
     try:
+        # weights_only: a file that is not ours cannot run code
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train.py and distill.py make them")
     except OSError as e:
-        what = folder_kind(Path(path)) if Path(path).is_dir() else f"cannot be read ({reason(e)})"
-        raise UserError(f"{path} {what}; name a checkpoint of train.py, distill.py or tools.convert")
-    except Exception as e:           # torch.load fails in many ways on what is not a checkpoint
-        raise UserError(f"{path} is not a checkpoint of this project: {file_kind(Path(path), e)}")
-    if not isinstance(content, dict) or content.get("format") != 1 or not KEYS <= content.keys():
-        raise UserError(f"{path} is not a checkpoint of this project: {content_kind(content)}")
+        what = f"cannot be read ({reason(e)})"
+        if Path(path).is_dir():
+            what = folder_kind(Path(path))
+        raise UserError(f"{path} {what}; name a checkpoint of {makers}")
+    except Exception as e:       # torch.load fails in many ways on what is not a checkpoint
+        raise UserError(f"{path} is not a checkpoint of this project: "
+                        f"{file_kind(Path(path), e)}")
+    # a file of PyTorch's: is it one of ours, of this format, of the kind that is needed?
+    ours = isinstance(content, dict) and content.get("format") == 1
+    if not ours or not KEYS <= content.keys():
+        raise UserError(f"{path} is not a checkpoint of this project: "
+                        f"{content_kind(content)}")
     as_today(content)
     if content["kind"] not in kinds:
         raise UserError(f"{path} holds a model of kind {content['kind']!r}, but "
@@ -272,86 +309,25 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
     return content
 
 
-def as_today(content):
-    """Change what an older version's checkpoint says of its model into today's words."""
-    sizes = content["model_config"]
-    if "causal" in sizes:                                # before `attention`
-        sizes["attention"] = "causal" if sizes.pop("causal") else "full"
-    # before `attention_bias` some models had biases that were frozen at zero
-    biases = [name for name in content["ema"] if name.endswith(("qkv.bias", "attn_out.bias"))]
-    frozen = sizes.get("positions", "rope") == "rope" and sizes.get("attention") != "causal"
-    if "attention_bias" not in sizes and frozen and not any(
-            content["ema"][name].any() for name in biases):
-        sizes["attention_bias"] = False
-        for weights in (content["model"], content["ema"]):
-            for name in biases:
-                weights.pop(name, None)
-
-
-def folder_kind(path):
-    """What a folder that was given as a checkpoint seems to be, in words."""
-    if (path / "config.json").exists():
-        return "is a folder of published weights, of which tools.convert makes a checkpoint"
-    inside = sorted(file.name for file in path.glob("*.pt"))
-    return "is a folder" + (f", which holds {', '.join(inside)}" if inside else "")
-
-
-def file_kind(path, error):
-    """What a file that torch.load refuses with `error` seems to be, in words, with a remedy."""
-    with open(path, "rb") as f:
-        begin = f.read(64)
-    if not begin:
-        return "it is empty; name another"
-    if begin.startswith(b"version https://git-lfs"):
-        return "it is a pointer of git-lfs, which fetches the file itself"
-    if path.suffix == ".safetensors" or begin[8:10] == b'{"':
-        return ("it is a safetensors file; tools.convert makes a checkpoint of the folder that holds "
-                "it and its config.json")
-    if isinstance(error, pickle.UnpicklingError) and begin[:2] in (b"PK", b"\x80\x02"):
-        return ("it holds Python objects besides plain values and tensors, which are not read "
-                "here because that would run code")
-    if begin.startswith(b"PK"):
-        return "it is not whole, as after a copy that was cut short; copy it again"
-    if begin.startswith(b"\x80"):
-        return "it is a Python pickle, which is not read here because that would run code"
-    return "it is no file of PyTorch's; name another"
-
-
-def content_kind(content):
-    """What the content of a PyTorch file seems to be, in words, with a remedy."""
-    if not isinstance(content, dict):
-        return f"it holds a {type(content).__name__}; name another file"
-    if content.get("format", 1) != 1:
-        return (f"its format is number {content['format']}, this version reads number 1; use the "
-                "version that made it")
-    keys = [str(key) for key in content]
-    some = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
-    if {"model", "model_args", "iter_num"} <= content.keys():
-        return (f"it is nanoGPT's ({some}), whose layout is not read here; tools.convert reads GPT-2 "
-                "in the transformers package's")
-    if "state_dict" in content:
-        return (f"it is another trainer's ({some}); tools.convert reads MDLM, SDTT and GPT-2 from "
-                "a folder with config.json and model.safetensors")
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return (f"it holds bare tensors ({some}); tools.convert reads published weights from a "
-                "folder with config.json and model.safetensors")
-    return f"it holds {some or 'nothing'}; name a file of train.py, distill.py or tools.convert"
-
-
 def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
-    """The averaged (EMA) model of a checkpoint in eval mode, and the checkpoint's other content.
+    """The averaged (EMA) model of a checkpoint in eval mode, and the checkpoint's content.
     Raises UserError, also for weights that are not finite numbers."""
     content = load_checkpoint(path, kinds)
     try:
         model = Transformer(ModelConfig(**content["model_config"]))
         model.load_state_dict(content["ema"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{path}: its weights do not fit its model_config "
-                        f"({' '.join(str(e).split())[:150]}); make it again, or name another")
+        raise UserError(f"{path}: its weights do not fit its model_config ({in_short(e)}); "
+                        "make it again, or name another")
     if not finite(model):
         raise UserError(f"{path} holds weights that are not finite numbers: its training "
                         "diverged; train anew with a lower --lr")
     return model.to(device).eval(), content
+
+
+def in_short(error):
+    """The first 150 characters of an exception's message, in one line."""
+    return " ".join(str(error).split())[:150]
 
 
 def finite(model):
@@ -367,6 +343,8 @@ def fingerprint(model):
     return digest.hexdigest()[:12]
 
 
+# ---- a run: training that can be stopped, and goes on from its checkpoint
+
 @dataclasses.dataclass
 class Run:
     """A model in training, and what its checkpoint says of it."""
@@ -375,23 +353,28 @@ class Run:
     model: Transformer
     ema: Transformer             # the averaged weights, which are what is evaluated
     optimizers: list
-    content: dict                # what else the checkpoint holds: kind, config, tokenizer, ...
+    content: dict             # what else the checkpoint holds: kind, config, tokenizer, ...
     averaged: int = 0            # steps that went into ema before this run
     step: int = 0                # steps done
     seconds: float = 0.0         # time they took
-    micro: int | None = None     # sequences of a micro-batch so far, on which the noise depends
+    micro: int | None = None    # sequences of a micro-batch so far: the noise depends on it
 
 
 def save(run):
-    """Write run's checkpoint. The frozen teacher of a round is kept as long as it is needed."""
-    content = run.content | ({"teacher": None} if run.step == run.steps else {})
-    save_checkpoint(run.path, **content, step=run.step, steps=run.steps, seconds=run.seconds,
-                    micro=run.micro, model_config=dataclasses.asdict(run.model.config),
+    """Write run's checkpoint."""
+    content = dict(run.content)
+    # the frozen teacher of a round is kept only as long as the round needs it
+    if run.step == run.steps:
+        content["teacher"] = None
+    save_checkpoint(run.path, **content, step=run.step, steps=run.steps,
+                    seconds=run.seconds, micro=run.micro,
+                    model_config=dataclasses.asdict(run.model.config),
                     model=run.model.state_dict(), ema=run.ema.state_dict(),
-                    optimizer=[o.state_dict() for o in run.optimizers])
+                    optimizer=[optimizer.state_dict() for optimizer in run.optimizers])
 
 
-# what defines a run beside its flags: the key in its checkpoint, and what is said if it is another
+# what defines a run beside its flags: the key in its checkpoint, and what is said if it is
+# another
 BOUND = (("tokenizer", "was made with other tokens than {dataset} has now"),
          ("data", "was made from other text than {dataset} holds now"),
          ("origin", "was distilled from another teacher"),
@@ -400,35 +383,41 @@ NAMES = {"data": "dataset", "init": "init"}      # flags that only name what is 
 
 
 def flags_of(saved, Config):
-    """The flags that a checkpoint was made with, {name: value}, as Config has them today: a flag
-    that is newer than the checkpoint has its default, and one that no longer exists is dropped."""
-    if "seed" not in saved:                  # not made by training, for example by tools.convert
+    """The flags that a checkpoint was made with, {name: value}, as Config has them today: a
+    flag that is newer than the checkpoint has its default, and one that no longer exists is
+    dropped."""
+    if "seed" not in saved:      # not made by training, for example by tools.convert
         return saved
     names = {field.name for field in dataclasses.fields(Config)}
     known = {name: value for name, value in saved.items() if name in names}
     return dataclasses.asdict(Config(**known))
 
 
-def resume(run, c, free):
-    """Put run where its checkpoint stands, if there is one; returns the checkpoint, or None.
-    Raises UserError where it was made with other flags than c, but for those named in `free`, or
-    from other things than run's, whatever their names: see BOUND. A flag that did not exist when
-    the checkpoint was made had its default's value."""
+def resume(run, config, free):
+    """Put run where its checkpoint stands, if there is one; returns the checkpoint, or
+    None. Raises UserError where it was made with other flags than config, but for those
+    named in `free`, or from other things than run's, whatever their names: see BOUND."""
     if not run.path.exists():
         return None
     saved = load_checkpoint(run.path, kinds=(run.content["kind"],))
-    named = {flag for key, flag in NAMES.items() if saved.get(key)}
-    made_with = flags_of(saved["config"], type(c))
-    for key, value in dataclasses.asdict(c).items():
-        if key not in free and key not in named and made_with.get(key) != value:
-            raise UserError(f"{run.path} was made with --{key} {made_with.get(key)}, not "
-                            f"{value}; give the same flag, move the file away, or choose another "
-                            "--out")
+
+    # the same flags, but for those that only name what is compared below
+    named = {name for key, name in NAMES.items() if saved.get(key)}
+    made_with = flags_of(saved["config"], type(config))
+    for name, value in dataclasses.asdict(config).items():
+        if name in free or name in named or made_with.get(name) == value:
+            continue
+        raise UserError(f"{run.path} was made with --{name} {made_with.get(name)}, not "
+                        f"{value}; give the same flag, move the file away, or choose "
+                        "another --out")
+    # the same tokens, text and weights to begin from
     for key, what in BOUND:
         known = saved.get(key)           # older checkpoints do not have all
         if known is not None and known != run.content.get(key):
-            raise UserError(f"{run.path} {what.format(dataset=c.dataset)}; move it away (of "
-                            "rounds, all of them), or choose another --out")
+            raise UserError(f"{run.path} {what.format(dataset=config.dataset)}; move it "
+                            "away (of rounds, all of them), or choose another --out")
+
+    # weights, optimizers and counters
     try:
         run.model.load_state_dict(saved["model"])
         run.ema.load_state_dict(saved["ema"])
@@ -436,7 +425,6 @@ def resume(run, c, free):
             optimizer.load_state_dict(state)
     except (ValueError, RuntimeError, KeyError) as e:
         raise UserError(f"{run.path} does not fit the model that it is said to hold "
-                        f"({' '.join(str(e).split())[:150]}); move it away, or choose another "
-                        "--out")
+                        f"({in_short(e)}); move it away, or choose another --out")
     run.step, run.seconds, run.micro = saved["step"], saved["seconds"], saved.get("micro")
     return saved

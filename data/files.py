@@ -187,3 +187,38 @@ def release(path=None):
         with contextlib.suppress(OSError):               # its folder may be gone
             path.with_name(f".{path.name}.lock").unlink()
         f.close()
+
+
+# ---- what a script prints
+
+class Output:
+    """stdout or stderr, whose failures are not the user's mistakes. What the encoding has no
+    sign for is written as an escape; where nobody reads on (`| head -1`), the work goes on
+    unseen. needed: whether other failures, such as a full disk, end the work (UserError)."""
+
+    def __init__(self, stream, needed=True):
+        self.stream, self.needed = stream, needed
+        # a notebook's stream has no encoding
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        return self.attempt(lambda: self.stream.write(text))
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, f):
+        """f(), with its failures as the class says."""
+        try:
+            return f()
+        except BrokenPipeError:
+            # from now on into nothing, also at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as e:
+            if self.needed:
+                raise UserError(f"what is to be shown cannot be written ({reason(e)}); make "
+                                "room, or send it elsewhere")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
