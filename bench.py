@@ -1,149 +1,140 @@
-"""Speed: autoregressive decoding with a KV cache against diffusion, and where each of them wins.
+"""Speed: autoregressive decoding with a KV cache against diffusion, and where each of them
+wins.
 
-    python bench.py                          # the newest checkpoints under out/, or random weights
+    python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
-    python bench.py train --preset small --batch 2           # training steps: see bench_train.py
+    python bench.py train --preset small --batch 2           # training steps
 
-Both sides run as fast as this code can: AR with a static cache and a compiled decoding step,
-diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, word by word. Runs
-alternate, warm-up apart. Roofline is a share of the bandwidth (AR) or of the rate of matrix
-products (diffusion) that the hardware shows in the same run.
+Both sides run as fast as this code can: AR with a static cache and a compiled decoding
+step, diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, word
+by word. Warm-up does not count, runs of the engines alternate, and the median is shown.
+Roofline is the share that a run gets of what the hardware shows in the same minute: of its
+bandwidth (AR) or of its rate of matrix products (diffusion). The clock, the memory gauge
+and the roofline are in tools/machine.py, what is compared in tools/bench_setup.py, training
+in tools/bench_train.py.
 """
 import functools
 import itertools
 import math
-import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from common import (Processes, command, flag, load_model, package, parse_flags, seed_all,
-                    start)
+from common import Processes, command, flag, parse_flags, start
 from data.files import UserError, write_json
 from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
 from diffusion import categorical, sample, sample_joint
-from model import PRESETS, KVCache, ModelConfig, Transformer, decode, generate
-from sample import Sampling, draw_samples
+from model import PRESETS, KVCache, decode, generate
+from sample import Sampling, counted_calls, draw_samples
 from tools import bench_train, figures
-from tools.machine import (compiled_decode, describe, fill_times, first_run, header, least_memory,
-                           limits, line, prepare, roofline, seconds, transformers_gpt2)
+from tools.bench_setup import checkpoints, random_weights, set_defaults
+from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
+                           least_memory, limits, line, roofline, seconds)
 
-COLUMNS = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"), ("length", ">7"),
-           ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"),
-           ("roofline", ">9.0%"), ("peak MB", ">8,.0f"), ("nfe", ">5"), ("gen_ppl", ">8.2f"),
-           ("entropy", ">8.2f"), ("of all", ">7.2f"))
 ENGINES = ["ar", "diffusion", "diffusion-kv", "diffusion-naive", "transformers"]
-KINDS = {"ar": "causal", "diffusion": "full", "diffusion-kv": "reveal"}      # whose attention is
-VOCAB, GRAIN = 50257, {"cpu": 16, "cuda": 128}       # of random weights; see model.generate
+GRAIN = {"cpu": 16, "cuda": 128}         # see model.generate
+# what a table shows of a row, and how
+SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
+         ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"),
+         ("vs AR", ">6.2f"), ("roofline", ">9.0%"), ("peak MB", ">8,.0f"), ("nfe", ">5"))
+QUALITY = (("gen_ppl", ">8.2f"), ("entropy", ">8.2f"), ("of all", ">7.2f"))
 
 
 @dataclass
 class BenchConfig:
-    preset: list[str] | None = flag(None, "random weights of these sizes [checkpoints, or small]",
-                                    choices=list(PRESETS))
-    checkpoint: list[str] | None = flag(None, "files to compare, such as tools.convert's [see --out]")
+    """The flags of bench.py; tools.bench_setup.set_defaults fills in what is not given."""
+    # what is compared
+    preset: list[str] | None = flag(
+        None, "random weights of these sizes [checkpoints, or small]",
+        choices=list(PRESETS))
+    checkpoint: list[str] | None = flag(
+        None, "files to compare, such as tools.convert's [see --out]")
     out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
-    engine: list[str] | None = flag(None, "[ar diffusion diffusion-kv, diffusion-naive at the "
-                                    "first batch]; transformers is its GPT-2, greedy",
-                                    choices=ENGINES)
+    engine: list[str] | None = flag(
+        None, "[ar diffusion diffusion-kv, diffusion-naive at the first batch]; "
+        "transformers is its GPT-2, greedy", choices=ENGINES)
+    # in which shapes
     batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4; train 2]", low=1)
-    length: list[int] | None = flag(None, "tokens of a text [the checkpoints' context; random "
-                                    "weights 128; train 1024]", low=2)
+    length: list[int] | None = flag(
+        None, "tokens of a text [the checkpoints' context; random weights 128; train 1024]",
+        low=2)
     steps: list[int] | None = flag(None, "of diffusion [4 8 16 32 64; random to 32]", low=1)
     repeats: int = flag(3, "timed runs of each, but of diffusion-naive one", low=1)
     samples: int = flag(128, "texts for perplexity and entropy", low=2)
+    # where and how
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
-    dtype: str | None = flag(None, "[float32; on a GPU bfloat16]", choices=["float32", "bfloat16"])
+    dtype: str | None = flag(
+        None, "[float32; on a GPU bfloat16]", choices=["float32", "bfloat16"])
     threads: int | None = flag(None, "CPU threads [PyTorch's choice]", low=1)
-    compile: bool | None = flag(None, "torch.compile for AR's decoding step and diffusion's blocks "
-                                "[where there is a C++ compiler]")
+    compile: bool | None = flag(
+        None, "torch.compile for AR's decoding step and diffusion's blocks [where there is "
+        "a C++ compiler]")
     json: str | None = flag(None, "file for the rows")
-    plot: str | None = flag(None, "picture of perplexity against latency (needs matplotlib)")
+    plot: str | None = flag(None, "picture of perplexity against latency (needs "
+                                  "matplotlib)")
 
 
-# ---- the engines
+# ---- the engines: each gives a function that writes B texts of L tokens once
 
-def engine(row, model, step, steps):
-    """A function that makes row's texts in so many steps. step: AR's, see model.generate."""
-    name, B, L = row["engine"], row["batch"], row["length"]
-    device = next(model.parameters()).device
-    if name == "transformers":
-        return lambda: model.generate(torch.zeros((B, 1), dtype=torch.long, device=device),
-                                      max_new_tokens=L, min_new_tokens=L, do_sample=False,
-                                      pad_token_id=0)
-    if name == "ar":
-        prompt, cache = torch.zeros((B, 0), dtype=torch.long, device=device), None
-        if step is not decode:               # CUDA graphs want their memory at a fixed place
-            cache = KVCache(model.config, B, L, device, torch.bfloat16 if model.bf16 else None)
-            for stored in cache.k + cache.v:
-                torch._dynamo.mark_static_address(stored)
-        return lambda: generate(model, prompt, L, categorical, step, GRAIN[device.type], cache)
-    z = torch.full((B, L), model.mask_id, device=device)
-    sampler = sample_joint if name == "diffusion-naive" else sample
+def ar_engine(model, B, L, step):
+    """AR decoding. step: model.decode, or a compiled form of it."""
+    device = model.embed.weight.device
+    prompt = torch.zeros((B, 0), dtype=torch.long, device=device)
+    cache = None
+    if step is not decode:               # CUDA graphs want their memory at a fixed place
+        dtype = torch.bfloat16 if model.bf16 else None
+        cache = KVCache(model.config, B, L, device, dtype)
+        for stored in cache.k + cache.v:
+            torch._dynamo.mark_static_address(stored)
+    return lambda: generate(model, prompt, L, categorical, step, GRAIN[device.type], cache)
+
+
+def diffusion_engine(sampler, model, B, L, steps):
+    """Diffusion from nothing but masks. sampler: diffusion.sample, which takes the KV cache
+    where the model's attention allows it, or diffusion.sample_joint, the papers'."""
+    z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
     return lambda: sampler(model, z, steps, model.mask_id)
 
 
-# ---- what is measured
-
-def files(c):
-    """The checkpoints to compare: --checkpoint, or AR, teacher and last student of a folder."""
-    if c.checkpoint:
-        return [Path(path) for path in c.checkpoint]
-    folders = {path.parent for path in Path("out").glob("*/ar.pt")}
-    folder = Path(c.out) if c.out else max(folders, key=lambda f: (f / "ar.pt").stat().st_mtime)
-    rounds = sorted(folder.glob("round*.pt"), key=lambda path: (len(path.name), path.name))
-    others = [path for path in (folder / "teacher.pt", *rounds[-1:]) if path.exists()]
-    if not others and (folder / "ar.pt").exists():
-        raise UserError(f"{folder} has no teacher.pt or round file beside ar.pt; run distill.py or "
-                        "choose another --out")
-    return [folder / "ar.pt", *others]
+def transformers_engine(model, B, L):
+    """Greedy decoding of the transformers package."""
+    prompt = torch.zeros((B, 1), dtype=torch.long, device=model.device)
+    how = dict(max_new_tokens=L, min_new_tokens=L, do_sample=False, pad_token_id=0)
+    return lambda: model.generate(prompt, **how)
 
 
-def checkpoints(c, device):
-    """The models of files(c), {engine: {name: model}}."""
-    models = {name: load_model(path)[0] for name, path in figures.names(files(c)).items()}
-    context = min(model.config.context for model in models.values())
-    if max(c.length or [0]) > context:
-        raise UserError(f"--length {max(c.length)} is beyond the context of the checkpoints, "
-                        f"{context} tokens")
-    c.length = c.length or [context]
-    vocab = {name: model.config.vocab for name, model in models.items()}
-    if len(set(vocab.values())) > 1:
-        raise UserError(f"checkpoints of different vocabularies, {vocab}, cannot be compared; "
-                        "choose another --out")
-    for model in models.values():
-        prepare(model, c.dtype, c.compile, device)
-    return {engine: {name: model for name, model in models.items()
-                     if model.config.attention == attention} for engine, attention in KINDS.items()}
+def engine(row, model, step, steps):
+    """A function that makes row's texts in so many steps."""
+    name, B, L = row["engine"], row["batch"], row["length"]
+    if name == "ar":
+        return ar_engine(model, B, L, step)
+    if name == "transformers":
+        return transformers_engine(model, B, L)
+    if name == "diffusion-naive":
+        return diffusion_engine(sample_joint, model, B, L, steps)
+    return diffusion_engine(sample, model, B, L, steps)
 
 
-def random_weights(c, device, preset):
-    """The same for random weights in the size of a preset."""
-    sizes = PRESETS[preset] | {"context": max(*c.length, PRESETS[preset]["context"])}
-    seed_all("bench", preset)
-    made = {name: {"random": prepare(Transformer(ModelConfig(
-        VOCAB, attention=attention, **sizes)), c.dtype, c.compile, device)}
-        for name, attention in KINDS.items() if name in c.engine or name == "diffusion"}
-    if "transformers" in c.engine:
-        shape = made["ar"]["random"].config
-        made["transformers"] = {"random": transformers_gpt2(shape, device, c.dtype)}
-    return made
+# ---- the timing
 
-
-def rows_of(c, models, preset, B, L):
-    """What is to be measured at batch B and length L: [(row, model)], the rows not yet filled."""
+def rows_of(config, models, preset, B, L):
+    """What is to be measured at batch B and length L: [(row, model)], the rows not yet
+    filled. models: {engine: {name: model}}."""
     rows = []
-    for name in c.engine:
-        naive = name == "diffusion-naive"    # slow: one model at one batch size is enough
-        if naive and B != c.batch[0] and len(c.engine) > 1:
-            continue
-        for label, model in list(models[name.removesuffix("-naive")].items())[-naive:]:
+    for name in config.engine:
+        naive = name == "diffusion-naive"
+        mine = list(models[name.removesuffix("-naive")].items())
+        if naive:                        # slow: one model at one batch size is enough
+            if B != config.batch[0] and len(config.engine) > 1:
+                continue
+            mine = mine[-1:]
+        all_steps = config.steps if name.startswith("diffusion") else [None]
+        for (label, model), steps in itertools.product(mine, all_steps):
             params = sum(p.numel() for p in model.parameters())
-            for steps in c.steps if name.startswith("diffusion") else [None]:
-                rows.append((dict(engine=name, model=label, preset=preset, params=params,
-                                  steps=steps, batch=B, length=L), model))
+            row = dict(engine=name, model=label, preset=preset, params=params, steps=steps,
+                       batch=B, length=L)
+            rows.append((row, model))
     return rows
 
 
@@ -155,145 +146,192 @@ def settled(run):
     return f
 
 
+@dataclass
+class Timing:
+    """A row that is being measured."""
+    row: dict
+    shape: object                # the model's ModelConfig
+    run: object                  # a function of nothing
+    times: list                  # seconds of each run
+
+
+def begin(config, row, model, step, device, machine):
+    """Warm up, then run once; returns a Timing, or None where the row does not fit in
+    memory, which the row says then."""
+    name, steps = row["engine"], row["steps"]
+    shape = model.shape if name == "transformers" else model.config
+    row |= dict(dtype=config.dtype, device=machine["device"], threads=machine["threads"])
+    run = engine(row, model, step, steps)
+    # two steps are warm-up enough, but a cached run has another shape in each step
+    warm_up = run
+    if name == "diffusion-kv":
+        run = settled(run)               # a run may meet a shape that no run has met before
+    elif steps:
+        warm_up = engine(row, model, step, min(2, steps))
+
+    size = 2 if config.dtype == "bfloat16" else 4
+    least = least_memory(row, shape, size)
+    if name in ("diffusion", "diffusion-kv"):
+        # nfe: the calls of the first run; a step that reveals nothing makes none
+        with counted_calls(model) as calls:
+            def warm_up_uncounted():
+                warm_up()
+                calls.clear()
+            times = first_run(row, run, warm_up_uncounted, least, device)
+        nfe = len(calls)
+    else:
+        times = first_run(row, run, warm_up, least, device)
+        nfe = steps or row["length"]
+    if times is None:
+        return None
+    row["nfe"] = nfe
+    return Timing(row, shape, run, times)
+
+
 @torch.no_grad()
-def measure(c, group, device, machine):
-    """Time the rows of a group, alternating, and fill them in."""
-    torch.compiler.reset()                   # other batches would make this one's size dynamic
-    step = compiled_decode(device, group[0][0]["batch"]) if c.compile else decode
-    size = 2 if c.dtype == "bfloat16" else 4
+def measure(config, group, device, machine):
+    """Time the rows of a group [(row, model)], alternating, and fill them in."""
+    torch.compiler.reset()               # other batches would make this one's size dynamic
+    step = decode
+    if config.compile:
+        step = compiled_decode(device, group[0][0]["batch"])
+    # the first run of each
     running = []
     for row, model in group:
-        name, steps, calls = row["engine"], row["steps"], []
-        shape = model.shape if name == "transformers" else model.config
-        row |= dict(dtype=c.dtype, device=machine["device"], threads=machine["threads"])
-        short, run = (engine(row, model, step, s) for s in (steps and min(2, steps), steps))
-        if name == "diffusion-kv":           # a run may meet a shape that no run has met before
-            short, run = (lambda run=run: run()), settled(run)
-        if name in ("diffusion", "diffusion-kv"):        # count the calls of the last run
-            hook = model.embed.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        times = first_run(row, run, lambda: (short(), calls.clear()),
-                          least_memory(row, shape, size), device)
-        if name in ("diffusion", "diffusion-kv"):
-            hook.remove()
-        if times:
-            row["nfe"] = len(calls) or steps or row["length"]
-            running.append((row, shape, run, times))
-    for _ in range(c.repeats - 1):
-        for row, _, run, times in running:
-            if row["engine"] != "diffusion-naive":
-                times.append(seconds(run, device))
-    for row, shape, _, times in running:
-        fill_times(row, times)
-        row["roofline"] = roofline(row, shape, machine, size)
+        timing = begin(config, row, model, step, device, machine)
+        if timing:
+            running.append(timing)
+    # the others in turn, so that a busy minute hits all engines alike
+    for _ in range(config.repeats - 1):
+        for timing in running:
+            if timing.row["engine"] != "diffusion-naive":
+                timing.times.append(seconds(timing.run, device))
+    for timing in running:
+        fill_times(timing.row, timing.times)
+        size = 2 if config.dtype == "bfloat16" else 4
+        timing.row["roofline"] = roofline(timing.row, timing.shape, machine, size)
 
 
-def quality(c, models, device, name, label, steps):
+def quality(config, models, device, engine, name, steps):
     """Perplexity under the AR model, and both entropies, of a trained model's texts."""
-    x = draw_samples(models[name][label], c.samples, Sampling(steps), Processes(device))
-    judge, = list(models["ar"].values())[:1]
+    model, judge = models[engine][name], next(iter(models["ar"].values()))
+    x = draw_samples(model, config.samples, Sampling(steps), Processes(device))  # (n, L)
     vocab = judge.config.vocab
-    return (gen_ppl(make_judge(judge), x.to(device))[0], entropy(x, vocab)[0],
-            pooled_entropy(x, vocab)[0])
+    gen, _ = gen_ppl(make_judge(judge), x.to(device))
+    within, _ = entropy(x, vocab)
+    pooled, _ = pooled_entropy(x, vocab)
+    return {"gen_ppl": gen, "entropy": within, "of all": pooled}
 
 
-# ---- what is shown
+# ---- the crossover
 
 def overtakes(points):
-    """In words: at which batch AR overtakes, between those measured by interpolation in logarithms.
-    points: [(batch, how many times faster than AR)]."""
+    """In words: at which batch AR overtakes, between two that were measured by a straight
+    line in logarithms. points: [(batch, how many times faster than AR)]."""
     for (b0, r0), (b1, r1) in zip(points, points[1:]):
         if r0 >= 1 > r1:
-            share = math.log(r0) / math.log(r0 / r1)
+            share = math.log(r0) / math.log(r0 / r1)     # of the way from b0 to b1
             return f"overtakes at a batch of about {b0 * (b1 / b0) ** share:.1f}"
-    return (f"is slower up to batch {points[-1][0]}" if points[0][1] >= 1 else
-            f"is faster from batch {points[0][0]} on")
+    first_batch, first_ratio = points[0]
+    if first_ratio < 1:
+        return f"is faster from batch {first_batch} on"
+    return f"is slower up to batch {points[-1][0]}"
 
 
 def against_ar(rows):
-    """Fill in how many times faster than AR the rows are; say where AR overtakes, a line each."""
+    """Fill in how many times faster than AR the rows are; say where AR overtakes, a line
+    each."""
     done = [row for row in rows if "error" not in row]
-    ar = {(r["preset"], r["length"], r["batch"]): r["seconds"] for r in done if r["engine"] == "ar"}
-    points = {}
+    ar_seconds = {}
+    for row in done:
+        if row["engine"] == "ar":
+            ar_seconds[row["preset"], row["length"], row["batch"]] = row["seconds"]
+    # a curve over batch sizes for each model and number of steps
+    curves = {}
     for row in done:
         key = row["preset"], row["length"], row["batch"]
-        row["vs_ar"] = ar[key] / row["seconds"] if key in ar else None
-        if row["engine"] in ("diffusion", "diffusion-kv") and key in ar:
-            name = row["model"] + "'s KV cache" * (row["engine"] == "diffusion-kv")
-            points.setdefault((row["preset"], row["length"], name, row["steps"]),
-                              []).append((row["batch"], row["vs_ar"]))
-    return [f"{preset or 'trained'}, {length} tokens: AR {overtakes(ratios)} against {model} at "
-            f"{steps} steps"
-            for (preset, length, model, steps), ratios in points.items()]
+        row["vs_ar"] = None
+        if key not in ar_seconds:
+            continue
+        row["vs_ar"] = ar_seconds[key] / row["seconds"]
+        if row["engine"] in ("diffusion", "diffusion-kv"):
+            name = row["model"]
+            if row["engine"] == "diffusion-kv":
+                name += "'s KV cache"
+            curve = row["preset"] or "trained", row["length"], name, row["steps"]
+            curves.setdefault(curve, []).append((row["batch"], row["vs_ar"]))
+    lines = []
+    for (preset, length, name, steps), points in curves.items():
+        lines.append(f"{preset}, {length} tokens: AR {overtakes(points)} against {name} at "
+                     f"{steps} steps")
+    return lines
 
 
-def settle(c, train, device):
-    """Fill in the flags that were not given. Raises UserError on what cannot be measured."""
-    trained = not (c.preset or train) and bool(
-        c.checkpoint or c.out or list(Path("out").glob("*/ar.pt")))
-    engines = c.engine or ENGINES[:4]
-    if not trained and c.plot or trained and "transformers" in engines:
-        raise UserError("--plot is of trained weights (give --out), --engine transformers of "
-                        "random ones (give --preset)")
-    figures.check_picture(c.plot)
-    if "transformers" in engines:
-        package("transformers")
-    c.dtype = c.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    c.compile = bool(shutil.which("g++")) if c.compile is None else c.compile
-    c.engine, c.preset = engines, c.preset or ([] if trained else ["small"])
-    c.batch = sorted(c.batch or ([2] if train else [1, 8, 32] if trained else [1, 4]))
-    c.length = c.length or (None if trained else [1024 if train else 128])
-    c.steps = c.steps or [4, 8, 16, 32] + [64] * trained
-    torch.set_num_threads(c.threads or torch.get_num_threads())
+# ---- the whole benchmark
 
-
-def bench(c, device, machine):
-    """Measure, save and print everything that c asks for; returns the rows."""
+def bench(config, device, machine):
+    """Measure, save and print everything that the flags ask for; returns the rows."""
     rows = []
-    columns = COLUMNS[:-3] if c.preset else COLUMNS
+    columns = SPEED if config.preset else SPEED + QUALITY
     print(header(columns))
-    for preset in c.preset or [None]:
-        models = random_weights(c, device, preset) if preset else checkpoints(c, device)
-        judged = functools.cache(functools.partial(quality, c, models, device))
-        for L, B in itertools.product(c.length, c.batch):
-            group = rows_of(c, models, preset, B, L)
+    for preset in config.preset or [None]:
+        # trained models, or random ones of a preset
+        if preset:
+            models = random_weights(config, device, preset)
+        else:
+            models = checkpoints(config, device)
+        # a model's quality at a number of steps is the same at every batch size
+        judged = functools.cache(functools.partial(quality, config, models, device))
+        for L, B in itertools.product(config.length, config.batch):
+            group = rows_of(config, models, preset, B, L)
             if not group:
-                raise UserError(f"no checkpoint here is for --engine {' '.join(c.engine)}")
-            measure(c, group, device, machine)
+                raise UserError("no checkpoint here is for --engine "
+                                f"{' '.join(config.engine)}")
+            measure(config, group, device, machine)
             new = [row for row, _ in group]
-            for row in new if models.get("ar") and not preset else []:
-                if row["engine"] in models and "error" not in row:
-                    of = row["engine"], row["model"], row["steps"]
-                    row["gen_ppl"], row["entropy"], row["of all"] = judged(*of)
+            if models.get("ar") and not preset:
+                for row in new:
+                    if row["engine"] in models and "error" not in row:
+                        row |= judged(row["engine"], row["model"], row["steps"])
             against_ar(new)
             rows += new
-            save(c, machine, rows)
+            save(config, machine, rows)
             print("\n".join(line(row, columns) for row in new), flush=True)
     print("\n".join(against_ar(rows)))
-    if any((row["steps"] or 0) > row["length"] for row in rows):
-        print("more steps than tokens: steps that open nothing call no network (nfe)")
+    if any(row["steps"] and row["steps"] > row["length"] for row in rows):
+        print("more steps than tokens: a step that reveals nothing calls no network (nfe)")
     return rows
 
 
-def save(c, machine, rows):
+def save(config, machine, rows):
     """Write the rows to --json, if it is given."""
-    if c.json:
+    if config.json:
         results = {"argv": sys.argv[1:], "machine": machine, "rows": rows}
-        write_json(c.json, results)
+        write_json(config.json, results)
 
 
 def main():
-    train = sys.argv[1:2] == ["train"]
-    c = parse_flags(BenchConfig, __doc__, sys.argv[1 + train:])
-    device = start(c.device).device
-    settle(c, train, device)
-    machine = limits(device, getattr(torch, c.dtype))
+    # `bench.py train` times training steps, `bench.py` samplers
+    argv = sys.argv[1:]
+    train = argv[:1] == ["train"]
+    if train:
+        argv = argv[1:]
+    config = parse_flags(BenchConfig, __doc__, argv)
+    device = start(config.device).device
+    set_defaults(config, train, device)
+
+    machine = limits(device, getattr(torch, config.dtype))
     print(describe(machine), flush=True)
-    rows = (bench_train.bench if train else bench)(c, device, machine)
-    save(c, machine, rows)
+    if train:
+        rows = bench_train.bench(config, device, machine)
+    else:
+        rows = bench(config, device, machine)
+    save(config, machine, rows)
     if all("error" in row for row in rows):
-        raise UserError("nothing fits in memory; choose a smaller --batch, --length or --preset")
-    if c.plot:
-        figures.draw_latency(rows, c.plot)
+        raise UserError("nothing fits in memory; choose a smaller --batch, --length or "
+                        "--preset")
+    if config.plot:
+        figures.draw_latency(rows, config.plot)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from diffusion import sample
 from helpers import call, refused
 from model import PRESETS, ModelConfig, Transformer
 from toy import ancestral_law, chi_square, count, exact_model, joint
-from tools import bench_train, machine
+from tools import bench_setup, bench_train, machine
 
 LIMIT = 1e-6                     # a chi-square test fails below this chance
 CPU = torch.device("cpu")
@@ -272,13 +272,13 @@ def test_checkpoints_are_compared_with_quality_beside_speed(folder, capsys):
         assert row["nfe"] <= 16 or row["engine"] == "diffusion-naive"
         assert row["engine"] == "diffusion-naive" or row["gen_ppl"] > 1 and row["entropy"] > 0
     out = capsys.readouterr().out
-    assert out.count("tokens: AR ") == 4 and "steps that open nothing call no network" in out
+    assert out.count("tokens: AR ") == 4 and "a step that reveals nothing calls no network" in out
     assert (folder.parent.parent / "p.png").stat().st_size > 1000
 
 
 def test_random_weights_are_named_by_preset(folder, monkeypatch, capsys):
     """--preset does not touch the checkpoints. No chance involved."""
-    monkeypatch.setattr(bench, "VOCAB", 50)
+    monkeypatch.setattr(bench_setup, "VOCAB", 50)
     call(bench, "--preset", "nano", "--length", 8, 16, "--batch", 1, "--steps", 2, "--repeats", 1,
          "--no-compile", "--json", "rows.json", "--dtype", "bfloat16")
     rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]

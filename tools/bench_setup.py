@@ -1,0 +1,122 @@
+"""What bench.py compares: the flags that were not given, and models, trained or random."""
+import shutil
+from pathlib import Path
+
+import torch
+
+from common import load_model, package, seed_all
+from data.files import UserError
+from model import PRESETS, ModelConfig, Transformer
+from tools import figures
+from tools.machine import prepare, transformers_gpt2
+
+VOCAB = 50257                            # of random weights: GPT-2's
+# the attention of the models that each engine runs
+ATTENTION = {"ar": "causal", "diffusion": "full", "diffusion-kv": "reveal"}
+
+
+def set_defaults(config, train, device):
+    """Fill in the flags that were not given. train: whether training steps are timed.
+    Raises UserError on what cannot be measured."""
+    # trained weights, where there are some and no others are asked for
+    found = any(Path("out").glob("*/ar.pt"))
+    trained = not config.preset and not train and bool(
+        config.checkpoint or config.out or found)
+    engines = config.engine or ["ar", "diffusion", "diffusion-kv", "diffusion-naive"]
+    not_trained = config.plot and not trained
+    not_random = "transformers" in engines and trained
+    if not_trained or not_random:
+        raise UserError("--plot is of trained weights (give --out), --engine transformers "
+                        "of random ones (give --preset)")
+    # packages that are needed only at the end
+    figures.check_picture(config.plot)
+    if "transformers" in engines:
+        package("transformers")
+
+    # what is measured
+    config.engine = engines
+    if trained:
+        defaults = dict(preset=[], batch=[1, 8, 32], length=None, steps=[4, 8, 16, 32, 64])
+    elif train:
+        defaults = dict(preset=["small"], batch=[2], length=[1024], steps=[4, 8, 16, 32])
+    else:
+        defaults = dict(preset=["small"], batch=[1, 4], length=[128], steps=[4, 8, 16, 32])
+    for name, value in defaults.items():
+        setattr(config, name, getattr(config, name) or value)
+    config.batch = sorted(config.batch)
+
+    # how it runs
+    if config.dtype is None:
+        config.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if config.compile is None:
+        config.compile = bool(shutil.which("g++"))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
+def files(config):
+    """The checkpoints to compare: --checkpoint, or AR, teacher and last student of a
+    folder."""
+    if config.checkpoint:
+        return [Path(path) for path in config.checkpoint]
+    # the folder that is given, or the one that was written last
+    if config.out:
+        folder = Path(config.out)
+    else:
+        ar_files = Path("out").glob("*/ar.pt")
+        folder = max(ar_files, key=lambda path: path.stat().st_mtime).parent
+    paths = [folder / "ar.pt"]
+    if (folder / "teacher.pt").exists():
+        paths.append(folder / "teacher.pt")
+    # round10.pt comes after round9.pt
+    rounds = sorted(folder.glob("round*.pt"), key=lambda path: (len(path.name), path.name))
+    if rounds:
+        paths.append(rounds[-1])
+    if len(paths) == 1 and paths[0].exists():
+        raise UserError(f"{folder} has no teacher.pt or round file beside ar.pt; run "
+                        "distill.py or choose another --out")
+    return paths
+
+
+def checkpoints(config, device):
+    """The models of files(config), {engine: {name: model}}. Raises UserError where they
+    cannot be compared."""
+    models = {}
+    for name, path in figures.names(files(config)).items():
+        models[name], _ = load_model(path)
+    # texts of one length that all can write, of the same tokens
+    context = min(model.config.context for model in models.values())
+    config.length = config.length or [context]
+    if max(config.length) > context:
+        raise UserError(f"--length {max(config.length)} is beyond the context of the "
+                        f"checkpoints, {context} tokens")
+    vocab = {name: model.config.vocab for name, model in models.items()}
+    if len(set(vocab.values())) > 1:
+        raise UserError(f"checkpoints of different vocabularies, {vocab}, cannot be "
+                        "compared; choose another --out")
+
+    for model in models.values():
+        prepare(model, config.dtype, config.compile, device)
+    of_engine = {}
+    for engine, attention in ATTENTION.items():
+        of_engine[engine] = {name: model for name, model in models.items()
+                             if model.config.attention == attention}
+    return of_engine
+
+
+def random_weights(config, device, preset):
+    """Models of random weights in the size of a preset, {engine: {"random": model}}."""
+    sizes = dict(PRESETS[preset])
+    sizes["context"] = max(*config.length, sizes["context"])
+    seed_all("bench", preset)
+    models = {}
+    for engine, attention in ATTENTION.items():
+        # full attention is the naive engine's, too
+        if engine in config.engine or engine == "diffusion":
+            model = Transformer(ModelConfig(VOCAB, attention=attention, **sizes))
+            prepare(model, config.dtype, config.compile, device)
+            models[engine] = {"random": model}
+    if "transformers" in config.engine:
+        shape = ModelConfig(VOCAB, attention="causal", **sizes)
+        models["transformers"] = {"random": transformers_gpt2(shape, device, config.dtype)}
+    return models
