@@ -1,4 +1,4 @@
-"""README's commands, in order: each takes its flags, and those that need no network run in small.
+"""The pages' commands: each takes its flags, and those that need no network run in small.
 
 No test here has a false alarm: nothing random is looked at.
 """
@@ -22,15 +22,26 @@ from tools import machine
 
 ROOT = Path(common.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "results/README.md", "tools/README.md", "data/README.md", "tests/README.md",
+         "CONTRIBUTING.md"]
 
 
-def readme_commands():
-    """Every command line of README's sh blocks, and of its text, that starts Python or torchrun."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+def commands_of(text):
+    """Every command line of a page's sh blocks, and of its text, that starts Python or torchrun."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", README.replace("\n", " "))
-    return list(dict.fromkeys(line.split("#")[0].strip() for line in lines
-                              if line.startswith(("python ", "torchrun "))))
+    prose = re.sub(r"```.*?```", "", text, flags=re.S).replace("\n", " ")
+    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", prose)
+    return [line.split("#")[0].strip() for line in lines
+            if line.startswith(("python ", "torchrun "))]
+
+
+def all_commands():
+    """Those of all pages, each once, in the order in which they come."""
+    commands = []
+    for page in PAGES:
+        commands += commands_of((ROOT / page).read_text())
+    return list(dict.fromkeys(commands))
 
 
 def words_of(line):
@@ -51,7 +62,7 @@ def is_ours(words):
     return words[1] != "-m" or words[2].startswith("tools.")
 
 
-COMMANDS = [(line, words) for line in readme_commands() if is_ours(words := words_of(line))]
+COMMANDS = [(line, words) for line in all_commands() if is_ours(words := words_of(line))]
 
 
 def start(words, root=ROOT):
@@ -88,11 +99,17 @@ def test_quick_start_has_the_path_and_the_tests():
     assert "pytest" in second
 
 
-def test_no_placeholder_and_only_files_that_exist():
-    """@NAME@ would be a number still to be filled in."""
-    assert not re.findall(r"@[A-Z0-9]+@", README) and README.count("\n") <= 350
-    for name in re.findall(r"`(results/[\w.-]+|[\w/]+\.py)[:`]|\]\((results/[\w.-]+)\)", README):
-        assert (ROOT / (name[0] or name[1])).exists(), name
+@pytest.mark.parametrize("page", PAGES)
+def test_no_placeholder_and_only_files_that_exist(page):
+    """@NAME@ would be a number still to be filled in. Files in backticks are named from the top,
+    links from where the page is."""
+    text = (ROOT / page).read_text()
+    assert not re.findall(r"@[A-Z0-9]+@", text) and text.count("\n") <= 200
+    for name in re.findall(r"`(results/[\w.-]+|[\w/]+\.py)[:`]", text):
+        here = (ROOT / page).parent / name
+        assert "NAME" in name or (ROOT / name).exists() or here.exists(), name
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert link.startswith("https:") or (ROOT / page).parent.joinpath(link).exists(), link
 
 
 def test_table_is_what_distill_prints_of_the_saved_results():
@@ -107,7 +124,7 @@ def test_table_is_what_distill_prints_of_the_saved_results():
 
 # ---- the commands in small
 
-SMALL = {                                # flags that come after README's own and make it quick
+SMALL = {                                # flags that come after a page's own and make it quick
     "distill.py": "--steps_per_round 1 --samples 2 --batch 2",
     "train.py": "--steps 2 --batch 2", "tools.evaluate": "--samples 4 --sequences 4",
     "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",
@@ -173,7 +190,7 @@ def run(words):
 def test_command_runs_in_small(home, words, capsys):
     """With status 0; it prints something, and writes the file that it was asked for."""
     for word, package in (("--plot", "matplotlib"), ("--export", "safetensors"),
-                          ("transformers", "transformers")):
+                          ("transformers", "transformers"), ("tools.figures", "matplotlib")):
         if word in words:
             pytest.importorskip(package)
     run(words)
