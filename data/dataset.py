@@ -1,9 +1,9 @@
 """From a dataset's folder to batches of token ids, and from ids to text.
 
-A folder holds train.bin and val.bin, all tokens in a row as uint16 (uint32 where V > 65536), read
-from the disk as they are needed, and meta.json with the tokenizer. A folder as nanoGPT prepares it
-works too: without meta it is GPT-2's tokens, with meta.pkl characters. What a folder of others
-holds is looked at before it is believed.
+A folder holds train.bin and val.bin, all tokens in a row as uint16 (uint32 where V >
+65536), read from the disk as they are needed, and meta.json with the tokenizer. A folder as
+nanoGPT prepares it works too: without meta it is GPT-2's tokens, with meta.pkl characters.
+What a folder of others holds is looked at before it is believed.
 """
 import contextlib
 import dataclasses
@@ -26,59 +26,91 @@ from data.files import UserError, hold, reason, release, write
 
 @dataclasses.dataclass
 class Tokenizer:
-    spec: dict                       # plain JSON, kept in meta.json and in every checkpoint
-    vocab: int                       # V
-    encode: typing.Callable          # str -> list of ids; UserError on what it cannot express
-    decode: typing.Callable          # list of ids -> str
-    end: int | None = None           # the special token that ends a document, which no text has
+    spec: dict                   # plain JSON, kept in meta.json and in every checkpoint
+    vocab: int                   # V
+    encode: typing.Callable      # str -> list of ids; UserError on what it cannot express
+    decode: typing.Callable      # list of ids -> str
+    end: int | None = None       # the special token that ends a document; no text has it
 
 
 def make_tokenizer(spec):
     """{"kind": "words" | "chars" | "bpe" | "gpt2", ...} -> Tokenizer."""
     if spec["kind"] in ("words", "chars"):
-        items, space = spec["items"], " " if spec["kind"] == "words" else ""
-        ids = {item: i for i, item in enumerate(items)}
+        return list_tokenizer(spec)
+    return bpe_tokenizer(spec)
 
-        def encode(text):
-            parts = text.split() if space else list(text)
-            for part in parts:
-                if part not in ids:
-                    raise UserError(f"{part!r} is not in the vocabulary of {len(items)} "
-                                    f"{spec['kind']}, such as {' '.join(items[:12])!r}")
-            return [ids[part] for part in parts]
-        return Tokenizer(spec, len(items), encode, lambda x: space.join(items[i] for i in x))
+
+def list_tokenizer(spec):
+    """The Tokenizer of a list of words, or of characters: an id is a place in the list."""
+    items = spec["items"]
+    space = " " if spec["kind"] == "words" else ""       # what stands between two tokens
+    ids = {item: i for i, item in enumerate(items)}
+
+    def encode(text):
+        parts = text.split() if space else list(text)
+        # no text is encoded in part: what is unknown is named
+        for part in parts:
+            if part not in ids:
+                raise UserError(f"{part!r} is not in the vocabulary of {len(items)} "
+                                f"{spec['kind']}, such as {' '.join(items[:12])!r}")
+        return [ids[part] for part in parts]
+
+    def decode(x):
+        return space.join(items[i] for i in x)
+    return Tokenizer(spec, len(items), encode, decode)
+
+
+def bpe_tokenizer(spec):
+    """The Tokenizer of byte pairs: GPT-2's own, or one that data/corpus.py trained. Raises
+    UserError where GPT-2's cannot be loaded."""
     import tiktoken
     if spec["kind"] == "gpt2":
         try:
             bpe = tiktoken.get_encoding("gpt2")
-        except Exception as e:       # tiktoken downloads the file, with any of requests' errors
-            raise UserError("GPT-2's tokenizer could not be loaded; it needs the network once, or "
-                            f"a folder that has it in TIKTOKEN_CACHE_DIR ({type(e).__name__})")
-    else:                            # ranks[i]: the bytes of token i, as one character each
+        # tiktoken downloads the file, with any of requests' errors
+        except Exception as e:
+            raise UserError("GPT-2's tokenizer could not be loaded; it needs the network "
+                            "once, or a folder that has it in TIKTOKEN_CACHE_DIR "
+                            f"({type(e).__name__})")
+    else:
+        # items[i]: the bytes of token i, as one character each
         ranks = {token.encode("latin-1"): i for i, token in enumerate(spec["items"])}
         bpe = tiktoken.Encoding("ours", pat_str=spec["pattern"], mergeable_ranks=ranks,
                                 special_tokens={"<end>": len(ranks)})
-    return Tokenizer(spec, bpe.n_vocab, lambda text: encode_long(bpe, text), bpe.decode,
-                     end=bpe.n_vocab - 1)
+
+    def encode(text):
+        return encode_long(bpe, text)
+    # the only special token is the last
+    return Tokenizer(spec, bpe.n_vocab, encode, bpe.decode, end=bpe.n_vocab - 1)
 
 
 def retokenise(ids, source, target):
-    """A list of ids of one tokenizer -> the ids of another, for the same text. The special token
-    that ends a document becomes the other's, or is left out where the other has none; what stands
-    between is decoded and encoded. Raises UserError where the other cannot express it."""
+    """A list of ids of one tokenizer -> the ids of another, for the same text. The special
+    token that ends a document becomes the other's, or is left out where the other has none;
+    what stands between is decoded and encoded. Raises UserError where the other cannot
+    express it."""
     if source.spec == target.spec:
         return list(ids)
-    found, text = [], []                     # text: ids since the last special one
-    for one in [*ids, None]:
-        if one is not None and one != source.end:
-            text.append(one)
+    found = []
+    between = []                         # ids since the last special one
+    for one in ids:
+        if one != source.end:
+            between.append(one)
             continue
-        if text:
-            found += target.encode(source.decode(text))
-            text = []
-        if one is not None and target.end is not None:
+        # a document ends: its text, then the other's special token
+        found += same_text(between, source, target)
+        between = []
+        if target.end is not None:
             found.append(target.end)
-    return found
+    # after the last special token there may be more text
+    return found + same_text(between, source, target)
+
+
+def same_text(ids, source, target):
+    """retokenise for ids without a special token."""
+    if not ids:
+        return []
+    return target.encode(source.decode(ids))
 
 
 # white space of GPT-2's rule, which does not count the four separators of ASCII as such
@@ -88,12 +120,18 @@ LONG_BLANK = re.compile(BLANK + f"{{{LONG},}}")
 
 
 def encode_long(bpe, text):
-    """Text -> the ids of a tiktoken encoding. Long runs of white space, at which tiktoken panics,
-    are cut where GPT-2's rule cuts in any case, before the run and before its last sign, which
-    belongs to the word that follows, and in between at each LONG signs."""
-    ids, begin = [], 0
+    """Text -> the ids of a tiktoken encoding. Long runs of white space, at which tiktoken
+    panics, are cut where GPT-2's rule cuts in any case: before the run, and before its last
+    character, which belongs to the word that follows. In between they are cut after every
+    LONG characters."""
+    ids = []
+    begin = 0                            # where the text that is not encoded yet begins
     for run in LONG_BLANK.finditer(text):
-        last = run.end() if run.end() == len(text) else run.end() - 1
+        # the run's last character is left to the word, if one follows
+        last = run.end()
+        if last < len(text):
+            last -= 1
+        # what stands before the run, then the run in pieces
         ids += bpe.encode_ordinary(text[begin:run.start()])
         for i in range(run.start(), last, LONG):
             ids += bpe.encode_ordinary(text[i:min(i + LONG, last)])
@@ -106,160 +144,228 @@ def encode_long(bpe, text):
 @dataclasses.dataclass
 class Data:
     folder: Path
-    train: np.ndarray                # all tokens in a row, on disk (memmap)
+    train: np.ndarray            # all tokens in a row, on disk (memmap)
     val: np.ndarray
     tokenizer: Tokenizer
-    stride: int | None               # a row begins at each multiple of it; None: anywhere
-    texts: bool                      # each row is a text
-    oracle: str | None               # "stories": its texts can be checked without error
+    stride: int | None           # a row begins at each multiple of it; None: anywhere
+    texts: bool                  # each row is a text
+    oracle: str | None           # "stories": its texts can be checked without error
 
     @property
     def fingerprint(self):
-        """A short hash of what a run or a result is bound to: the tokenizer, the rows, and the
-        tokens (of large files, the sizes and a sample)."""
-        said = [self.tokenizer.spec, self.stride, self.texts, len(self.train), len(self.val)]
+        """A short hash of what a run or a result is bound to: the tokenizer, the rows, and
+        the tokens (of large files, the sizes and a sample)."""
+        said = [self.tokenizer.spec, self.stride, self.texts, len(self.train),
+                len(self.val)]
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         for tokens in (self.train, self.val):
             for block in looked_at(tokens):
+                # as uint32, whatever the width on the disk
                 digest.update(np.asarray(block, np.uint32).tobytes())
         return digest.hexdigest()[:12]
 
     def context(self, context):
-        """The context to train with: the one wanted, or the length of a row. Raises UserError if
-        a split is smaller than that."""
+        """The context to train with: the one wanted, or the length of a row. Raises
+        UserError if a split is smaller than that."""
         context = self.stride or context
         for split in ("train", "val"):
-            if len(getattr(self, split)) < context:
-                raise UserError(f"{self.folder}/{split}.bin has {len(getattr(self, split))} tokens,"
-                                f" fewer than one context of {context}; use more text or a smaller"
-                                " --context")
+            size = len(getattr(self, split))
+            if size < context:
+                raise UserError(f"{self.folder}/{split}.bin has {size} tokens, fewer than "
+                                f"one context of {context}; use more text or a smaller "
+                                "--context")
         return context
 
     def batch(self, split, B, context, device):
         """B random pieces of the split ("train" or "val"), ids (B, context), int64."""
-        tokens, step = getattr(self, split), self.stride or 1
-        first = torch.randint((len(tokens) - context) // step + 1, (B,)).numpy() * step
-        x = tokens[first[:, None] + np.arange(context)].astype(np.int64)
+        tokens = getattr(self, split)
+        step = self.stride or 1          # a piece may begin at its multiples
+        choices = (len(tokens) - context) // step + 1
+        begins = torch.randint(choices, (B,)).numpy() * step             # (B,)
+        # (B, 1) + (context,): the place of each token of each piece
+        places = begins[:, None] + np.arange(context)                    # (B, context)
+        x = tokens[places].astype(np.int64)
         return torch.from_numpy(x).to(device)
 
     def pieces(self, n, length):
-        """At most n pieces of val, evenly spread, ids (n, length), int64; rows if it has any."""
+        """At most n pieces of val, evenly spread, ids (n, length), int64; rows if it has
+        any."""
+        # all places where one may begin, without overlaps, and n of them
         step = self.stride or length
-        first = np.arange((len(self.val) - length) // step + 1) * step
-        first = first[np.linspace(0, len(first) - 1, min(n, len(first))).astype(int)]
-        return torch.from_numpy(self.val[first[:, None] + np.arange(length)].astype(np.int64))
+        begins = np.arange((len(self.val) - length) // step + 1) * step
+        n = min(n, len(begins))
+        begins = begins[np.linspace(0, len(begins) - 1, n).astype(int)]  # (n,)
+        places = begins[:, None] + np.arange(length)                     # (n, length)
+        return torch.from_numpy(self.val[places].astype(np.int64))
 
 
-BLOCK, BLOCKS = 2 ** 16, 64           # tokens of a block, and blocks of a file that are looked at
+BLOCK = 2 ** 16                  # tokens of a block
+BLOCKS = 64                      # blocks of a file that are looked at
 
 
 def looked_at(tokens):
-    """All tokens of a small file, or BLOCKS blocks of a large one, evenly spread, the first and the
-    last among them: a list of arrays."""
+    """All tokens of a small file, or BLOCKS blocks of a large one, evenly spread, the first
+    and the last among them: a list of arrays."""
     if len(tokens) <= BLOCK * BLOCKS:
         return [tokens]
     begins = np.linspace(0, len(tokens) - BLOCK, BLOCKS).astype(np.int64)
     return [tokens[begin:begin + BLOCK] for begin in begins]
 
 
-class _NoClasses(pickle.Unpickler):
-    def find_class(self, module, name):
-        raise UserError(f"meta.pkl asks for {module}.{name}; only plain dicts and lists are read")
+# ---- from a name to its Data
 
-
-def load_data(name, p):
-    """A dataset by name (data/NAME, made now if it is built in) or by folder -> Data.
-    With several processes p, the first one makes it. Raises UserError if it is unknown or broken.
+def load_data(name, procs):
+    """A dataset by name (data/NAME, made now if it is built in) or by folder -> Data. Of
+    several processes, the first one makes it. Raises UserError if it is unknown or broken.
     """
-    first(p, lambda: make_if_built_in(name))
+    first(procs, lambda: make_if_built_in(name))
     return open_folder(folder_of(name))
 
 
 def folder_of(name):
     """The folder of a dataset by name or path. Raises UserError."""
-    folder = ROOT / "data" / name if (ROOT / "data" / name).is_dir() else Path(name)
+    # a dataset's name comes before a path
+    folder = ROOT / "data" / name
     if not folder.is_dir():
-        known = sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py"))
-        raise UserError(f"--dataset {name}: no such folder, and none of {', '.join(known)}")
+        folder = Path(name)
+    if not folder.is_dir():
+        scripts = (ROOT / "data").glob("*/prepare.py")
+        known = sorted(script.parent.name for script in scripts)
+        raise UserError(f"--dataset {name}: no such folder, and none of "
+                        f"{', '.join(known)}")
     return folder
 
 
 def make_if_built_in(name):
-    """Make the dataset `name` if it is built in and not there yet. Another process that makes it
-    at this moment is waited for. Raises UserError where it is not there and cannot be made."""
+    """Make the dataset `name` if it is built in and not there yet. Another process that
+    makes it at this moment is waited for. Raises UserError where it is not there and cannot
+    be made."""
+    # val.bin is written last: where it is, all is there
     folder = folder_of(name)
     if (folder / "val.bin").exists():
         return
     if name not in ("stories", "pydoc"):
-        how = "name a folder that has one"
-        if folder.name == "lambada":
-            how = "it is for --lambada of tools.evaluate"
-        elif (folder / "prepare.py").exists():
-            how = f"python data/{folder.name}/prepare.py makes it"
-        elif (folder / "meta.json").exists():            # of ours, and not finished
-            how = "give the command that prepares it again"
-        raise UserError(f"{folder} has no val.bin; {how}")
+        raise UserError(f"{folder} has no val.bin; {how_to_make(folder)}")
     hold(folder / "val.bin", wait=True)
+    # the process that was waited for may have made it
     if not (folder / "val.bin").exists():
         importlib.import_module(f"data.{name}.prepare").main([])
     release(folder / "val.bin")
 
 
+def how_to_make(folder):
+    """The remedy where a folder has no val.bin, in words."""
+    if folder.name == "lambada":
+        return "it is for --lambada of tools.evaluate"
+    if (folder / "prepare.py").exists():
+        return f"python data/{folder.name}/prepare.py makes it"
+    # one of this project's own, and not finished
+    if (folder / "meta.json").exists():
+        return "give the command that prepares it again"
+    return "name a folder that has one"
+
+
 def open_folder(folder):
-    """A folder with train.bin and val.bin -> Data. Raises UserError if something in it is broken
-    or does not belong together."""
+    """A folder with train.bin and val.bin -> Data. Raises UserError if something in it is
+    broken or does not belong together."""
     meta = read_meta(folder)
     tokenizer = make_tokenizer(meta["tokenizer"])
-    train, val = (open_tokens(folder / f"{split}.bin", tokenizer) for split in ("train", "val"))
+    train = open_tokens(folder / "train.bin", tokenizer)
+    val = open_tokens(folder / "val.bin", tokenizer)
+    # where rows have a length, each is a text, unless meta says otherwise
     stride = meta.get("stride")
-    return Data(folder, train, val, tokenizer, stride, meta.get("texts", stride is not None),
-                meta.get("oracle"))
+    texts = meta.get("texts", stride is not None)
+    return Data(folder, train, val, tokenizer, stride, texts, meta.get("oracle"))
+
+
+# ---- what a folder says of its tokens
+
+class _NoClasses(pickle.Unpickler):
+    """A pickle may run any code through a class that it names: here it names none."""
+
+    def find_class(self, module, name):
+        raise UserError(f"meta.pkl asks for {module}.{name}; only plain dicts and lists "
+                        "are read")
 
 
 def read_meta(folder):
-    """What meta.json, or nanoGPT's meta.pkl, says of a folder: a dict with a tokenizer's spec; of
-    GPT-2's where there is neither. Raises UserError, with the cause."""
+    """What meta.json, or nanoGPT's meta.pkl, says of a folder: a dict with a tokenizer's
+    spec; of GPT-2's where there is neither. Raises UserError, with the cause."""
     path = folder / "meta.json"
     if not path.exists():
         path = folder / "meta.pkl"
     if not path.exists():
         return {"tokenizer": {"kind": "gpt2"}}
-    try:
-        if path.suffix == ".json":
-            meta = json.loads(path.read_bytes())
-        else:
-            with open(path, "rb") as f:
-                meta = _NoClasses(f).load()
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({reason(e)}); make it readable")
-    except UserError:
-        raise
-    except Exception as e:               # json and pickle fail in many ways
-        what = "JSON" if path.suffix == ".json" else "a pickle"
-        raise UserError(f"{path} is not whole {what} ({type(e).__name__}); put the right one there")
+    meta = parse_meta(path)
+
+    # the key that says which tokens there are
     needed = "tokenizer" if path.suffix == ".json" else "itos"
     if not isinstance(meta, dict) or needed not in meta:
         holds = f"a {type(meta).__name__}"
         if isinstance(meta, dict):
             holds = f"the keys {', '.join(map(str, meta))}"
-        raise UserError(f"{path} describes no tokenizer: it holds {holds}, and not {needed}")
+        raise UserError(f"{path} describes no tokenizer: it holds {holds}, and not "
+                        f"{needed}")
+
+    # its value: anything may stand in place of a spec, so anything may fail
     try:
-        if needed == "itos":                                         # nanoGPT's characters
+        if needed == "itos":             # nanoGPT's characters
             itos = meta["itos"]
-            meta = {"tokenizer": dict(kind="chars", items=[itos[i] for i in range(len(itos))])}
+            items = [itos[i] for i in range(len(itos))]
+            meta = {"tokenizer": {"kind": "chars", "items": items}}
         make_tokenizer(meta["tokenizer"])
     except UserError:
         raise
-    except Exception as e:               # whatever stands in place of a spec
-        raise UserError(f"{path} describes no tokenizer that is known here ({type(e).__name__}: "
-                        f"{e}); put the right one there")
+    except Exception as e:
+        raise UserError(f"{path} describes no tokenizer that is known here "
+                        f"({type(e).__name__}: {e}); put the right one there")
     return meta
 
 
+def parse_meta(path):
+    """The value in a JSON file or a pickle, whatever it is. Raises UserError where there is
+    none."""
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_bytes())
+        with open(path, "rb") as f:
+            return _NoClasses(f).load()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({reason(e)}); make it readable")
+    except UserError:                    # of _NoClasses
+        raise
+    # json and pickle fail in many ways
+    except Exception as e:
+        what = "JSON" if path.suffix == ".json" else "a pickle"
+        raise UserError(f"{path} is not whole {what} ({type(e).__name__}); put the right "
+                        "one there")
+
+
 def open_tokens(path, tokenizer):
-    """The ids in a file, as a memmap, after a look at them: see looked_at. Raises UserError where
-    they cannot be the tokenizer's, with what they seem to be."""
+    """The ids in a file, as a memmap, after a look at them: see looked_at. Raises UserError
+    where they cannot be the tokenizer's, with what they seem to be."""
     dtype = np.dtype(id_type(tokenizer.vocab))
+    tokens = map_tokens(path, dtype)
+    blocks = looked_at(tokens)
+    most = max(int(block.max()) for block in blocks)
+    kind = foreign_kind(path, blocks)
+
+    # ids that the tokenizer does not have
+    if most >= tokenizer.vocab:
+        kind = kind or ("its meta file, or the lack of one, belongs to other tokens: put "
+                        "the right one beside it")
+        raise UserError(f"{path} holds the id {most:,}, but its tokenizer has "
+                        f"{tokenizer.vocab:,} tokens; {kind}")
+    # ids that it has, in a file that looks like another kind; with a meta.json it was
+    # written here, and is what meta.json says
+    ours = (path.parent / "meta.json").exists()
+    if kind and not ours:
+        raise UserError(f"{path} does not hold ids of {dtype.itemsize} bytes each; {kind}")
+    return tokens
+
+
+def map_tokens(path, dtype):
+    """The file's numbers of that type, as a memmap. Raises UserError if it has none."""
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -267,38 +373,33 @@ def open_tokens(path, tokenizer):
         if not size:
             raise UserError(f"{path} holds no token ids: it is empty")
         if size % dtype.itemsize:
-            raise UserError(f"{path} holds no token ids: its {size} bytes are no whole number of "
-                            f"ids of {dtype.itemsize} bytes each")
-        tokens = np.memmap(path, dtype, "r")
+            raise UserError(f"{path} holds no token ids: its {size} bytes are no whole "
+                            f"number of ids of {dtype.itemsize} bytes each")
+        return np.memmap(path, dtype, "r")
     except OSError as e:
         raise UserError(f"{path} cannot be read ({reason(e)})")
-    blocks = looked_at(tokens)
-    most = max(int(block.max()) for block in blocks)
-    kind = foreign_kind(path, blocks)
-    ours = (path.parent / "meta.json").exists()
-    if most >= tokenizer.vocab:
-        kind = kind or ("its meta file, or the lack of one, belongs to other tokens: put the right "
-                        "one beside it")
-        raise UserError(f"{path} holds the id {most:,}, but its tokenizer has {tokenizer.vocab:,} "
-                        f"tokens; {kind}")
-    if kind and not ours:                # what we wrote ourselves is what meta.json says
-        raise UserError(f"{path} does not hold ids of {dtype.itemsize} bytes each; {kind}")
-    return tokens
 
 
 def foreign_kind(path, blocks):
-    """What a file seems to be, in words with a remedy, if it is not ids of the width expected."""
+    """What a file seems to be, in words with a remedy; None if it seems to be ids of the
+    width expected. blocks: see looked_at."""
+    # the first number of llm.c's and of modded-nanogpt's files
     with open(path, "rb") as f:
         begin = f.read(1024)
-    if int.from_bytes(begin[:4], "little") in (20240520, 20240801) and len(begin) == 1024:
-        return ("it begins with a header of 1,024 bytes, as llm.c's and modded-nanogpt's files do; "
-                "write it without")
+    number = int.from_bytes(begin[:4], "little")
+    if number in (20240520, 20240801) and len(begin) == 1024:
+        return ("it begins with a header of 1,024 bytes, as llm.c's and modded-nanogpt's "
+                "files do; write it without")
+
+    # the file as numbers of 2 bytes; too few, or zeros in all even places, say nothing
     halves = [block.view(np.uint16) for block in blocks]
     if sum(map(len, halves)) < 64 or not any(half[::2].any() for half in halves):
         return None
-    if not any(half[1::2].any() for half in halves):     # little-endian: the upper halves
+    # zeros in all odd places: the upper halves of wider numbers (little-endian)
+    if not any(half[1::2].any() for half in halves):
         width = 4 if any(half[2::4].any() for half in halves) else 8
         return f"it seems to hold numbers of {width} bytes; write them as uint16"
+    # ids so large do not occur: two numbers of 2 bytes were read as one
     if blocks[0].dtype == np.uint32 and blocks[0].max() >= 2 ** 24:
         return "it seems to hold numbers of 2 bytes; write them as uint32"
     return None
@@ -307,25 +408,31 @@ def foreign_kind(path, blocks):
 # ---- what a dataset knows of texts
 
 def copies(x, data):
-    """Which of x (n, L) are training texts word for word, (n,) bool; None where a text may begin
-    anywhere."""
+    """Which of x (n, L) are training texts word for word, (n,) bool; None where a text may
+    begin anywhere."""
     if not data.texts or data.stride != x.shape[1]:
         return None
+    # rows as bytes, which a set can hold
     samples = [row.astype(data.train.dtype).tobytes() for row in x.numpy()]
-    rows = data.train[:len(data.train) // data.stride * data.stride].reshape(-1, data.stride)
+    N = len(data.train) // data.stride
+    rows = data.train[:N * data.stride].reshape(N, data.stride)          # (N, L)
     known = set(samples) & {row.tobytes() for row in rows}
     return torch.tensor([sample in known for sample in samples])
 
 
 def oracle(x, data):
-    """What the dataset's oracle says of x (n, L): (faults in each (n,), log-probability of each
-    text (n,) in nats, -inf with a fault); None without an oracle."""
+    """What the dataset's oracle says of x (n, L): (faults in each (n,), log-probability of
+    each text (n,) in nats, -inf with a fault); None without an oracle."""
     if data.oracle != "stories":
         return None
     from data.stories import language
-    read = [language.read(data.tokenizer.decode(row).split()) for row in x.tolist()]
-    return (torch.tensor([float(len(wrong)) for _, wrong in read]),
-            torch.tensor([log_p for log_p, _ in read], dtype=torch.float64))
+    faults = []
+    log_ps = []
+    for row in x.tolist():
+        log_p, wrong = language.read(data.tokenizer.decode(row).split())
+        faults.append(float(len(wrong)))
+        log_ps.append(log_p)
+    return torch.tensor(faults), torch.tensor(log_ps, dtype=torch.float64)
 
 
 # ---- writing
@@ -336,16 +443,26 @@ def id_type(vocab):
 
 
 def write_data(folder, train, val, **meta):
-    """Write ids train and val (lists) and meta (with a tokenizer's spec) as a dataset folder."""
+    """Write ids train and val (lists) and meta (with a tokenizer's spec) as a dataset
+    folder."""
     write_blocks(folder, [train], [val], **meta)
 
 
 def write_blocks(folder, train, val, **meta):
-    """The same of blocks of ids (iterables of lists or arrays), which may be more than memory."""
+    """The same of blocks of ids (iterables of lists or arrays), which may be more than
+    memory holds."""
     dtype = id_type(make_tokenizer(meta["tokenizer"]).vocab)
-    with contextlib.suppress(OSError):                               # else write() below says why
-        (folder / "val.bin").unlink()        # first and last: where it is, the rest fits to it
+    # val.bin goes first and comes last: where it is, the rest belongs to it
+    with contextlib.suppress(OSError):   # if it cannot go, write() below says why
+        (folder / "val.bin").unlink()
     write(folder / "meta.json", lambda f: f.write(json.dumps(meta).encode()))
-    for name, blocks in (("train", train), ("val", val)):
-        write(folder / f"{name}.bin",
-              lambda f: [f.write(np.asarray(ids, dtype).tobytes()) for ids in blocks])
+    write_ids(folder / "train.bin", train, dtype)
+    write_ids(folder / "val.bin", val, dtype)
+
+
+def write_ids(path, blocks, dtype):
+    """Blocks of ids, one after another, as a file of numbers of that type."""
+    def to_file(f):
+        for ids in blocks:
+            f.write(np.asarray(ids, dtype).tobytes())
+    write(path, to_file)
