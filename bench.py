@@ -32,12 +32,14 @@ from tools.bench_setup import checkpoints, random_weights, set_defaults
 from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
                            least_memory, limits, line, roofline, seconds)
 
+# as --engine names them
 ENGINES = ["ar", "diffusion", "diffusion-kv", "diffusion-naive", "transformers"]
 GRAIN = {"cpu": 16, "cuda": 128}         # see model.generate
 # what a table shows of a row, and how
 SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
-         ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"), ("tokens/s", ">9,.0f"),
-         ("vs AR", ">6.2f"), ("roofline", ">9.0%"), ("peak MB", ">8,.0f"), ("nfe", ">5"))
+         ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
+         ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"), ("roofline", ">9.0%"),
+         ("peak MB", ">8,.0f"), ("nfe", ">5"))
 QUALITY = (("gen_ppl", ">8.2f"), ("entropy", ">8.2f"), ("of all", ">7.2f"))
 
 
@@ -80,13 +82,14 @@ class BenchConfig:
 def ar_engine(model, B, L, step):
     """AR decoding. step: model.decode, or a compiled form of it."""
     device = model.embed.weight.device
-    prompt = torch.zeros((B, 0), dtype=torch.long, device=device)
+    prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
     cache = None
     if step is not decode:               # CUDA graphs want their memory at a fixed place
         dtype = torch.bfloat16 if model.bf16 else None
         cache = KVCache(model.config, B, L, device, dtype)
         for stored in cache.k + cache.v:
             torch._dynamo.mark_static_address(stored)
+    # token draws are exact on both sides: categorical, in float64
     return lambda: generate(model, prompt, L, categorical, step, GRAIN[device.type], cache)
 
 
@@ -94,12 +97,12 @@ def diffusion_engine(sampler, model, B, L, steps):
     """Diffusion from nothing but masks. sampler: diffusion.sample, which takes the KV cache
     where the model's attention allows it, or diffusion.sample_joint, the papers'."""
     z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
-    return lambda: sampler(model, z, steps, model.mask_id)
+    return lambda: sampler(model, z, steps, model.mask_id)           # z stays as it is
 
 
 def transformers_engine(model, B, L):
     """Greedy decoding of the transformers package."""
-    prompt = torch.zeros((B, 1), dtype=torch.long, device=model.device)
+    prompt = torch.zeros((B, 1), dtype=torch.long, device=model.device)  # it needs a token
     how = dict(max_new_tokens=L, min_new_tokens=L, do_sample=False, pad_token_id=0)
     return lambda: model.generate(prompt, **how)
 
@@ -128,10 +131,11 @@ def rows_of(config, models, preset, B, L):
         if naive:                        # slow: one model at one batch size is enough
             if B != config.batch[0] and len(config.engine) > 1:
                 continue
-            mine = mine[-1:]
+            mine = mine[-1:]                                         # the last student
+        # AR and transformers take one step for each token
         all_steps = config.steps if name.startswith("diffusion") else [None]
         for (label, model), steps in itertools.product(mine, all_steps):
-            params = sum(p.numel() for p in model.parameters())
+            params = sum(p.numel() for p in model.parameters())      # all weights
             row = dict(engine=name, model=label, preset=preset, params=params, steps=steps,
                        batch=B, length=L)
             rows.append((row, model))
@@ -141,6 +145,7 @@ def rows_of(config, models, preset, B, L):
 def settled(run):
     """run without compiling anything: what is new to the compiler runs as it is."""
     def f():
+        # compiling in a timed run would be measured
         with torch.compiler.set_stance("eager_on_recompile"):
             return run()
     return f
@@ -161,7 +166,7 @@ def begin(config, row, model, step, device, machine):
     name, steps = row["engine"], row["steps"]
     shape = model.shape if name == "transformers" else model.config
     row |= dict(dtype=config.dtype, device=machine["device"], threads=machine["threads"])
-    run = engine(row, model, step, steps)
+    run = engine(row, model, step, steps)                            # () -> texts (B, L)
     # two steps are warm-up enough, but a cached run has another shape in each step
     warm_up = run
     if name == "diffusion-kv":
@@ -170,7 +175,7 @@ def begin(config, row, model, step, device, machine):
         warm_up = engine(row, model, step, min(2, steps))
 
     size = 2 if config.dtype == "bfloat16" else 4
-    least = least_memory(row, shape, size)
+    least = least_memory(row, shape, size)                           # bytes
     if name in ("diffusion", "diffusion-kv"):
         # nfe: the calls of the first run; a step that reveals nothing makes none
         with counted_calls(model) as calls:
@@ -178,14 +183,15 @@ def begin(config, row, model, step, device, machine):
                 warm_up()
                 calls.clear()
             times = first_run(row, run, warm_up_uncounted, least, device)
-        nfe = len(calls)
+        nfe = len(calls)  # number of function evaluations
     else:
         times = first_run(row, run, warm_up, least, device)
+        # AR calls the network once for each token
         nfe = steps or row["length"]
     if times is None:
         return None
     row["nfe"] = nfe
-    return Timing(row, shape, run, times)
+    return Timing(row, shape, run, times)                            # with one run's time
 
 
 @torch.no_grad()
@@ -205,9 +211,9 @@ def measure(config, group, device, machine):
     for _ in range(config.repeats - 1):
         for timing in running:
             if timing.row["engine"] != "diffusion-naive":
-                timing.times.append(seconds(timing.run, device))
+                timing.times.append(seconds(timing.run, device))     # waits for a GPU's end
     for timing in running:
-        fill_times(timing.row, timing.times)
+        fill_times(timing.row, timing.times)                         # median, least, most
         size = 2 if config.dtype == "bfloat16" else 4
         timing.row["roofline"] = roofline(timing.row, timing.shape, machine, size)
 
@@ -216,9 +222,9 @@ def quality(config, models, device, engine, name, steps):
     """Perplexity under the AR model, and both entropies, of a trained model's texts."""
     model, judge = models[engine][name], next(iter(models["ar"].values()))
     x = draw_samples(model, config.samples, Sampling(steps), Processes(device))  # (n, L)
-    vocab = judge.config.vocab
+    vocab = judge.config.vocab  # the same for all models here
     gen, _ = gen_ppl(make_judge(judge), x.to(device))
-    within, _ = entropy(x, vocab)
+    within, _ = entropy(x, vocab)                                    # without their errors
     pooled, _ = pooled_entropy(x, vocab)
     return {"gen_ppl": gen, "entropy": within, "of all": pooled}
 
@@ -228,6 +234,7 @@ def quality(config, models, device, engine, name, steps):
 def overtakes(points):
     """In words: at which batch AR overtakes, between two that were measured by a straight
     line in logarithms. points: [(batch, how many times faster than AR)]."""
+    # r: how many times faster than AR diffusion is
     for (b0, r0), (b1, r1) in zip(points, points[1:]):
         if r0 >= 1 > r1:
             share = math.log(r0) / math.log(r0 / r1)     # of the way from b0 to b1
@@ -241,6 +248,7 @@ def overtakes(points):
 def against_ar(rows):
     """Fill in how many times faster than AR the rows are; say where AR overtakes, a line
     each."""
+    # what did not fit has no time
     done = [row for row in rows if "error" not in row]
     ar_seconds = {}
     for row in done:
@@ -250,7 +258,7 @@ def against_ar(rows):
     curves = {}
     for row in done:
         key = row["preset"], row["length"], row["batch"]
-        row["vs_ar"] = None
+        row["vs_ar"] = None  # AR may not have been asked for
         if key not in ar_seconds:
             continue
         row["vs_ar"] = ar_seconds[key] / row["seconds"]
@@ -262,6 +270,7 @@ def against_ar(rows):
             curves.setdefault(curve, []).append((row["batch"], row["vs_ar"]))
     lines = []
     for (preset, length, name, steps), points in curves.items():
+        # points are in the order of batch sizes, as config.batch is
         lines.append(f"{preset}, {length} tokens: AR {overtakes(points)} against {name} at "
                      f"{steps} steps")
     return lines
@@ -288,13 +297,14 @@ def bench(config, device, machine):
                 raise UserError("no checkpoint here is for --engine "
                                 f"{' '.join(config.engine)}")
             measure(config, group, device, machine)
-            new = [row for row, _ in group]
+            new = [row for row, _ in group]                          # filled by measure
             if models.get("ar") and not preset:
                 for row in new:
                     if row["engine"] in models and "error" not in row:
                         row |= judged(row["engine"], row["model"], row["steps"])
+            # ratios for the lines shown now; the crossover needs all batch sizes
             against_ar(new)
-            rows += new
+            rows += new  # saved at once: a run may be stopped
             save(config, machine, rows)
             print("\n".join(line(row, columns) for row in new), flush=True)
     print("\n".join(against_ar(rows)))
@@ -317,9 +327,10 @@ def main():
     if train:
         argv = argv[1:]
     config = parse_flags(BenchConfig, __doc__, argv)
-    device = start(config.device).device
+    device = start(config.device).device                             # one process
     set_defaults(config, train, device)
 
+    # what the hardware can do at this moment, for the roofline
     machine = limits(device, getattr(torch, config.dtype))
     print(describe(machine), flush=True)
     if train:
@@ -327,6 +338,7 @@ def main():
     else:
         rows = bench(config, device, machine)
     save(config, machine, rows)
+    # rows that did not fit are results; nothing but such rows is a mistake
     if all("error" in row for row in rows):
         raise UserError("nothing fits in memory; choose a smaller --batch, --length or "
                         "--preset")

@@ -34,7 +34,7 @@ GOES_ON = "stopped; the same command goes on from the last checkpoint"
 def command(main):
     """Run a script's main. What the user can mend ends in one sentence on stderr and status
     2, Ctrl-C in main.stopped (GOES_ON where a script has checkpoints) and status 130."""
-    streams = sys.stdout, sys.stderr
+    streams = sys.stdout, sys.stderr                                 # given back at the end
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, needed=False)
     try:
         main()
@@ -65,7 +65,7 @@ def compiler_trouble(error):
     chain = []
     while error is not None and error not in chain:
         chain.append(error)
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or error.__context__  # raise ... from, or while handling
     modules = [type(e).__module__ for e in chain]
     if not any(name.startswith(("torch._dynamo", "torch._inductor")) for name in modules):
         return None
@@ -101,10 +101,10 @@ def value_type(hint):
     int | None -> int, False; list[int] | None -> int, True."""
     arguments = typing.get_args(hint)
     if type(None) in arguments:
-        hint = arguments[0]
+        hint = arguments[0]                                          # int | None -> int
     if typing.get_origin(hint) is list:
         return typing.get_args(hint)[0], True
-    return hint, False
+    return hint, False                                               # int, str, float, bool
 
 
 def parse_flags(Config, description, argv=None, **positional):
@@ -134,7 +134,7 @@ def parse_flags(Config, description, argv=None, **positional):
         parser.add_argument(f"--{field.name}", default=field.default,
                             help=text.replace("%", "%%"), **how)
 
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # exits on what it does not know
     for field in fields:
         check_range(parser, field, getattr(args, field.name))
     return Config(**vars(args))
@@ -142,12 +142,12 @@ def parse_flags(Config, description, argv=None, **positional):
 
 def check_range(parser, field, values):
     """End with usage and status 2 if one of a flag's values is out of its range."""
-    low, high = field.metadata["low"], field.metadata["high"]
+    low, high = field.metadata["low"], field.metadata["high"]        # None: no limit
     allowed = f"{low} or more"
     if high is not None:
         allowed = f"between {low} and {high}"
     if not isinstance(values, list):
-        values = [values]
+        values = [values]  # one value is a list of one
     for value in values:
         if value is None:
             continue
@@ -176,31 +176,32 @@ def start(device):
                         "cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # without torchrun there is one process, number 0
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # a GPU for each process of this machine
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # for NCCL, and for plain 'cuda'
     # the others may wait for hours while process 0 trains a judge or fills a table
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if device == "cpu" else "nccl",
                                 timeout=datetime.timedelta(hours=12))
-    return Processes(torch.device(device), rank, world)
+    return Processes(torch.device(device), rank, world)  # cpu, or cuda:0, cuda:1, ...
 
 
 def first(procs, f):
     """f(), in process 0 alone, for which all others wait; its UserError is raised in
     all."""
-    error = [None]
+    error = [None]  # a list, as broadcasts want it
     if procs.rank == 0:
         try:
             f()
         except UserError as e:
             error = [str(e)]
     if procs.world > 1:
-        dist.broadcast_object_list(error, 0)
+        dist.broadcast_object_list(error, 0)                         # the others wait here
     if error[0]:
-        raise UserError(error[0])
+        raise UserError(error[0])                                    # in every process
 
 
 def agree(procs, value, what):
@@ -210,7 +211,7 @@ def agree(procs, value, what):
     if procs.world == 1:
         return
     values = [None for _ in range(procs.world)]
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value)                            # one from each process
     if any(one != values[0] for one in values):
         raise UserError(f"the processes hold different {what} ({values}); --out and the "
                         "dataset must be the same files for all of them")
@@ -222,13 +223,14 @@ def broadcast(model, procs):
     if procs.world == 1:
         return
     for tensor in model.state_dict().values():
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, 0)                                    # into the same memory
 
 
 def seed_all(*key):
     """Seed torch's global generators with a hash of the key, for example (seed, step,
     i)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
+    # 63 bits and a sign, of the CPU's generator and of all GPUs'
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
@@ -238,7 +240,7 @@ def lr_factor(step, steps, warmup, final):
     """Linear warm-up to 1, then a cosine to `final` at the last step; final = 1 stays
     constant."""
     if step < warmup:
-        return (step + 1) / warmup
+        return (step + 1) / warmup  # not 0 at the first step
     progress = (step - warmup) / max(1, steps - warmup)              # 0 to 1
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -249,8 +251,9 @@ def make_optimizers(model, config):
     (arXiv 2502.16982)."""
     matrices = []
     if config.optimizer == "muon":
+        # Muon is for matrices between hidden layers, not for embedding and head
         matrices = [w for w in model.blocks.parameters() if w.ndim == 2]
-    ids = {id(w) for w in matrices}
+    ids = {id(w) for w in matrices}                                  # tensors have no ==
     rest = [w for w in model.parameters() if id(w) not in ids]
     decay = config.weight_decay
     adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=True)
@@ -266,11 +269,13 @@ def ema_update(ema, model, decay, step):
     """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)): at first
     the average follows quickly, so that it forgets the random weights of the beginning."""
     d = min(decay, (1 + step) / (10 + step))
+    # all tensors in one call: this runs at every step
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
 # ---- checkpoints: one file, plain values and tensors only
 
+# what every checkpoint has
 KEYS = {"kind", "model_config", "model", "ema", "optimizer", "step", "steps", "seconds",
         "config", "tokenizer"}
 
@@ -314,6 +319,7 @@ def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
     Raises UserError, also for weights that are not finite numbers."""
     content = load_checkpoint(path, kinds)
     try:
+        # the file says its own sizes; the averaged weights are what is evaluated
         model = Transformer(ModelConfig(**content["model_config"]))
         model.load_state_dict(content["ema"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
@@ -322,7 +328,7 @@ def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
     if not finite(model):
         raise UserError(f"{path} holds weights that are not finite numbers: its training "
                         "diverged; train anew with a lower --lr")
-    return model.to(device).eval(), content
+    return model.to(device).eval(), content                          # no dropout
 
 
 def in_short(error):
@@ -339,8 +345,9 @@ def fingerprint(model):
     """A short hash of a model's weights: which model a file or a result belongs to."""
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
+        # the bytes themselves, whatever the dtype
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:12]  # 48 bits tell models apart
 
 
 # ---- a run: training that can be stopped, and goes on from its checkpoint
@@ -362,7 +369,7 @@ class Run:
 
 def save(run):
     """Write run's checkpoint."""
-    content = dict(run.content)
+    content = dict(run.content)  # a copy: run keeps its teacher
     # the frozen teacher of a round is kept only as long as the round needs it
     if run.step == run.steps:
         content["teacher"] = None
@@ -389,6 +396,7 @@ def flags_of(saved, Config):
     if "seed" not in saved:      # not made by training, for example by tools.convert
         return saved
     names = {field.name for field in dataclasses.fields(Config)}
+    # a flag that is gone is dropped, one that is new has its default
     known = {name: value for name, value in saved.items() if name in names}
     return dataclasses.asdict(Config(**known))
 
@@ -420,11 +428,12 @@ def resume(run, config, free):
     # weights, optimizers and counters
     try:
         run.model.load_state_dict(saved["model"])
-        run.ema.load_state_dict(saved["ema"])
+        run.ema.load_state_dict(saved["ema"])  # the averaged weights, too
         for optimizer, state in zip(run.optimizers, saved["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(state)  # its moments and counters
     except (ValueError, RuntimeError, KeyError) as e:
         raise UserError(f"{run.path} does not fit the model that it is said to hold "
                         f"({in_short(e)}); move it away, or choose another --out")
+    # the loop goes on from this step
     run.step, run.seconds, run.micro = saved["step"], saved["seconds"], saved.get("micro")
     return saved

@@ -23,7 +23,7 @@ from common import (GOES_ON, Processes, Run, agree, broadcast, command, fingerpr
                     flag, load_model, make_optimizers, parse_flags, resume, start)
 from data.dataset import Data, load_data
 from data.files import UserError, hold, write, write_json
-from data.measures import make_judge
+from data.measures import make_judge, summary, table
 from diffusion import q_sample, sample_t, states_at, unmask_step
 from model import Transformer
 from sample import Sampling, draw_samples, sample_row
@@ -40,26 +40,28 @@ SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batc
 # ---- divergences: f(student, target), log-probabilities (N, V) both -> (N,), in nats
 
 def reverse_kl(student, target):
-    """KL(student || target), the paper's choice (section 3.2). It is mode-seeking: where
-    one step cannot express what the teacher knew in two, the student commits to a likely
-    choice."""
-    return (student.exp() * (student - target)).sum(-1)
+    """KL(student || target), the paper's choice (section 3.2)."""
+    # mode-seeking: where one step cannot express what the teacher knew in two, the
+    # student commits to a likely choice
+    return (student.exp() * (student - target)).sum(-1)              # sum over V
 
 
 def forward_kl(student, target):
-    """KL(target || student). Its best student is the mean of its targets, which is what the
-    teacher predicts already: averaged over many steps there is nothing to learn."""
-    return (target.exp() * (target - student)).sum(-1)
+    """KL(target || student)."""
+    # its best student is the mean of its targets, which is about what the teacher
+    # predicts already: averaged over many steps there is little to learn
+    return (target.exp() * (target - student)).sum(-1)               # sum over V
 
 
 def jensen_shannon(student, target):
-    """The mean of both KLs to the middle of the two laws; at most log 2."""
-    middle = torch.logaddexp(student, target) - math.log(2)
+    """Jensen-Shannon: the mean of both KLs to the middle of the two laws."""
+    # bounded, by log 2: no target can be infinitely far
+    middle = torch.logaddexp(student, target) - math.log(2)          # log of the mean
     return (reverse_kl(student, middle) + reverse_kl(target, middle)) / 2
 
 
 def total_variation(student, target):
-    """1/2 sum |p - q|; at most 1."""
+    """1/2 sum |p - q| over V; at most 1."""
     return (student.exp() - target.exp()).abs().sum(-1) / 2
 
 
@@ -115,8 +117,10 @@ class DistillConfig(LoopConfig):
 
     def __post_init__(self):
         if self.teacher_steps is None:
+            # a text of nano has 50 tokens: more steps than 256 would reveal nothing new
             self.teacher_steps = 256 if self.preset == "nano" else 1024
         if self.steps_per_round is None:
+            # the paper: 10,000
             self.steps_per_round = 150 if self.dataset == "stories" else 600
         if self.samples == 1:
             raise UserError("--samples 1 has no standard error; give 2 or more, or 0 for "
@@ -134,6 +138,7 @@ def schedule(teacher_steps, rounds, k=2):
         raise UserError(f"--rounds {rounds} with --k {k} needs --teacher_steps of at least "
                         f"{k ** rounds}, not {teacher_steps}: the last student would have "
                         "to do more than everything in one step")
+    # k steps of the teacher become one of the student
     return [teacher_steps / k ** r for r in range(rounds + 1)]
 
 
@@ -159,11 +164,11 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
                 rank = rank + (i + 1) * settled                     # the new ones come last
         else:
             # the rest takes the last step's prediction
-            settled = z == mask_id
+            settled = z == mask_id                                   # what no step revealed
             h = states_at(teacher, z, settled, rank)                 # (settled, C)
         if target is None:
             target = h.new_empty(int(masked.sum()), h.shape[1])      # (N, C)
-        target[settled[masked]] = h
+        target[settled[masked]] = h  # rows of those just settled
     return target
 
 
@@ -173,7 +178,7 @@ def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
     tokens. There is no weight 1/t here: this is no bound, and every mask counts alike."""
     # the noise
     t = sample_t(x.shape[0], x.device)                               # (B,)
-    z = q_sample(x, t, mask_id)
+    z = q_sample(x, t, mask_id)  # (B, L), some tokens masked
     masked = z == mask_id                                            # (B, L), N of them
     rank = None
     if teacher.config.attention == "reveal":
@@ -187,7 +192,9 @@ def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
         """A chunk: logits (n, V) of the student, states (n, C) of the teacher -> (n,)."""
         with torch.no_grad():
             wanted = F.log_softmax(teacher.head(target), dim=-1)     # (n, V)
+        # the teacher's gets no gradient, the student's does
         return divergence(F.log_softmax(logits, dim=-1), wanted, kind)
+    # N = 0 where noise left every token
     return student.chunked_sum(h, compare, target) / max(1, len(target))
 
 
@@ -203,8 +210,9 @@ def distill_round(config, procs, data, r, before, origin):
     broadcast(student, procs)
     broadcast(ema, procs)
     # the teacher of a round is the student as it is at its beginning
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)    # frozen
     optimizers = before.optimizers
+    # the first student has none yet
     if r == 0 or config.reset_optimizer:
         optimizers = make_optimizers(student, config)
 
@@ -219,16 +227,17 @@ def distill_round(config, procs, data, r, before, origin):
     # an unfinished round goes on with the teacher that it began with
     saved = resume(run, config, ANYTIME)
     if saved and saved["teacher"]:
-        teacher.load_state_dict(saved["teacher"])
+        teacher.load_state_dict(saved["teacher"])  # not what student is now
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
+    # on the device, compiled where the student is
     teacher = prepare_model(teacher, config, procs)
 
     # the student learns one step of k * dt
     loss = functools.partial(sdtt_loss, teacher=teacher, dt=dt, k=config.k,
                              kind=config.divergence, mask_id=student.mask_id)
-    fit(config, procs, data, run, loss)
+    fit(config, procs, data, run, loss)                              # the loop of train.py
     if config.handover == "ema":
-        student.load_state_dict(ema.state_dict())
+        student.load_state_dict(ema.state_dict())                    # also the next teacher
     return run
 
 
@@ -252,7 +261,8 @@ def open_results(config):
         old = json.loads((config.folder / "results.json").read_bytes())
         rows, models = old["rows"], old["models"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        rows, models = [], {}
+        rows, models = [], {}  # there is none, or it is not ours
+    # what the numbers may depend on besides the flags
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "machine": platform.machine(), "threads": torch.get_num_threads()}
     return {"rows": rows, "models": models, "config": dataclasses.asdict(config),
@@ -268,6 +278,7 @@ def fill_rows(exam, name, model, digest):
     key = (f"{digest} {exam.judged_by} {exam.data.fingerprint} {config.samples} "
            f"{config.seed}")
     if results["models"].get(name) != key:
+        # of other weights, or under another judge
         results["rows"] = [row for row in results["rows"] if row["model"] != name]
         results["models"][name] = key
 
@@ -282,6 +293,7 @@ def fill_rows(exam, name, model, digest):
         if steps and steps > 32:         # they take long
             n = max(2, config.samples // 2)
         sampling = Sampling(steps, config.seed, length=exam.context)
+        # texts and measures; the texts themselves are not kept
         row, _ = sample_row(name, model, n, sampling, exam.judge, exam.data, exam.alone)
         results["rows"].append(row)
         write_json(config.folder / "results.json", results)
@@ -301,55 +313,18 @@ def report(exam, procs, name, model, digest):
         dist.barrier()
 
 
-def summary(row):
-    """A row in one line of text."""
-    text = (f"{row['gen_ppl']:.2f} (±{row['gen_ppl_se']:.2f}) at entropy "
-            f"{row['entropy']:.2f}")
-    if row["valid"] is not None:
-        text += f", {row['valid']:.0%} valid, {row['contradictions']:.2f} contradictions"
-    return text
-
-
-# the lines of a model in the table: (label, key, its format)
-LINES = (("perplexity", "gen_ppl", ".2f"), ("entropy", "entropy", ".2f"),
-         ("entropy of all", "pooled_entropy", ".2f"), ("valid", "valid", ".0%"),
-         ("contradictions", "contradictions", ".2f"), ("copies", "copies", ".0%"))
-
-
-def table(rows):
-    """Rows as text: a block of labelled lines for each model, a column for each number of
-    steps; data and AR, which take no steps, have one column of their own. A line is left
-    out where the model has no value of it."""
-    columns = sorted({row["steps"] for row in rows if row["steps"]})
-    heading = f"{'sampling steps':26}{'-':>9}"
-    for steps in columns:
-        heading += f"{steps:>9}"
-    lines = [heading]
-    for name in dict.fromkeys(row["model"] for row in rows):
-        cells = {row["steps"]: row for row in rows if row["model"] == name}
-        title = name                     # beside the model's first line only
-        for label, key, form in LINES:
-            if all(row[key] is None for row in cells.values()):
-                continue
-            line = f"{title:10}{label:16}"
-            for steps in [None, *columns]:
-                text = format(cells[steps][key], form) if steps in cells else ""
-                line += f"{text:>9}"
-            lines.append(line.rstrip())
-            title = ""
-    return "\n".join(lines)
-
-
 def show_samples(config, procs, data, models):
     """Text of each model at 8 and at 32 steps, one under the other, also in samples.txt."""
     text = ""
+    alone = Processes(procs.device)      # the other processes have finished
     for steps in (8, 32):
         for name, model in models.items():
             text += f"\n{name}, {steps} steps:\n"
             # three texts (3, L)
-            x = draw_samples(model, 3, Sampling(steps, config.seed), Processes(procs.device))
+            x = draw_samples(model, 3, Sampling(steps, config.seed), alone)
             for row in x.tolist():
                 one = data.tokenizer.decode(row).strip().replace("\n", "\n    ")
+                # a line for each text
                 text += f"  * {one}\n"
     write(config.folder / "samples.txt", lambda f: f.write(text.encode()))
     print(text)
@@ -358,6 +333,7 @@ def show_samples(config, procs, data, models):
 def conclude(config, procs, data, results, models):
     """Put the rows in order, and write and print everything that there is to see."""
     seconds = results["seconds"]
+    # rows of an earlier run count with the time that they took then
     seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)
     # rounds of an earlier run beyond this one's are left out
     order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(config.rounds)]
@@ -395,11 +371,12 @@ def train_on_the_way(config, procs, objective, init=None):
     """Train what is missing in --out, or what is left of it, with the config's own flags
     where they are SHARED; returns the checkpoint's path. init: see TrainConfig."""
     shared = {name: getattr(config, name) for name in SHARED}
-    wanted = TrainConfig(objective=objective, init=init, **shared)
+    wanted = TrainConfig(objective=objective, init=init, **shared)   # else its defaults
     if procs.rank == 0 and not wanted.path.exists():
+        # the user may want to do this alone, or otherwise
         same = as_command("train.py", wanted)
         print(f"no {wanted.path} yet; the same as: {same}", flush=True)
-    return train(wanted, procs, as_saved=init is None)
+    return train(wanted, procs, as_saved=init is None)               # or what is left of it
 
 
 def get_teacher(config, procs, data):
@@ -410,6 +387,7 @@ def get_teacher(config, procs, data):
     if path is None:
         path = train_on_the_way(config, procs, "mdlm")
     elif config.attention is not None:
+        # full attention becomes reveal, or the other way round, by training on
         given, _ = load_model(path, kinds=kinds)
         if given.config.attention != config.attention:
             path = train_on_the_way(config, procs, "mdlm", init=path)
@@ -420,6 +398,7 @@ def get_judge(config, procs, data):
     """The AR judge and its checkpoint; (None, None) where nothing is measured."""
     if not config.samples:
         return None, None
+    # a given one, that of an earlier run, or a new one
     path = config.judge or train_on_the_way(config, procs, "ar")
     return load_fitting(path, procs, data, ("ar",))
 
@@ -434,6 +413,7 @@ def judge_and_teacher(config, procs, data):
     else:
         judge = get_judge(config, procs, data)
         teacher = get_teacher(config, procs, data)
+    # a judge with the same tokens reads each text whole
     if config.samples and judge[1]["tokenizer"] == data.tokenizer.spec:
         reads, writes = judge[0].config.context, teacher[0].config.context
         if reads < writes:
@@ -457,10 +437,22 @@ def announce(config, data, sampling_steps):
           flush=True)
 
 
+def announce_round(config, sampling_steps, r, seconds):
+    """Say what round r (from 0) teaches. seconds: what the round before took."""
+    text = (f"round {r + 1}: {config.k} steps of 1/{sampling_steps[r]:g} in one, for "
+            f"{sampling_steps[r + 1]:g} steps")
+    # the first round does not know yet how long one takes
+    if r > 0:
+        left = (config.rounds - r) * seconds
+        text += f"; the rounds left take about {left:.0f} s"
+    print(text)
+
+
 def distill(config, procs):
     """The whole path that a DistillConfig describes, or what is left of it."""
+    # a number of rounds that cannot be is refused before anything trains
     sampling_steps = schedule(config.teacher_steps, config.rounds, config.k)
-    data = load_data(config.dataset, procs)
+    data = load_data(config.dataset, procs)          # stories are made if missing
     if procs.rank == 0:
         announce(config, data, sampling_steps)
 
@@ -470,15 +462,15 @@ def distill(config, procs):
     teacher, teacher_file = teacher_pair
     # one run at a time in this folder
     first(procs, lambda: hold(config.folder / "results.json"))
-    broadcast(teacher, procs)
-    origin = fingerprint(teacher)
+    broadcast(teacher, procs)            # one set of weights for all
+    origin = fingerprint(teacher)        # all rounds belong to this one
 
     # what models are measured with: nothing without a judge
     results, exam = open_results(config), None
     seconds = results["seconds"]
     seconds["teacher"] = teacher_file["seconds"]
     if judge:
-        foreign = judge_file["tokenizer"] != data.tokenizer.spec
+        foreign = judge_file["tokenizer"] != data.tokenizer.spec     # reads text, not ids
         results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
         seconds["ar"] = judge_file["seconds"]
         exam = Exam(config, data, results,
@@ -498,15 +490,11 @@ def distill(config, procs):
     run = Run(None, 0, student, copy.deepcopy(teacher), [], {})
     for r in range(config.rounds):
         if procs.rank == 0:
-            before, after = sampling_steps[r], sampling_steps[r + 1]
-            # how long a round takes is known after the first
-            left = (config.rounds - r) * run.seconds
-            estimate = f"; the rounds left take about {left:.0f} s" if r else ""
-            print(f"round {r + 1}: {config.k} steps of 1/{before:g} in one, for {after:g} "
-                  f"steps{estimate}")
-        run = distill_round(config, procs, data, r, run, origin)
+            announce_round(config, sampling_steps, r, run.seconds)
+        run = distill_round(config, procs, data, r, run, origin)     # trained in place
         seconds[f"round {r + 1}"] = run.seconds
         report(exam, procs, f"round {r + 1}", run.ema, fingerprint(run.ema))
+    # the table, and text to look at
     if judge and procs.rank == 0:
         models = {"teacher": teacher, f"round {config.rounds}": run.ema}
         conclude(config, procs, data, results, models)

@@ -72,7 +72,7 @@ class Sampling:
 def draw_batch(model, known, sampling):
     """Texts x (B, L) that begin with known (B, P), on their device. For diffusion known may
     have mask_id in its gaps."""
-    length = sampling.length or model.config.context
+    length = sampling.length or model.config.context                 # L, prompt included
     dtype = DTYPES[sampling.precision]
 
     def draw(logits):
@@ -80,13 +80,15 @@ def draw_batch(model, known, sampling):
         return categorical(sharpen(logits, sampling.temperature, sampling.top_p), dtype)
 
     if model.config.causal:
-        return generate(model, known, length, draw)
+        return generate(model, known, length, draw)                  # with its KV cache
     # diffusion begins with a mask wherever nothing is known
     z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
     z[:, :known.shape[1]] = known
     if sampling.joint:
+        # the papers' way, for comparison
         return sample_joint(model, z, sampling.steps, model.mask_id, dtype,
                             sampling.temperature)
+    # with a KV cache where attention is in the order of reveal
     return sample(model, z, sampling.steps, model.mask_id, draw)
 
 
@@ -99,7 +101,7 @@ def counted_calls(model):
     try:
         yield calls
     finally:
-        hook.remove()
+        hook.remove()                                                # also after an error
 
 
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, calls=None):
@@ -109,7 +111,7 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, calls=None
     title: of a progress bar. calls: a list that gets the number of network calls of each
     batch."""
     if prompts is None:
-        prompts = torch.zeros((n, 0), dtype=torch.long)
+        prompts = torch.zeros((n, 0), dtype=torch.long)              # (n, P = 0)
 
     def batch(i):
         """Texts i to i + BATCH, and the network calls that they took."""
@@ -123,7 +125,7 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, calls=None
     results = spread(range(0, n, BATCH), batch, procs, title)
     if calls is not None:
         calls.extend(count for _, count in results)
-    return torch.cat([x for x, _ in results])
+    return torch.cat([x for x, _ in results])                        # (n, L)
 
 
 def spread(parts, f, procs, title=None):
@@ -134,11 +136,11 @@ def spread(parts, f, procs, title=None):
     hidden = title is None or procs.rank > 0
     bar = tqdm(parts[procs.rank::procs.world], desc=title, leave=False, ncols=90,
                disable=hidden)
-    mine = [f(part) for part in bar]
+    mine = [f(part) for part in bar]                                 # the work is here
     everyone = [mine]
     if procs.world > 1:
         everyone = [None for _ in range(procs.world)]
-        dist.all_gather_object(everyone, mine)
+        dist.all_gather_object(everyone, mine)  # everyone[rank] is mine there
     # part i was process (i mod world)'s, as its (i div world)-th
     return [everyone[i % procs.world][i // procs.world] for i in range(len(parts))]
 
@@ -147,7 +149,7 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     """One row of results, and the samples (n, L) that it is about: n texts of a model,
     drawn as `sampling` says, or of the validation data (model None), and what they are
     worth. judge: see data.measures.make_judge."""
-    began = time.time()
+    began = time.time()                                              # measuring counts, too
     calls = []
     if model is None:
         x = data.pieces(n, sampling.length)      # none twice, which self-BLEU would notice
@@ -180,13 +182,13 @@ GAP = re.compile(r"(?<!\S)(_+\d+_+|_+)(?!\S)")       # alone between white space
 def parse_infill(text, tokenizer, mask_id):
     """"a ___ b _20_" -> ids with mask_id in the gaps: 3 for the first, 20 for the second.
     Any other underscore is text, as in file_name."""
-    ids = []
+    ids = []                                                         # (P,)
     # split() returns text and gaps in turn, text first
     for i, part in enumerate(GAP.split(text)):
         is_gap = i % 2 == 1
         if is_gap:
-            number = part.strip("_")
-            ids += [mask_id] * int(number or len(part))
+            number = part.strip("_")                                 # "" or "20"
+            ids += [mask_id] * int(number or len(part))              # _20_ or ___
         elif tokenizer.spec["kind"] == "chars":
             ids += tokenizer.encode(part)
         else:                            # the space before a gap belongs to the gap's token
@@ -202,13 +204,14 @@ def without_last_space(prompt, tokenizer):
         return prompt
     print("the space at the end of --prompt is left out: it belongs to the token that "
           "follows", file=sys.stderr)
-    return prompt.rstrip(" ")
+    return prompt.rstrip(" ")                                        # also several spaces
 
 
 def known_tokens(config, model, tokenizer):
     """The tokens that the flags give: ids (P,), mask_id in gaps. Raises UserError where the
     model cannot take them."""
     context = model.config.context
+    # what cannot be, before anything is computed
     if config.infill is not None and config.prompt:
         raise UserError("--prompt and --infill together; put the prompt at the start of "
                         "--infill")
@@ -225,7 +228,7 @@ def known_tokens(config, model, tokenizer):
         # put back, so that a race of several models says it once
         config.prompt = without_last_space(config.prompt, tokenizer)
         name, ids = "prompt", tokenizer.encode(config.prompt)
-    length = config.length or context
+    length = config.length or context                                # L
     if len(ids) > length:
         raise UserError(f"--{name} has {len(ids)} tokens, more than the text's {length}; "
                         "shorten it")
@@ -236,7 +239,7 @@ def main():
     config = parse_flags(SampleConfig, __doc__,
                          checkpoint="of train.py, distill.py or tools.convert")
     procs = start(config.device)
-    model, content = load_model(config.checkpoint, procs.device)
+    model, content = load_model(config.checkpoint, procs.device)     # averaged weights
     tokenizer = make_tokenizer(content["tokenizer"])
 
     # every text begins with the same known tokens
@@ -249,9 +252,10 @@ def main():
     x = draw_samples(model, config.num_samples, sampling, procs, prompts)        # (n, L)
 
     if config.infill is not None:        # the model wrote on after the template
-        x = x[:, :len(known)]
+        x = x[:, :len(known)]                                        # (n, P)
     if procs.rank == 0:
         for row in x.tolist():
+            # one text a line, unless it has line ends of its own
             print(tokenizer.decode(row))
 
 

@@ -79,7 +79,7 @@ class LoopConfig:
     save_every: int = flag(200, "steps between checkpoints", low=1)
 
     @property
-    def folder(self):
+    def folder(self):  # of checkpoints, logs and results
         name = f"{Path(self.dataset).name}-{self.preset}"
         if self.attention == "reveal":
             name += "-reveal"
@@ -87,6 +87,7 @@ class LoopConfig:
 
 
 DEFAULT_STEPS = {"mdlm": (1500, 6000), "ar": (300, 1000)}        # on stories, on real text
+# where distill.py looks for them, in the folder of results
 FILES = {"mdlm": "teacher.pt", "ar": "ar.pt"}
 # flags that may change between a run and its continuation: they change no weight
 FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}
@@ -105,13 +106,14 @@ class TrainConfig(LoopConfig):
     def __post_init__(self):
         if self.steps is None:
             on_stories, on_text = DEFAULT_STEPS[self.objective]
+            # real text has more to learn than stories
             self.steps = on_stories if self.dataset == "stories" else on_text
             if self.init:                # it need not begin from nothing
                 self.steps //= 3
 
     @property
     def causal(self):
-        return self.objective == "ar"
+        return self.objective == "ar"                                # AR sees the past only
 
     @property
     def path(self):
@@ -142,17 +144,17 @@ def fit(config, procs, data, run, loss):
     if run.step == run.steps:
         return
     if procs.rank == 0:
-        rewind_log(run)
+        rewind_log(run)  # the last lines may be of lost steps
 
     # the batch of a step, `count` micro-batches in each process
     run.micro, count = micro_batches(config, procs, run)
     # the model with its loss, in all processes
-    net = Loss(run.model, loss)
+    net = Loss(run.model, loss)                                      # x -> loss
     if procs.world > 1:
         # the buffers are constants (cos, sin): nothing to broadcast in every step
         net = DistributedDataParallel(net, broadcast_buffers=False)
     run.model.train()                    # dropout, if any, is on
-    begin, clock = run.step, Clock(config, run)
+    begin, clock = run.step, Clock(config, run)                      # not 0 after a stop
     bad = torch.zeros((), device=procs.device)       # the first step not finite; 0: none
     with tqdm(total=run.steps, initial=begin, desc=run.path.stem, disable=procs.rank > 0,
               mininterval=1, ncols=90) as bar:
@@ -177,13 +179,13 @@ def fit(config, procs, data, run, loss):
             # the step, and the averaged weights, which follow
             optimizer_step(config, run)
             ema_update(run.ema, run.model, config.ema, run.averaged + step)
-            run.step = step + 1
+            run.step = step + 1  # what a checkpoint would say now
 
             # the clock and the bar
             speed = clock.tick()
             if shown:
                 text = f"loss {total.item():.3f}, {speed:,.0f} tokens/s"
-                bar.set_postfix_str(text, refresh=False)
+                bar.set_postfix_str(text, refresh=False)  # shown at the next update
             bar.update()
 
             # validation comes before saving: the step itself may have been too large
@@ -200,7 +202,7 @@ def fit(config, procs, data, run, loss):
                           val_loss=val_loss)
             # process 0 saves for all: their weights are equal
             if saved and procs.rank == 0:
-                save(run)
+                save(run)                                            # whole or not at all
 
 
 class Clock:
@@ -214,8 +216,8 @@ class Clock:
 
     def tick(self):
         """Put the time up to now into run.seconds; returns tokens per second."""
-        seconds = time.time() - self.began
-        self.run.seconds = self.spent + seconds
+        seconds = time.time() - self.began                           # of this continuation
+        self.run.seconds = self.spent + seconds                      # of all of them
         return (self.run.step - self.first_step) * self.tokens / seconds
 
 
@@ -223,7 +225,7 @@ def backward(config, procs, data, run, net, count):
     """The gradient of one step, left in the parameters; returns this process's loss, a
     scalar. The global batch is a list of micro-batches, each with a seed of its own, dealt
     out to the processes in turn: so several processes see what one would have seen."""
-    total = torch.zeros((), device=procs.device)
+    total = torch.zeros((), device=procs.device)  # read only when it is shown
     for i in range(count):
         # micro-batch number i * world + rank of this step, with its seed
         seed_all(config.seed, run.path.stem, run.step, i * procs.world + procs.rank)
@@ -233,7 +235,7 @@ def backward(config, procs, data, run, net, count):
         with contextlib.nullcontext() if alone else net.no_sync():
             # so that the gradients' sum is the mean over the global batch
             value = net(x) / count
-            value.backward()
+            value.backward()                                         # adds to the gradient
         total += value.detach()
     return total
 
@@ -250,8 +252,8 @@ def optimizer_step(config, run):
     factor = lr_factor(run.step, run.steps, config.warmup, config.final_lr)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * factor
-        optimizer.step()
+            group["lr"] = config.lr * factor  # one rate for Muon and AdamW
+        optimizer.step()  # see common.make_optimizers
         optimizer.zero_grad()            # the next step's gradient begins at zero
 
 
@@ -261,7 +263,7 @@ def stop_if_not_finite(config, procs, run, bad):
     # of several processes, all learn of it
     if procs.world > 1:
         bad = bad.clone()
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
+        dist.all_reduce(bad, dist.ReduceOp.MAX)  # 0 only if it is 0 everywhere
     if not bad:
         return
     # a sentence that says what is left, and what may help
@@ -280,7 +282,7 @@ def micro_batches(config, procs, run=None):
     is --micro_batch; else a run that goes on keeps the size that it began with, if it can.
     Raises UserError where the batch cannot be divided so."""
     share = max(1, config.batch // procs.world)          # sequences of each process
-    begun = run.micro if run else None
+    begun = run.micro if run else None                               # None in a new run
     micro = config.micro_batch or begun or share
     # the size that a run began with may not divide what there is now
     if config.micro_batch is None and begun and config.batch % (begun * procs.world):
@@ -289,8 +291,9 @@ def micro_batches(config, procs, run=None):
             print(f"{run.path.stem}: the run began with micro-batches of {begun} "
                   f"sequences, which do not fit {procs.world} processes and a batch of "
                   f"{config.batch}. It goes on with {micro}: from here its noise is "
-                  "another than it would have been. (With --micro_batch nothing depends on the "
-                  "number of processes.)")
+                  "another than it would have been. (With --micro_batch nothing depends on "
+                  "the number of processes.)")
+    # equal sizes: the mean of the micro-batches is the batch's mean
     if config.batch % (micro * procs.world):
         raise UserError(f"--batch {config.batch} is not a multiple of {procs.world} "
                         f"processes x {micro} sequences; choose another --batch or "
@@ -306,7 +309,7 @@ def validate(model, loss, data, config, batches=4):
     size = 128 if config.preset == "nano" else 16        # sequences of a batch
     total = 0.0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for i in range(batches):
+        for i in range(batches):  # 4 for a log line, 1 for a save
             seed_all("validation", i)                    # the noise of batch i
             x = data.batch("val", size, model.config.context, device)    # (size, L)
             total += loss(model, x).item() / batches
@@ -323,7 +326,7 @@ def write_log(procs, run, **entry):
     # for programs, and for the learning curves
     path = run.path.with_suffix(".jsonl")
     try:
-        with open(path, "a") as f:
+        with open(path, "a") as f:  # a stop leaves all earlier lines
             f.write(to_json({"step": run.step, **entry}) + "\n")
     except OSError as e:
         raise UserError(f"{path} cannot be written ({reason(e)}); {remedy(e)}")
@@ -347,12 +350,12 @@ def rewind_log(run):
 def prepare_model(model, config, procs):
     """The model on the device, with bfloat16 inside the blocks and compiled blocks where
     they are asked for."""
-    model = model.to(procs.device)
+    model = model.to(procs.device)                                   # weights stay float32
     # a CPU is no faster with bfloat16
     model.bf16 = config.bf16
     if config.bf16 is None:
         model.bf16 = procs.device.type == "cuda"
-    model.recompute = config.recompute
+    model.recompute = config.recompute  # see Transformer.run
     if config.compile:
         for block in model.blocks:       # one is compiled, all share it
             block.compile()
@@ -368,9 +371,9 @@ def as_command(script, config):
             continue
         # a switch is on or off, any other flag has a value
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+            words.append(f"--{name}" if value else f"--no-{name}")   # argparse's two forms
         else:
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}", str(value)]  # shlex.join quotes what needs it
     return shlex.join(words)
 
 
@@ -378,6 +381,7 @@ def ar_loss(model, x, mask_id):
     """Mean next-token loss of x (B, L), a scalar in nats per token; mask_id: the start
     symbol."""
     h = model.hidden(shifted(x, mask_id)).flatten(0, 1)              # (B L, C)
+    # the head sees some of the B L positions at a time: never all logits at once
     return model.chunked_sum(h, cross_entropy, x.flatten()) / x.numel()
 
 
@@ -410,7 +414,7 @@ def new_model(config, data):
     sizes = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
     # MDLM has no biases in attention: without them tools.convert can export the model
     sizes.attention_bias = not sizes.relative
-    return Transformer(sizes)
+    return Transformer(sizes)                                        # random weights
 
 
 def model_from(config, data):
@@ -427,7 +431,7 @@ def model_from(config, data):
     attention = "causal" if config.causal else config.attention or "full"
     model = Transformer(dataclasses.replace(given.config, attention=attention,
                                             dropout=config.dropout))
-    model.load_state_dict(given.state_dict())
+    model.load_state_dict(given.state_dict())                        # its averaged weights
     return model, fingerprint(given)
 
 
@@ -438,19 +442,19 @@ def train(config, procs, as_saved=False):
     being refused."""
     if as_saved and config.path.exists():
         config = with_saved_flags(config)
-    data = load_data(config.dataset, procs)
+    data = load_data(config.dataset, procs)  # stories are made if missing
 
     # the model, and what its checkpoint says beside its weights
     content = dict(kind=config.objective, config=dataclasses.asdict(config),
                    tokenizer=data.tokenizer.spec, data=data.fingerprint)
-    seed_all(config.seed, config.objective)
+    seed_all(config.seed, config.objective)  # for the random weights
     if config.init is None:
         model = new_model(config, data)
     else:
         model, content["init"] = model_from(config, data)
     model = prepare_model(model, config, procs)
     ema = prepare_model(copy.deepcopy(model).eval(), config, procs)
-    optimizers = make_optimizers(model, config)
+    optimizers = make_optimizers(model, config)                      # Muon and AdamW
     run = Run(config.path, config.steps, model, ema, optimizers, content)
 
     # go on where the checkpoint stands, if there is one

@@ -151,3 +151,44 @@ def measure(x, judge, data):
         add_mean(row, "contradictions", mean_se(faults))
         add_mean(row, "log_p", mean_se(log_p[faults == 0]))
     return row
+
+
+# ---- as text
+
+def summary(row):
+    """A row of `measure` in one line of text."""
+    text = (f"{row['gen_ppl']:.2f} (±{row['gen_ppl_se']:.2f}) at entropy "
+            f"{row['entropy']:.2f}")
+    if row["valid"] is not None:
+        text += f", {row['valid']:.0%} valid, {row['contradictions']:.2f} contradictions"
+    return text
+
+
+# the lines of a model in the table: (label, key, its format)
+LINES = (("perplexity", "gen_ppl", ".2f"), ("entropy", "entropy", ".2f"),
+         ("entropy of all", "pooled_entropy", ".2f"), ("valid", "valid", ".0%"),
+         ("contradictions", "contradictions", ".2f"), ("copies", "copies", ".0%"))
+
+
+def table(rows):
+    """Rows as text: a block of labelled lines for each model, a column for each number of
+    steps; data and AR, which take no steps, have one column of their own. A line is left
+    out where the model has no value of it."""
+    columns = sorted({row["steps"] for row in rows if row["steps"]})
+    heading = f"{'sampling steps':26}{'-':>9}"
+    for steps in columns:
+        heading += f"{steps:>9}"
+    lines = [heading]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        cells = {row["steps"]: row for row in rows if row["model"] == name}
+        title = name                     # beside the model's first line only
+        for label, key, form in LINES:
+            if all(row[key] is None for row in cells.values()):
+                continue
+            line = f"{title:10}{label:16}"
+            for steps in [None, *columns]:
+                text = format(cells[steps][key], form) if steps in cells else ""
+                line += f"{text:>9}"
+            lines.append(line.rstrip())
+            title = ""
+    return "\n".join(lines)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-import distill
+from data import measures
 from data.files import UserError, write_json
 from helpers import call, refused
 from tools import figures
@@ -23,7 +23,7 @@ def rows(oracle):
 def test_table_puts_every_number_under_its_steps():
     """Columns in order of steps after one for data and AR, an empty cell where nothing was
     measured, each line with its label; without an oracle no lines for its verdict. Exact."""
-    lines = distill.table(rows(oracle=True)).splitlines()
+    lines = measures.table(rows(oracle=True)).splitlines()
     assert lines[0].split() == ["sampling", "steps", "-", "4", "8"]
     assert lines[1].split() == ["data", "perplexity", "12.35"]
     assert lines[2].split() == ["entropy", "3.21"]
@@ -31,7 +31,7 @@ def test_table_puts_every_number_under_its_steps():
     assert lines[7].split() == ["teacher", "perplexity", "12.35", "12.35"]
     assert lines[13].split() == ["round", "1", "perplexity", "12.35"]
     assert len(lines[13]) == len(lines[7]) > len(lines[1])       # round 1 has 8 steps only
-    lines = distill.table(rows(oracle=False)).splitlines()
+    lines = measures.table(rows(oracle=False)).splitlines()
     assert [line.split()[-2] for line in lines[1:4]] == ["perplexity", "entropy", "all"]
     assert len(lines) == 1 + 3 * 3
 

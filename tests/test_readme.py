@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 import common
-import distill
 import model
 import train
-from data import dataset
+from data import dataset, measures
 from helpers import make_dataset
 from tools import machine
 
@@ -117,7 +116,7 @@ def test_table_is_what_distill_prints_of_the_saved_results():
     rows = json.loads((ROOT / "results/stories-nano.json").read_text())["rows"]
     rows = [row for row in rows if row["model"] in ("data", "ar", "teacher", "round 7")
             and row["steps"] in (None, 4, 8, 32, 1024)]
-    lines = distill.table(rows).splitlines()
+    lines = measures.table(rows).splitlines()
     shown = [line for line in lines if line[10:26].strip() not in ("contradictions", "copies")]
     assert "```text\n" + "\n".join(shown) + "\n```" in README
 
