@@ -1,7 +1,6 @@
 """lesson.py prints its two examples, precision.py its table."""
 import dataclasses
 import json
-import sys
 
 import torch
 
@@ -32,7 +31,7 @@ def test_both_examples_are_printed(tmp_path, capsys):
         save(tmp_path / f"round{r}.pt", round=r)
     call(lesson, tmp_path)
     shown = capsys.readouterr().out
-    assert "from t = 0.75 to 0.742188 opens" in shown
+    assert "from t = 0.75 to 0.742188 reveals" in shown
     assert "    - " in shown.split("A step of the teacher")[0]
     for who in ("teacher, first step", "teacher, second step", "student, one step"):
         assert shown.count(who) == 2

@@ -1,4 +1,5 @@
-"""Two examples from a distilled folder: why many tokens at once go wrong, and what a round teaches.
+"""Two examples from a distilled folder: why many tokens at once go wrong, and what a round
+teaches.
 
     python -m tools.lesson out/stories-nano
 """
@@ -19,74 +20,99 @@ CPU = Processes(torch.device("cpu"))
 
 
 @dataclass
-class Config:
+class LessonConfig:
+    """The flags of tools.lesson."""
     folder: str                              # the argument without --
     steps: int = flag(4, "of the teacher's text that goes wrong", low=1)
     seed: int = flag(7, "of text and noise")
 
 
-def shown(ids, tokenizer, mask_id):
+def as_text(ids, tokenizer, mask_id):
     """Ids (L,) as text, masks as blocks."""
-    return " ".join("░░░" if i == mask_id else tokenizer.decode([i]) for i in ids.tolist())
+    words = ["░░░" if i == mask_id else tokenizer.decode([i]) for i in ids.tolist()]
+    return " ".join(words)
 
 
 def likeliest(logits, tokenizer, n=3):
     """The n likeliest tokens under logits (V,), with their probabilities."""
-    p, ids = logits.softmax(-1).topk(n)
-    return ", ".join(f"{tokenizer.decode([i])} {q:.0%}" for i, q in zip(ids.tolist(), p.tolist()))
+    p, ids = logits.softmax(-1).topk(n)                              # (n,) both
+    words = [tokenizer.decode([i]) for i in ids.tolist()]
+    return ", ".join(f"{word} {share:.0%}" for word, share in zip(words, p.tolist()))
 
+
+# ---- first example: tokens that are revealed together do not see each other
 
 def contradiction(model, tokenizer, steps, seed):
-    """The text with the fewest faults, but not without one, of 64 in so many steps."""
-    texts = [tokenizer.decode(row).split() for row in
-             draw_samples(model, 64, Sampling(steps, seed), CPU).tolist()]
-    faults = [(len(language.contradictions(text)), i) for i, text in enumerate(texts)]
-    _, i = min((n, i) for n, i in faults if n)
-    print(f"The teacher in {steps} steps writes all tokens of a step without seeing the others:\n\n"
-          f"    {' '.join(texts[i])}\n")
-    for fault in language.contradictions(texts[i]):
+    """Print the text with the fewest faults, but at least one, of 64 in so many steps."""
+    x = draw_samples(model, 64, Sampling(steps, seed), CPU)          # (64, L)
+    faulty = []
+    for row in x.tolist():
+        words = tokenizer.decode(row).split()
+        faults = language.contradictions(words)
+        if faults:
+            faulty.append((len(faults), words, faults))
+    _, words, faults = min(faulty, key=lambda text: text[0])
+    print(f"The teacher in {steps} steps writes all tokens of a step without seeing the "
+          f"others:\n\n    {' '.join(words)}\n")
+    for fault in faults:
         print(f"    - {fault}")
 
 
+# ---- second example: what the teacher's second step knows, and what the student learns
+
 @torch.no_grad()
 def round_of(teacher, student, x, dt, tokenizer, seed):
-    """Two steps of the teacher from a noisy x (1, L), and at the two positions where the second
-    knows most more than the first: what both say, and the student, who only saw the beginning."""
+    """Print a noisy x (1, L) before and after a step of the teacher, and for the two masks
+    where its second step knows most more than its first what both predict, and what the
+    student does, who sees only the beginning."""
     t, mask_id = torch.tensor([0.75]), teacher.mask_id
     seed_all("lesson", seed)
     z = q_sample(x, t, mask_id)
-    z_s, opened, _ = unmask_step(teacher, z, t, t - dt, mask_id)
-    now, later, learned = teacher(z)[0], teacher(z_s)[0], student(z)[0]      # (L, V)
-    gain = (later.softmax(-1) * (later.log_softmax(-1) - now.log_softmax(-1))).sum(-1)
+    z_s, revealed, _ = unmask_step(teacher, z, t, t - dt, mask_id)
+    first, second, one = teacher(z)[0], teacher(z_s)[0], student(z)[0]       # (L, V)
+    # what the second step has learned: KL(second || first) at what is still masked
+    gain = second.softmax(-1) * (second.log_softmax(-1) - first.log_softmax(-1))
+    gain = gain.sum(-1)                                              # (L,)
     gain[z_s[0] != mask_id] = -1
-    print(f"\nA step of the teacher from t = {t.item():g} to {t.item() - dt:g} opens "
-          f"{int(opened.sum())} of {int((z == mask_id).sum())} masks:\n\n"
-          f"    z_t      {shown(z[0], tokenizer, mask_id)}\n"
-          f"    z_t-dt   {shown(z_s[0], tokenizer, mask_id)}\n\n"
-          "What is still masked, it would now predict otherwise. That is what the student learns "
-          "to say at once, from z_t:\n")
-    for i in gain.topk(2).indices.sort().values.tolist():
-        print(f"    position {i}, where the text has {tokenizer.decode([x[0, i].item()])!r}\n"
-              f"        teacher, first step    {likeliest(now[i], tokenizer)}\n"
-              f"        teacher, second step   {likeliest(later[i], tokenizer)}\n"
-              f"        student, one step      {likeliest(learned[i], tokenizer)}")
+    positions = gain.topk(2).indices.sort().values
+
+    print(f"\nA step of the teacher from t = {t.item():g} to {t.item() - dt:g} reveals "
+          f"{int(revealed.sum())} of {int((z == mask_id).sum())} masks:\n\n"
+          f"    z_t      {as_text(z[0], tokenizer, mask_id)}\n"
+          f"    z_t-dt   {as_text(z_s[0], tokenizer, mask_id)}\n\n"
+          "What is still masked, it would now predict otherwise. That is what the student "
+          "learns to say at once, from z_t:\n")
+    for i in positions.tolist():
+        word = tokenizer.decode([x[0, i].item()])
+        print(f"    position {i}, where the text has {word!r}\n"
+              f"        teacher, first step    {likeliest(first[i], tokenizer)}\n"
+              f"        teacher, second step   {likeliest(second[i], tokenizer)}\n"
+              f"        student, one step      {likeliest(one[i], tokenizer)}")
 
 
 def main():
-    c = parse_flags(Config, __doc__, folder="of distill.py, for the dataset stories")
-    rounds = sorted(Path(c.folder).glob("round*.pt"), key=lambda p: (len(p.name), p.name))
+    config = parse_flags(LessonConfig, __doc__,
+                         folder="of distill.py, for the dataset stories")
+    folder = Path(config.folder)
+    # the last round's student, and the one before, which was its teacher
+    rounds = sorted(folder.glob("round*.pt"), key=lambda path: (len(path.name), path.name))
     if len(rounds) < 2:
-        raise UserError(f"{c.folder} has fewer than two round files; python distill.py makes them")
-    (teacher, _), (student, content) = (load_model(path) for path in rounds[-2:])
-    first, about = load_model(Path(c.folder) / "teacher.pt")
-    tokenizer, flags = make_tokenizer(about["tokenizer"]), DistillConfig(**content["config"])
-    data = load_data(flags.dataset, CPU)
+        raise UserError(f"{folder} has fewer than two round files; python distill.py makes "
+                        "them")
+    teacher, _ = load_model(rounds[-2])
+    student, content = load_model(rounds[-1])
+    first_teacher, about = load_model(folder / "teacher.pt")
+    tokenizer = make_tokenizer(about["tokenizer"])
+    made_with = DistillConfig(**content["config"])
+    data = load_data(made_with.dataset, CPU)
     if data.oracle != "stories":
-        raise UserError(f"{c.folder} was trained on {flags.dataset}; the examples need stories")
-    contradiction(first, tokenizer, c.steps, c.seed)
-    dt = 1 / schedule(flags.teacher_steps, content["round"], flags.k)[-2]
-    x = data.pieces(1 + c.seed, data.stride)[-1:]
-    round_of(teacher, student, x, dt, tokenizer, c.seed)
+        raise UserError(f"{folder} was trained on {made_with.dataset}; the examples need "
+                        "stories")
+
+    contradiction(first_teacher, tokenizer, config.steps, config.seed)
+    steps_before = schedule(made_with.teacher_steps, content["round"], made_with.k)[-2]
+    x = data.pieces(1 + config.seed, data.stride)[-1:]               # (1, L)
+    round_of(teacher, student, x, 1 / steps_before, tokenizer, config.seed)
 
 
 if __name__ == "__main__":
