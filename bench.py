@@ -3,7 +3,6 @@ wins.
 
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
-    python bench.py train --preset small --batch 2           # training steps
 
 Both sides run as fast as this code can: AR with a static cache and a compiled decoding
 step, diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, word
@@ -27,7 +26,7 @@ from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
 from diffusion import categorical, sample, sample_joint
 from model import PRESETS, KVCache, decode, generate
 from sample import Sampling, counted_calls, draw_samples
-from tools import bench_train, figures
+from tools import figures
 from tools.bench_setup import checkpoints, random_weights, set_defaults
 from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
                            least_memory, limits, line, roofline, seconds)
@@ -57,10 +56,9 @@ class BenchConfig:
         None, "[ar diffusion diffusion-kv, diffusion-naive at the first batch]; "
         "transformers is its GPT-2, greedy", choices=ENGINES)
     # in which shapes
-    batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4; train 2]", low=1)
+    batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4]", low=1)
     length: list[int] | None = flag(
-        None, "tokens of a text [the checkpoints' context; random weights 128; train 1024]",
-        low=2)
+        None, "tokens of a text [the checkpoints' context; random weights 128]", low=2)
     steps: list[int] | None = flag(None, "of diffusion [4 8 16 32 64; random to 32]", low=1)
     repeats: int = flag(3, "timed runs of each, but of diffusion-naive one", low=1)
     samples: int = flag(128, "texts for perplexity and entropy", low=2)
@@ -321,23 +319,14 @@ def save(config, machine, rows):
 
 
 def main():
-    # `bench.py train` times training steps, `bench.py` samplers
-    argv = sys.argv[1:]
-    train = argv[:1] == ["train"]
-    if train:
-        argv = argv[1:]
-    config = parse_flags(BenchConfig, __doc__, argv)
+    config = parse_flags(BenchConfig, __doc__)
     device = start(config.device).device                             # one process
-    set_defaults(config, train, device)
+    set_defaults(config, device)
 
     # what the hardware can do at this moment, for the roofline
     machine = limits(device, getattr(torch, config.dtype))
     print(describe(machine), flush=True)
-    if train:
-        rows = bench_train.bench(config, device, machine)
-    else:
-        rows = bench(config, device, machine)
-    save(config, machine, rows)
+    rows = bench(config, device, machine)
     # rows that did not fit are results; nothing but such rows is a mistake
     if all("error" in row for row in rows):
         raise UserError("nothing fits in memory; choose a smaller --batch, --length or "

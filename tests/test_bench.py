@@ -291,7 +291,8 @@ def test_random_weights_are_named_by_preset(folder, monkeypatch, capsys):
 def test_training_rows(folder, monkeypatch):
     """All objectives in all forms. No chance involved."""
     monkeypatch.setattr(bench_train, "VOCAB", 50)
-    call(bench, "train", "--preset", "nano", "--batch", 2, "--length", 16, "--repeats", 1,
+    monkeypatch.setattr(bench_train, "limits", bench.limits)
+    call(bench_train, "--preset", "nano", "--batch", 2, "--length", 16, "--repeats", 1,
          "--json", "rows.json")
     rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
     assert sorted((r["objective"], r["form"]) for r in rows) == [

@@ -134,7 +134,7 @@ ELSEWHERE = {                            # what these need, and the tests that r
     "lambada/prepare": "the network: test_data", "openwebtext": "the network: test_data",
     "--site_packages": "minutes: test_data", "torchrun": "processes: test_processes",
     "tools.experiments": "an hour: test_experiments",
-    "bench.py train": "seconds, in processes of their own: test_bench"}
+    "bench_train": "seconds, in processes of their own: test_bench"}
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,11 @@ VOCAB = 50257                            # of random weights: GPT-2's
 ATTENTION = {"ar": "causal", "diffusion": "full", "diffusion-kv": "reveal"}
 
 
-def set_defaults(config, train, device):
-    """Fill in the flags that were not given. train: whether training steps are timed.
-    Raises UserError on what cannot be measured."""
+def set_defaults(config, device):
+    """Fill in the flags that were not given. Raises UserError on what cannot be measured."""
     # trained weights, where there are some and no others are asked for
     found = any(Path("out").glob("*/ar.pt"))
-    trained = not config.preset and not train and bool(
-        config.checkpoint or config.out or found)
+    trained = not config.preset and bool(config.checkpoint or config.out or found)
     engines = config.engine or ["ar", "diffusion", "diffusion-kv", "diffusion-naive"]
     not_trained = config.plot and not trained
     not_random = "transformers" in engines and trained
@@ -37,8 +35,6 @@ def set_defaults(config, train, device):
     config.engine = engines
     if trained:
         defaults = dict(preset=[], batch=[1, 8, 32], length=None, steps=[4, 8, 16, 32, 64])
-    elif train:
-        defaults = dict(preset=["small"], batch=[2], length=[1024], steps=[4, 8, 16, 32])
     else:
         defaults = dict(preset=["small"], batch=[1, 4], length=[128], steps=[4, 8, 16, 32])
     for name, value in defaults.items():
