@@ -181,7 +181,7 @@ def begin(config, row, model, step, device, machine):
                 warm_up()
                 calls.clear()
             times = first_run(row, run, warm_up_uncounted, least, device)
-        nfe = len(calls)  # number of function evaluations
+        nfe = len(calls)                 # number of function evaluations
     else:
         times = first_run(row, run, warm_up, least, device)
         # AR calls the network once for each token
@@ -220,7 +220,7 @@ def quality(config, models, device, engine, name, steps):
     """Perplexity under the AR model, and both entropies, of a trained model's texts."""
     model, judge = models[engine][name], next(iter(models["ar"].values()))
     x = draw_samples(model, config.samples, Sampling(steps), Processes(device))  # (n, L)
-    vocab = judge.config.vocab  # the same for all models here
+    vocab = judge.config.vocab           # the same for all models here
     gen, _ = gen_ppl(make_judge(judge), x.to(device))
     within, _ = entropy(x, vocab)                                    # without their errors
     pooled, _ = pooled_entropy(x, vocab)
@@ -256,7 +256,7 @@ def against_ar(rows):
     curves = {}
     for row in done:
         key = row["preset"], row["length"], row["batch"]
-        row["vs_ar"] = None  # AR may not have been asked for
+        row["vs_ar"] = None              # AR may not have been asked for
         if key not in ar_seconds:
             continue
         row["vs_ar"] = ar_seconds[key] / row["seconds"]
@@ -302,7 +302,7 @@ def bench(config, device, machine):
                         row |= judged(row["engine"], row["model"], row["steps"])
             # ratios for the lines shown now; the crossover needs all batch sizes
             against_ar(new)
-            rows += new  # saved at once: a run may be stopped
+            rows += new                  # saved at once: a run may be stopped
             save(config, machine, rows)
             print("\n".join(line(row, columns) for row in new), flush=True)
     print("\n".join(against_ar(rows)))

@@ -134,7 +134,7 @@ def parse_flags(Config, description, argv=None, **positional):
         parser.add_argument(f"--{field.name}", default=field.default,
                             help=text.replace("%", "%%"), **how)
 
-    args = parser.parse_args(argv)  # exits on what it does not know
+    args = parser.parse_args(argv)       # exits on what it does not know
     for field in fields:
         check_range(parser, field, getattr(args, field.name))
     return Config(**vars(args))
@@ -147,7 +147,7 @@ def check_range(parser, field, values):
     if high is not None:
         allowed = f"between {low} and {high}"
     if not isinstance(values, list):
-        values = [values]  # one value is a list of one
+        values = [values]                # one value is a list of one
     for value in values:
         if value is None:
             continue
@@ -186,13 +186,13 @@ def start(device):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if device == "cpu" else "nccl",
                                 timeout=datetime.timedelta(hours=12))
-    return Processes(torch.device(device), rank, world)  # cpu, or cuda:0, cuda:1, ...
+    return Processes(torch.device(device), rank, world)      # cpu, or cuda:0, cuda:1, ...
 
 
 def first(procs, f):
     """f(), in process 0 alone, for which all others wait; its UserError is raised in
     all."""
-    error = [None]  # a list, as broadcasts want it
+    error = [None]                       # a list, as broadcasts want it
     if procs.rank == 0:
         try:
             f()
@@ -240,7 +240,7 @@ def lr_factor(step, steps, warmup, final):
     """Linear warm-up to 1, then a cosine to `final` at the last step; final = 1 stays
     constant."""
     if step < warmup:
-        return (step + 1) / warmup  # not 0 at the first step
+        return (step + 1) / warmup       # not 0 at the first step
     progress = (step - warmup) / max(1, steps - warmup)              # 0 to 1
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -347,7 +347,7 @@ def fingerprint(model):
     for tensor in model.state_dict().values():
         # the bytes themselves, whatever the dtype
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]  # 48 bits tell models apart
+    return digest.hexdigest()[:12]       # 48 bits tell models apart
 
 
 # ---- a run: training that can be stopped, and goes on from its checkpoint
@@ -369,7 +369,7 @@ class Run:
 
 def save(run):
     """Write run's checkpoint."""
-    content = dict(run.content)  # a copy: run keeps its teacher
+    content = dict(run.content)          # a copy: run keeps its teacher
     # the frozen teacher of a round is kept only as long as the round needs it
     if run.step == run.steps:
         content["teacher"] = None
@@ -428,9 +428,9 @@ def resume(run, config, free):
     # weights, optimizers and counters
     try:
         run.model.load_state_dict(saved["model"])
-        run.ema.load_state_dict(saved["ema"])  # the averaged weights, too
+        run.ema.load_state_dict(saved["ema"])        # the averaged weights, too
         for optimizer, state in zip(run.optimizers, saved["optimizer"], strict=True):
-            optimizer.load_state_dict(state)  # its moments and counters
+            optimizer.load_state_dict(state)         # its moments and counters
     except (ValueError, RuntimeError, KeyError) as e:
         raise UserError(f"{run.path} does not fit the model that it is said to hold "
                         f"({in_short(e)}); move it away, or choose another --out")

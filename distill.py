@@ -168,7 +168,7 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
             h = states_at(teacher, z, settled, rank)                 # (settled, C)
         if target is None:
             target = h.new_empty(int(masked.sum()), h.shape[1])      # (N, C)
-        target[settled[masked]] = h  # rows of those just settled
+        target[settled[masked]] = h      # rows of those just settled
     return target
 
 
@@ -178,7 +178,7 @@ def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
     tokens. There is no weight 1/t here: this is no bound, and every mask counts alike."""
     # the noise
     t = sample_t(x.shape[0], x.device)                               # (B,)
-    z = q_sample(x, t, mask_id)  # (B, L), some tokens masked
+    z = q_sample(x, t, mask_id)          # (B, L), some tokens masked
     masked = z == mask_id                                            # (B, L), N of them
     rank = None
     if teacher.config.attention == "reveal":
@@ -227,7 +227,7 @@ def distill_round(config, procs, data, r, before, origin):
     # an unfinished round goes on with the teacher that it began with
     saved = resume(run, config, ANYTIME)
     if saved and saved["teacher"]:
-        teacher.load_state_dict(saved["teacher"])  # not what student is now
+        teacher.load_state_dict(saved["teacher"])    # not what student is now
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
     # on the device, compiled where the student is
     teacher = prepare_model(teacher, config, procs)
@@ -261,7 +261,7 @@ def open_results(config):
         old = json.loads((config.folder / "results.json").read_bytes())
         rows, models = old["rows"], old["models"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        rows, models = [], {}  # there is none, or it is not ours
+        rows, models = [], {}            # there is none, or it is not ours
     # what the numbers may depend on besides the flags
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "machine": platform.machine(), "threads": torch.get_num_threads()}

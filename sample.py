@@ -140,7 +140,7 @@ def spread(parts, f, procs, title=None):
     everyone = [mine]
     if procs.world > 1:
         everyone = [None for _ in range(procs.world)]
-        dist.all_gather_object(everyone, mine)  # everyone[rank] is mine there
+        dist.all_gather_object(everyone, mine)       # everyone[rank] is mine there
     # part i was process (i mod world)'s, as its (i div world)-th
     return [everyone[i % procs.world][i // procs.world] for i in range(len(parts))]
 

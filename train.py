@@ -79,7 +79,7 @@ class LoopConfig:
     save_every: int = flag(200, "steps between checkpoints", low=1)
 
     @property
-    def folder(self):  # of checkpoints, logs and results
+    def folder(self):                    # of checkpoints, logs and results
         name = f"{Path(self.dataset).name}-{self.preset}"
         if self.attention == "reveal":
             name += "-reveal"
@@ -144,7 +144,7 @@ def fit(config, procs, data, run, loss):
     if run.step == run.steps:
         return
     if procs.rank == 0:
-        rewind_log(run)  # the last lines may be of lost steps
+        rewind_log(run)                  # the last lines may be of lost steps
 
     # the batch of a step, `count` micro-batches in each process
     run.micro, count = micro_batches(config, procs, run)
@@ -179,13 +179,13 @@ def fit(config, procs, data, run, loss):
             # the step, and the averaged weights, which follow
             optimizer_step(config, run)
             ema_update(run.ema, run.model, config.ema, run.averaged + step)
-            run.step = step + 1  # what a checkpoint would say now
+            run.step = step + 1          # what a checkpoint would say now
 
             # the clock and the bar
             speed = clock.tick()
             if shown:
                 text = f"loss {total.item():.3f}, {speed:,.0f} tokens/s"
-                bar.set_postfix_str(text, refresh=False)  # shown at the next update
+                bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
             # validation comes before saving: the step itself may have been too large
@@ -225,7 +225,7 @@ def backward(config, procs, data, run, net, count):
     """The gradient of one step, left in the parameters; returns this process's loss, a
     scalar. The global batch is a list of micro-batches, each with a seed of its own, dealt
     out to the processes in turn: so several processes see what one would have seen."""
-    total = torch.zeros((), device=procs.device)  # read only when it is shown
+    total = torch.zeros((), device=procs.device)     # read only when it is shown
     for i in range(count):
         # micro-batch number i * world + rank of this step, with its seed
         seed_all(config.seed, run.path.stem, run.step, i * procs.world + procs.rank)
@@ -252,8 +252,8 @@ def optimizer_step(config, run):
     factor = lr_factor(run.step, run.steps, config.warmup, config.final_lr)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * factor  # one rate for Muon and AdamW
-        optimizer.step()  # see common.make_optimizers
+            group["lr"] = config.lr * factor         # one rate for Muon and AdamW
+        optimizer.step()                 # see common.make_optimizers
         optimizer.zero_grad()            # the next step's gradient begins at zero
 
 
@@ -263,7 +263,7 @@ def stop_if_not_finite(config, procs, run, bad):
     # of several processes, all learn of it
     if procs.world > 1:
         bad = bad.clone()
-        dist.all_reduce(bad, dist.ReduceOp.MAX)  # 0 only if it is 0 everywhere
+        dist.all_reduce(bad, dist.ReduceOp.MAX)      # 0 only if it is 0 everywhere
     if not bad:
         return
     # a sentence that says what is left, and what may help
@@ -309,7 +309,7 @@ def validate(model, loss, data, config, batches=4):
     size = 128 if config.preset == "nano" else 16        # sequences of a batch
     total = 0.0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for i in range(batches):  # 4 for a log line, 1 for a save
+        for i in range(batches):         # 4 for a log line, 1 for a save
             seed_all("validation", i)                    # the noise of batch i
             x = data.batch("val", size, model.config.context, device)    # (size, L)
             total += loss(model, x).item() / batches
@@ -326,7 +326,7 @@ def write_log(procs, run, **entry):
     # for programs, and for the learning curves
     path = run.path.with_suffix(".jsonl")
     try:
-        with open(path, "a") as f:  # a stop leaves all earlier lines
+        with open(path, "a") as f:       # a stop leaves all earlier lines
             f.write(to_json({"step": run.step, **entry}) + "\n")
     except OSError as e:
         raise UserError(f"{path} cannot be written ({reason(e)}); {remedy(e)}")
@@ -355,7 +355,7 @@ def prepare_model(model, config, procs):
     model.bf16 = config.bf16
     if config.bf16 is None:
         model.bf16 = procs.device.type == "cuda"
-    model.recompute = config.recompute  # see Transformer.run
+    model.recompute = config.recompute   # see Transformer.run
     if config.compile:
         for block in model.blocks:       # one is compiled, all share it
             block.compile()
@@ -373,7 +373,7 @@ def as_command(script, config):
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")   # argparse's two forms
         else:
-            words += [f"--{name}", str(value)]  # shlex.join quotes what needs it
+            words += [f"--{name}", str(value)]       # shlex.join quotes what needs it
     return shlex.join(words)
 
 
@@ -442,12 +442,12 @@ def train(config, procs, as_saved=False):
     being refused."""
     if as_saved and config.path.exists():
         config = with_saved_flags(config)
-    data = load_data(config.dataset, procs)  # stories are made if missing
+    data = load_data(config.dataset, procs)          # stories are made if missing
 
     # the model, and what its checkpoint says beside its weights
     content = dict(kind=config.objective, config=dataclasses.asdict(config),
                    tokenizer=data.tokenizer.spec, data=data.fingerprint)
-    seed_all(config.seed, config.objective)  # for the random weights
+    seed_all(config.seed, config.objective)          # for the random weights
     if config.init is None:
         model = new_model(config, data)
     else:
