@@ -91,7 +91,7 @@ def test_the_whole_table(made, tmp_path, capsys):
     assert len(results["frontier"]) == 7 and len(results["continuations"]) == 8
     assert results["teacher"] == "teacher" and "ar.pt, in tokens" in results["judge"]
     for part in ("likelihood", "samples", "diversity", "frontier", "last_word", "continuations"):
-        assert figures.TABLES[part][0] in shown
+        assert figures.HEADINGS[part][0] in shown
     assert shown.count("\nround1 ") == 1 + 4 + 4 + 2 + 1 + 2
 
 
