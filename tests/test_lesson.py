@@ -52,8 +52,8 @@ def test_a_law_is_drawn_exactly_but_in_float32_with_many_steps(monkeypatch, tmp_
     """tools/precision.py in small: 300 tokens, 8 steps, where nothing is lost: all three draws
     have the law's mean of -log p within 4 standard errors (another seed fails one time in 5,000),
     and the table has their four rows."""
-    c = precision.Config(tokens=300, length=640, steps=8)
-    law, *found = precision.rows(c)
+    c = precision.PrecisionConfig(tokens=300, length=640, steps=8)
+    law, *found = precision.rows_of(c)
     for row in found:
         assert abs(row["nats"] - law["nats"]) < 4 * row["nats_se"] < 0.5
         assert (row["tokens"], row["steps"]) == (640, 8)

@@ -1,8 +1,8 @@
-"""What a model thinks of a text: a diffusion model's bound, an AR model's likelihood, and how both
-complete a passage by its last word (LAMBADA, arXiv 1606.06031).
+"""What a model thinks of a text: a diffusion model's bound, an AR model's likelihood, and
+how both complete a passage by its last word (LAMBADA, arXiv 1606.06031).
 
-Models as in diffusion.py. Noise comes from torch's global generators; evaluate.py seeds them by the
-number of the batch, so that all models meet the same masks.
+Models as in diffusion.py. Noise comes from torch's global generators; evaluate.py seeds
+them by the number of the batch, so that all models meet the same masks.
 """
 import itertools
 import math
@@ -12,9 +12,9 @@ import torch
 
 from data.files import UserError
 from data.lambada.prepare import WORD
+from data.measures import NO_VALUE, add_mean, exp, mean_se
 from diffusion import ROWS, states_at
 from model import cross_entropy, nll, shifted
-from data.measures import exp, mean_se, add_mean
 
 LONGEST = 5                  # tokens of a word whose orders are enumerated: 120
 DRAWS = 16                   # maskings for the bound of a longer one
@@ -24,21 +24,25 @@ DRAWS = 16                   # maskings for the bound of a longer one
 
 @torch.no_grad()
 def token_nats(model, z, x, rank=None):
-    """-log p(x_i | z) at each mask of z, where z differs from x, and 0 elsewhere: (B, L)."""
-    at = z != x
+    """-log p(x_i | z) at each mask of z, where z differs from x, and 0 elsewhere: (B,
+    L)."""
+    at = z != x                                                      # (B, L), N of them
     h = states_at(model, z, at, rank)                                # (N, C)
-    parts = zip(h.split(ROWS), x[at].split(ROWS))
-    nats = [cross_entropy(model.head(a), b).double() for a, b in parts]
+    # the head, for some of the N at a time
+    nats = []
+    for states, ids in zip(h.split(ROWS), x[at].split(ROWS)):
+        nats.append(cross_entropy(model.head(states), ids).double())
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    out[at] = torch.cat(nats) if nats else out.new_zeros(0)
+    if nats:
+        out[at] = torch.cat(nats)
     return out
 
 
 def bound(model, x, mask_id, draws=1):
-    """The NELBO of each text of x (B, L) in nats per token, (B,): the integral over t in (0, 1] of
-    (1/t) sum over masks of -log p(x_i | z_t) (MDLM, eq. 10), by one u from each of `draws` equal
-    parts of (0, 1], t = u^2 and dt / t = 2 du / u. (With t itself uniform the variance is infinite:
-    a text of one mask at t near 0 has weight 1/t. Adding the opposite masking hardly helps.)"""
+    """The NELBO of each text of x (B, L) in nats per token, (B,): the integral over t in
+    (0, 1] of (1/t) sum over masks of -log p(x_i | z_t) (MDLM, eq. 10), by one u from each
+    of `draws` equal parts of (0, 1], t = u^2 and dt / t = 2 du / u. (With t itself uniform
+    the variance is infinite: a text of one mask at t near 0 has weight 1/t.)"""
     B, L = x.shape
     total = torch.zeros(B, dtype=torch.float64, device=x.device)
     for i in range(draws):
@@ -49,21 +53,26 @@ def bound(model, x, mask_id, draws=1):
 
 
 def any_order(model, x, mask_id, draws=1, known=0):
-    """The same bound without t: -log p(x) <= E_n (L / n) sum over n random masks of -log p(x_i|z),
-    with n uniform in 1..L (arXiv 2110.02037), of the tokens after the first `known`; in nats per
-    such token, (B,), by one n from each of `draws` equal parts."""
+    """The same bound without t: -log p(x) <= E_n (L / n) sum over n random masks of
+    -log p(x_i | z), with n uniform in 1..L (arXiv 2110.02037), of the tokens after the
+    first `known`; in nats per such token, (B,), by one n from each of `draws` equal
+    parts."""
     B, L = len(x), x.shape[1] - known
     total = torch.zeros(B, dtype=torch.float64, device=x.device)
     for i in range(draws):
-        n = 1 + ((i + torch.rand(B, 1, device=x.device)) * L / draws).long().clamp(max=L - 1)
+        u = torch.rand(B, 1, device=x.device)
+        n = 1 + ((i + u) * L / draws).long().clamp(max=L - 1)        # (B, 1), of 1..L
+        # n of the L positions, in random order
         masked = torch.rand((B, L), device=x.device).argsort(1) < n
-        z = torch.cat((x[:, :known], torch.where(masked, mask_id, x[:, known:])), 1)
+        end = torch.where(masked, mask_id, x[:, known:])
+        z = torch.cat((x[:, :known], end), 1)
         total += token_nats(model, z, x, rank_of(model, x, L)).sum(1) / n[:, 0]
     return total / draws
 
 
 def exact(model, x, mask_id):
-    """Negative log-likelihood of each text of x (B, L) under an AR model, nats per token (B,)."""
+    """Negative log-likelihood of each text of x (B, L) under an AR model, nats per token
+    (B,)."""
     return nll(model, x, mask_id).double().mean(1)
 
 
@@ -71,33 +80,41 @@ def exact(model, x, mask_id):
 
 def passages(text, least=20):
     """The paragraphs of a text that have at least so many words."""
-    found = [part for part in re.split(r"\n\s*\n", text) if len(WORD.findall(part)) >= least]
-    if not found:
-        raise UserError(f"the text has no passage of {least} words between empty lines; use "
-                        "another")
-    return found
+    paragraphs = re.split(r"\n\s*\n", text)
+    long_enough = [part for part in paragraphs if len(WORD.findall(part)) >= least]
+    if not long_enough:
+        raise UserError(f"the text has no passage of {least} words between empty lines; "
+                        "use another")
+    return long_enough
 
 
 def make_tasks(texts, tokenizer, context, cut=False):
-    """[(ids of a passage up to its last word, ids of that word)]: what follows the word is dropped,
-    nothing tells that the text ends there. Raises UserError where a passage is longer than the
-    context, or, with cut, keeps its end."""
+    """[(ids of a passage up to its last word, ids of that word)]: what follows the word is
+    dropped, nothing tells that the text ends there. Raises UserError where a passage is
+    longer than the context, or, with cut, keeps its end."""
     tasks = []
     for i, text in enumerate(texts, 1):
         *_, last = WORD.finditer(text)
-        begin = last.start() - (text[:last.start()].endswith(" "))
-        before, word = tokenizer.encode(text[:begin]), tokenizer.encode(text[begin:last.end()])
-        if len(before) + len(word) > context:
+        begin = last.start()
+        if text[:begin].endswith(" "):   # a word's token begins with its space
+            begin -= 1
+        before = tokenizer.encode(text[:begin])
+        word = tokenizer.encode(text[begin:last.end()])
+        # tokens beyond the context
+        over = len(before) + len(word) - context
+        if over > 0:
             if not cut or len(word) >= context:
-                raise UserError(f"passage {i} has {len(before) + len(word)} tokens, more than the "
-                                f"model's context of {context}; give shorter ones or another model")
-            before = before[len(before) + len(word) - context:]
+                raise UserError(f"passage {i} has {len(before) + len(word)} tokens, more "
+                                f"than the model's context of {context}; give shorter ones "
+                                "or another model")
+            before = before[over:]
         tasks.append((before, word))
     return tasks
 
 
 def batches(tasks, size):
-    """Tasks of equal lengths together: [(numbers of the tasks, x (B, L), tokens of the word)]."""
+    """Tasks of equal lengths together: [(numbers of the tasks, x (B, L), tokens of the
+    word)]."""
     groups = {}
     for i, (before, word) in enumerate(tasks):
         groups.setdefault((len(before), len(word)), []).append(i)
@@ -108,8 +125,8 @@ def batches(tasks, size):
 
 
 def rank_of(model, x, w):
-    """When tokens were revealed, for a model that asks, such that the last w come last: (B, L), or
-    None for others."""
+    """When tokens were revealed, for a model that asks, such that the last w come last: (B,
+    L), or None for others."""
     if model.config.attention != "reveal":
         return None
     rank = torch.rand(x.shape, device=x.device)
@@ -119,65 +136,87 @@ def rank_of(model, x, w):
 
 @torch.no_grad()
 def complete(model, x, w, mask_id, protocol):
-    """The last w tokens of x (B, L), hidden and filled in with the likeliest ones: "one_pass", all
-    at once; "confident", one at a time, the most certain first; "left", from left to right."""
-    z, rows = x.clone(), torch.arange(len(x), device=x.device)
-    z[:, -w:] = mask_id
-    at = rows.repeat_interleave(w), torch.arange(x.shape[1] - w, x.shape[1],
-                                                 device=x.device).repeat(len(x))
+    """The last w tokens of x (B, L), hidden and filled in with the likeliest ones, (B, w):
+    "one_pass", all at once; "confident", one at a time, the most certain first; "left",
+    from left to right."""
+    B, L = x.shape
+    begin = L - w
+    z = x.clone()
+    z[:, begin:] = mask_id
+    # the last w positions of all texts
+    rows = torch.arange(B, device=x.device)
+    at = rows.repeat_interleave(w), torch.arange(begin, L, device=x.device).repeat(B)
     rank = rank_of(model, x, w)
-    for i in range(1 if protocol == "one_pass" else w):
-        log_p = model.head(model.hidden(z, at, rank)).log_softmax(-1).view(len(x), w, -1)
-        best, ids = log_p.max(-1)                                    # (B, w)
+    for i in range(w):
+        logits = model.head(model.hidden(z, at, rank))               # (B w, V)
+        best, ids = logits.log_softmax(-1).view(B, w, -1).max(-1)    # (B, w) both
         if protocol == "one_pass":
             return ids
-        best = best.masked_fill(z[:, -w:] != mask_id, -torch.inf)
-        chosen = best.argmax(1) if protocol == "confident" else torch.full_like(rows, i)
-        place = x.shape[1] - w + chosen
-        z[rows, place] = ids[rows, chosen]
-        if rank is not None:
-            rank[rows, place] = 2.0 + i
-    return z[:, -w:]
+        if protocol == "left":
+            chosen = torch.full_like(rows, i)                        # (B,)
+        else:
+            known = z[:, begin:] != mask_id
+            chosen = best.masked_fill(known, -torch.inf).argmax(1)
+        z[rows, begin + chosen] = ids[rows, chosen]
+        if rank is not None:             # it was revealed after all others
+            rank[rows, begin + chosen] = 2.0 + i
+    return z[:, begin:]
 
 
 def word_nats(model, x, w, mask_id):
-    """-log p of the last w tokens of x (B, L) given the others, (B,): by all w! orders in which
-    they may be revealed one at a time, up to LONGEST tokens; beyond, the bound."""
+    """-log p of the last w tokens of x (B, L) given the others, (B,): by all w! orders in
+    which they may be revealed one at a time, up to LONGEST tokens; beyond, the bound."""
+    begin = x.shape[1] - w
     if w > LONGEST:
-        return any_order(model, x, mask_id, DRAWS, x.shape[1] - w) * w
-    begin, rank, nats = x.shape[1] - w, rank_of(model, x, w), {}
+        return any_order(model, x, mask_id, DRAWS, begin) * w
+    # {tokens revealed so far, in order: what each of the others costs then, (B, w)}
+    rank, nats = rank_of(model, x, w), {}
     for k in range(w):
-        for known in itertools.permutations(range(w), k):            # revealed so far, in order
-            z, places = x.clone(), [begin + i for i in known]
-            z[:, [j for j in range(begin, x.shape[1]) if j not in places]] = mask_id
+        for known in itertools.permutations(range(w), k):
+            places = [begin + i for i in known]
+            masks = [j for j in range(begin, x.shape[1]) if j not in places]
+            z = x.clone()
+            z[:, masks] = mask_id
             if rank is not None:
                 rank[:, places] = 2.0 + torch.arange(k, device=x.device)
-            nats[known] = token_nats(model, z, x, rank)[:, begin:]               # (B, w)
-    each = [sum(nats[path[:k]][:, path[k]] for k in range(w))
-            for path in itertools.permutations(range(w))]            # (B,) for each order
-    return math.log(len(each)) - torch.logsumexp(-torch.stack(each), 0)
+            nats[known] = token_nats(model, z, x, rank)[:, begin:]
+    # the cost of a whole order is the sum along it; p is the mean of all orders'
+    orders = []
+    for path in itertools.permutations(range(w)):
+        orders.append(sum(nats[path[:k]][:, path[k]] for k in range(w)))         # (B,)
+    return math.log(len(orders)) - torch.logsumexp(-torch.stack(orders), 0)
 
 
 @torch.no_grad()
 def answer(model, x, w):
-    """What there is to know about a batch of tasks: {name: (B,)}, w tokens of x (B, L) being the
-    word. AR models answer from left to right only."""
-    if not model.config.causal:
-        right = {name: (complete(model, x, w, model.mask_id, name) == x[:, -w:]).all(1)
-                 for name in ("one_pass", "confident", "left")}
-        return right | {"nats": word_nats(model, x, w, model.mask_id)}
-    h = model.hidden(shifted(x, model.mask_id))[:, -w:]
-    log_p = model.head(h).log_softmax(-1)                            # (B, w, V)
-    return {"left": (log_p.argmax(-1) == x[:, -w:]).all(1),
-            "nats": -log_p.double().gather(2, x[:, -w:, None])[..., 0].sum(1)}
+    """What there is to know about a batch of tasks: {name: (B,)}, w tokens of x (B, L)
+    being the word: whether it is completed rightly, and its nats. AR models answer from
+    left to right only."""
+    begin = x.shape[1] - w
+    word = x[:, begin:]                                              # (B, w)
+    if model.config.causal:
+        h = model.hidden(shifted(x, model.mask_id))[:, begin:]       # (B, w, C)
+        log_p = model.head(h).log_softmax(-1)                        # (B, w, V)
+        nats = -log_p.double().gather(2, word[..., None])[..., 0].sum(1)
+        return {"left": (log_p.argmax(-1) == word).all(1), "nats": nats}
+    answers = {}
+    for protocol in ("one_pass", "confident", "left"):
+        written = complete(model, x, w, model.mask_id, protocol)
+        answers[protocol] = (written == word).all(1)
+    answers["nats"] = word_nats(model, x, w, model.mask_id)
+    return answers
 
 
 def last_word(answers, tasks):
-    """A row of results from answers [{name: (B,)}]: accuracies, and the perplexity of the word."""
-    row = {"tasks": len(tasks), "by_bound": sum(len(word) > LONGEST for _, word in tasks)}
+    """A row of results from answers [{name: (B,)}]: accuracies, and the perplexity of the
+    word."""
+    by_bound = sum(len(word) > LONGEST for _, word in tasks)
+    row = {"tasks": len(tasks), "by_bound": by_bound}
     for name in ("one_pass", "confident", "left"):
-        values = [a[name] for a in answers if name in a]
-        add_mean(row, name, mean_se(torch.cat(values)) if values else (None, None))
-    mean, se = mean_se(torch.cat([a["nats"] for a in answers]))
+        values = [answer[name] for answer in answers if name in answer]
+        add_mean(row, name, NO_VALUE)
+        if values:
+            add_mean(row, name, mean_se(torch.cat(values)))
+    mean, se = mean_se(torch.cat([answer["nats"] for answer in answers]))
     add_mean(row, "word_ppl", (exp(mean), exp(mean) * se))
     return row
