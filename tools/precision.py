@@ -1,10 +1,11 @@
-"""What float32 does to a sampler of many steps: a law of 50,257 tokens, drawn in three ways.
+"""What float32 does to a sampler of many steps: a law of 50,257 tokens, drawn in three
+ways.
 
     python -m tools.precision          # -> results/precision.json
 
-The law is known (token i has probability 1 / (i H), as in natural text), so nothing but the draw is
-at fault. Rare is a token of less than 6e-5: in the first of 1,024 steps it would open with less
-than 6e-8, which noise of 24 bits cannot reach.
+The law is known (token i has probability 1 / (i H), as in natural text), so nothing but the
+draw is at fault. Rare is a token of less than 6e-5: in the first of 1,024 steps it would be
+revealed with less than 6e-8, which noise of 24 bits cannot reach.
 """
 import math
 import types
@@ -19,6 +20,7 @@ from sample import mean_se, put
 from tools import figures
 
 RARE = 6e-5
+LENGTH = 16                                  # positions of a text
 COLUMNS = (("draw", "draw", "s"), ("steps", "steps", "d"), ("rare tokens", "rare", ".1%±"),
            ("-log p", "nats", ".3f±"))
 
@@ -38,43 +40,65 @@ class Law:
         self.log_p = log_p
 
     def hidden(self, z, at=None, rank=None):
-        row, pos = at
-        return torch.zeros(len(row), 1)
+        row, _ = at
+        # the N states at the places `at`: their values are nothing to the head
+        return torch.zeros(len(row), 1)                              # (N, 1)
 
     def head(self, h):
-        return self.log_p.float().expand(len(h), -1)
+        return self.log_p.float().expand(len(h), -1)                 # (N, V)
 
     def __call__(self, z):
-        return self.log_p.float().expand(*z.shape, -1)
+        return self.log_p.float().expand(*z.shape, -1)               # (B, L, V)
 
 
-def rows(c):
+def zipf(V):
+    """The log-probabilities (V,) of the law, in float64."""
+    log_p = -(torch.arange(1, V + 1, dtype=torch.float64)).log()
+    return log_p - log_p.logsumexp(0)                                # minus log H
+
+
+def tokens_of(draw, length):
+    """`length` tokens (N,), or a few more: as many texts of draw() as that takes."""
+    texts = []
+    for i in range(math.ceil(length / LENGTH)):
+        seed_all("precision", i)         # text i of every sampler begins with one seed
+        texts.append(draw().flatten())
+    return torch.cat(texts)
+
+
+def rows(config):
     """A row for the law itself, and one for each way to draw from it."""
-    log_p = -(torch.arange(1, c.tokens + 1, dtype=torch.float64)).log()
-    log_p -= log_p.logsumexp(0)
-    p, rare = log_p.exp(), log_p < math.log(RARE)
-    found = [{"draw": "the law", "rare": p[rare].sum().item(), "nats": -(p * log_p).sum().item()}]
-    model, z = Law(log_p), torch.full((1, 16), c.tokens)
-    for name, draw in (
-            ("which opens, then which token in float64", lambda: sample(
-                model, z, c.steps, c.tokens, categorical)),
-            ("both at once in float64", lambda: sample_joint(model, z, c.steps, c.tokens)),
-            ("both at once in float32", lambda: sample_joint(model, z, c.steps, c.tokens,
-                                                             torch.float32))):
-        x = []
-        for i in range(-(-c.length // 16)):
-            seed_all("precision", i)
-            x.append(draw().flatten())
-        x = torch.cat(x)
-        found.append({"draw": name, "steps": c.steps, "tokens": len(x)})
-        put(found[-1], "rare", mean_se(rare[x].double()))
-        put(found[-1], "nats", mean_se(-log_p[x]))
+    # the law, and what is known of it without a draw
+    log_p = zipf(config.tokens)                                      # (V,)
+    p = log_p.exp()
+    rare = log_p < math.log(RARE)
+    found = [{"draw": "the law", "rare": p[rare].sum().item(),
+              "nats": -(p * log_p).sum().item()}]
+
+    # the three ways, from a text of masks; the mask's id is V
+    model = Law(log_p)
+    mask_id = config.tokens
+    z = torch.full((1, LENGTH), mask_id)
+    draws = {
+        "which opens, then which token in float64":
+            lambda: sample(model, z, config.steps, mask_id, categorical),
+        "both at once in float64":
+            lambda: sample_joint(model, z, config.steps, mask_id),
+        "both at once in float32":
+            lambda: sample_joint(model, z, config.steps, mask_id, torch.float32),
+    }
+    for name, draw in draws.items():
+        x = tokens_of(draw, config.length)                           # (N,)
+        row = {"draw": name, "steps": config.steps, "tokens": len(x)}
+        put(row, "rare", mean_se(rare[x].double()))
+        put(row, "nats", mean_se(-log_p[x]))
+        found.append(row)
     return found
 
 
 def main():
-    c = parse_flags(Config, __doc__)
-    found = rows(c)
+    config = parse_flags(Config, __doc__)
+    found = rows(config)
     write_json(ROOT / "results/precision.json", {"rows": found})
     print(figures.rows_as_text(found, COLUMNS))
 
