@@ -1,1 +1,2 @@
-"""Datasets: dataset.py reads them, corpus.py makes them from text, NAME/prepare.py makes one."""
+"""Datasets: dataset.py reads them, corpus.py makes them from text, each NAME/prepare.py
+makes one."""

@@ -2,9 +2,9 @@
 
     python data/openwebtext/prepare.py [--chunk 1024]
 
-Streams it from the Hugging Face hub (pip install datasets), encodes it on all cores, and writes
-train.bin and val.bin as nanoGPT does. Rows without a text (null) are left out, and counted. Stopped
-at any moment, the same command goes on where it was.
+Streams it from the Hugging Face hub (pip install datasets), encodes it on all cores, and
+writes train.bin and val.bin as nanoGPT does. Rows without a text (null) are left out, and
+counted. Stopped at any moment, the same command goes on where it was.
 """
 import sys
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+# the project's root, so that this runs as a script
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
@@ -21,39 +22,50 @@ from data.corpus import (PARTS, append_tokens, begun, finish,        # noqa: E40
 from data.dataset import id_type, make_tokenizer                     # noqa: E402
 from data.files import UserError, hold, write                        # noqa: E402
 
-GPT2 = {"kind": "gpt2"}
+GPT2 = {"kind": "gpt2"}                                              # the tokenizer
 
 
 @dataclass
 class Config:
-    source: str = flag("Skylion007/openwebtext", "id on the hub, or a folder of its parquet or "
-                       "JSON lines files; the column `text` is read")
-    val_documents: int = flag(100_000, "the last so many are validation, as for MDLM's models",
-                              low=1)
+    source: str = flag(
+        "Skylion007/openwebtext", "id on the hub, or a folder of its parquet or JSON lines "
+        "files; the column `text` is read")
+    val_documents: int = flag(
+        100_000, "the last so many are validation, as for MDLM's models", low=1)
     documents: int | None = flag(None, "only the first so many, for a trial", low=2)
-    chunk: int | None = flag(None, "rows of so many tokens, <end> at both ends, as MDLM and SDTT "
-                             "have them (1024) [a text may be cut anywhere]", low=3)
+    chunk: int | None = flag(
+        None, "rows of so many tokens, <end> at both ends, as MDLM and SDTT have them "
+        "(1024) [a text may be cut anywhere]", low=3)
 
 
 def stream(source, first, documents):
-    """The texts of a source from document number `first` on, with a progress bar, as parts (text,
-    True); the text is None where a row has none."""
+    """The texts of a source from document number `first` on, with a progress bar, as parts
+    (text, True); the text is None where a row has none. Ends before document number
+    `documents`, if that is given. Raises UserError."""
     empty = 0
     datasets = package("datasets")
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)
+
+        # how many there are, for the bar: a folder of files may not say
+        total = documents
         splits = rows.info.splits or {}
-        total = documents or (splits["train"].num_examples if "train" in splits else None)
+        if not total and "train" in splits:
+            total = splits["train"].num_examples
+
+        # a bad row is named by its number
         rows = rows.skip(first)
-        with tqdm(total=total, initial=first, desc="documents", mininterval=1, ncols=90) as bar:
+        with tqdm(total=total, initial=first, desc="documents", mininterval=1,
+                  ncols=90) as bar:
             for number, row in enumerate(rows, first):
-                if number >= (documents or number + 1):
+                if documents and number >= documents:
                     break
                 text = row["text"]
                 if not isinstance(text, str | None):
                     raise UserError(f"--source {source}, row {number}: its text is of type "
                                     f"{type(text).__name__}; it must be a string")
-                empty += text is None
+                if text is None:
+                    empty += 1
                 yield text, True
                 bar.update()
         if empty:
@@ -62,32 +74,41 @@ def stream(source, first, documents):
         raise
     except KeyError as e:
         raise UserError(f"--source {source} has no column {e}; it needs one named `text`")
-    except Exception as e:           # of the hub, of several network packages, of file formats
-        raise UserError(f"--source {source} cannot be read ({type(e).__name__}: "
-                        f"{' '.join(str(e).split())[:200]}); connect, or name a folder of its "
-                        "files; the same command goes on where it was")
+    # of the hub, of several network packages, of file formats
+    except Exception as e:
+        why = " ".join(str(e).split())[:200]
+        raise UserError(f"--source {source} cannot be read ({type(e).__name__}: {why}); "
+                        "connect, or name a folder of its files; the same command goes on "
+                        "where it was")
 
 
 def main(argv=None):
     """Write train.bin, val.bin and meta.json beside this file."""
-    c = parse_flags(Config, __doc__, argv)
+    config = parse_flags(Config, __doc__, argv)
+    # what is missing is said before anything is written
     package("datasets")
-    make_tokenizer(GPT2)
-    refuse_outputs(c.source, FOLDER)
-    hold(FOLDER / "val.bin")
-    source, done = FOLDER / "source.part", begun(FOLDER, id_type(make_tokenizer(GPT2).vocab))
-    if done and (not source.exists() or source.read_text() != c.source):
-        raise UserError(f"{FOLDER} holds {done:,} documents of another --source; give the same, or "
-                        f"remove {PARTS[0]} and {PARTS[1]}")
-    write(source, lambda f: f.write(c.source.encode()))
-    append_tokens(FOLDER, stream(c.source, done, c.documents), GPT2)
+    encoder = make_tokenizer(GPT2)
+    refuse_outputs(config.source, FOLDER)
+    hold(FOLDER / "val.bin")                             # one process at a time writes it
+
+    # go on after the documents that are encoded already, if they are of the same source
+    source = FOLDER / "source.part"
+    done = begun(FOLDER, id_type(encoder.vocab))
+    if done and (not source.exists() or source.read_text() != config.source):
+        raise UserError(f"{FOLDER} holds {done:,} documents of another --source; give the "
+                        f"same, or remove {PARTS[0]} and {PARTS[1]}")
+    write(source, lambda f: f.write(config.source.encode()))
+    append_tokens(FOLDER, stream(config.source, done, config.documents), GPT2)
 
     def cut(ends):
-        if len(ends) <= c.val_documents or not ends[-1 - c.val_documents]:
-            raise UserError(f"--val_documents {c.val_documents} of {len(ends)} documents leave "
+        """The token where validation begins; ends: the places where documents end."""
+        held_out = config.val_documents
+        if len(ends) <= held_out or not ends[-1 - held_out]:
+            raise UserError(f"--val_documents {held_out} of {len(ends)} documents leave "
                             "none for training; give fewer")
-        return int(ends[-1 - c.val_documents])
-    finish(FOLDER, GPT2, cut, c.chunk, "more --documents and --val_documents")
+        return int(ends[-1 - held_out])
+    # finish removes the encoded parts, so their source need not be known any longer
+    finish(FOLDER, GPT2, cut, config.chunk, "more --documents and --val_documents")
     source.unlink()
 
 

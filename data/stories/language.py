@@ -1,16 +1,18 @@
 """The language of `stories`: a generator of short stories, and its exact oracle.
 
-A story is one sentence per beat. A sentence is a pattern whose capitals are slots; a slot is drawn
-when it is first mentioned and remembered from then on, so names, pronouns, things, colours and
-places must agree from end to end, and what a friend does must fit what went wrong. Choices are
-skewed, as in natural language: the i-th word of a list has weight 1/i.
+A story is one sentence per beat. A sentence is a pattern whose capitals are slots. A slot
+is drawn when it is first mentioned and remembered from then on: so names, pronouns, things,
+colours and places must agree from end to end, and what a friend does must fit what went
+wrong. Choices are skewed, as in natural language: the i-th word of a list has weight 1/i.
 
     log_prob(words)          the log-probability of a story under the generator, in nats
-    contradictions(words)    what is wrong with it, one reason each; [] exactly when log_prob > -inf
+    contradictions(words)    what is wrong with it, one reason for each fault;
+                             [] exactly when log_prob > -inf
 """
 import math
 
-NAMES = "lily tom anna ben mia sam zoe max".split()      # girls and boys in turn
+# what is drawn for a slot; names are girls and boys in turn
+NAMES = "lily tom anna ben mia sam zoe max".split()
 WORDS = {
     "NAME": NAMES, "FRIEND": NAMES,
     "COLOUR": "red blue green yellow white pink".split(),
@@ -19,11 +21,14 @@ WORDS = {
     "ANIMAL": "dog bird cat fox".split(),
     "WEATHER": "sunny warm windy cold".split(),
 }
-FORMS = {                                # slots that follow from a name: whose, for a girl, a boy
-    "SHE": ("NAME", "she", "he"), "HER": ("NAME", "her", "his"), "GIRL": ("NAME", "girl", "boy"),
+# slots that follow from a name: (whose name, the word for a girl, for a boy)
+FORMS = {
+    "SHE": ("NAME", "she", "he"), "HER": ("NAME", "her", "his"),
+    "GIRL": ("NAME", "girl", "boy"),
     "FSHE": ("FRIEND", "she", "he"), "FHIM": ("FRIEND", "her", "him"),
 }
-BEATS = {                                # beat: (weight, plot or "" for any, sentence)
+# the options of each beat: (weight, plot that it belongs to or "" for any, sentence)
+BEATS = {
     "opening": [(5, "", "one WEATHER day NAME went to the PLACE ."),
                 (3, "", "NAME was a GIRL who loved the PLACE ."),
                 (2, "", "on a WEATHER day NAME saw the PLACE .")],
@@ -49,90 +54,175 @@ BEATS = {                                # beat: (weight, plot or "" for any, se
                (3, "", "they took the COLOUR THING home ."),
                (2, "", "FSHE and NAME left the PLACE .")],
 }
-CLASS = {word: slot for slot in WORDS if slot != "FRIEND" for word in WORDS[slot]}
-CLASS |= {"she": "SHE", "he": "SHE", "her": "HER", "his": "HER", "him": "HER",
-          "girl": "GIRL", "boy": "GIRL", "FRIEND": "NAME", "FSHE": "SHE", "FHIM": "HER"}
-VOCABULARY = sorted({word for beat in BEATS.values() for _, _, pattern in beat
-                     for word in pattern.split() if not word.isupper()}
-                    | {word for word in CLASS if word.islower()})
+
+
+# ---- what parsing needs: the class of a word, the sentence of a row of classes
+
+def word_classes():
+    """{word: class}, for the words that are drawn and for the slots themselves. Words that
+    only the story can tell apart, such as a friend and the one whose friend it is, are of
+    one class."""
+    classes = {}
+    for slot in WORDS:
+        if slot != "FRIEND":             # a name has the class NAME
+            for word in WORDS[slot]:
+                classes[word] = slot
+    # "her" is both HER and FHIM, so these two, and all their forms, are one class
+    classes |= {"she": "SHE", "he": "SHE", "her": "HER", "his": "HER", "him": "HER",
+                "girl": "GIRL", "boy": "GIRL"}
+    return classes | {"FRIEND": "NAME", "FSHE": "SHE", "FHIM": "HER"}
+
+
+CLASS = word_classes()
+
+
+def all_words():
+    """Every word that a story may have, in alphabetical order."""
+    # those that are drawn, or follow from a name
+    words = {word for word in CLASS if word.islower()}
+    # and those that the patterns have beside their slots
+    for beat in BEATS:
+        for _, _, pattern in BEATS[beat]:
+            words |= {word for word in pattern.split() if not word.isupper()}
+    return sorted(words)
+
+
+VOCABULARY = all_words()
 
 
 def skeleton(words):
-    """A sentence with every word of a class replaced by the class: what parsing goes by."""
+    """A sentence (a list of words) as text in which the class stands for every word that
+    has one."""
     return " ".join(CLASS.get(word, word) for word in words)
 
 
-SENTENCES = {skeleton(option[2].split()): (beat, option)
-             for beat in BEATS for option in BEATS[beat]}
+def all_sentences():
+    """{skeleton: (beat, option)} of all patterns."""
+    sentences = {}
+    for beat in BEATS:
+        for option in BEATS[beat]:
+            sentences[skeleton(option[2].split())] = beat, option
+    return sentences
 
+
+SENTENCES = all_sentences()
+
+
+# ---- the chances, which the generator and the oracle share
 
 def options(beat, plot):
-    """{option: probability} of the sentences that a beat may have, given the plot ("" = open)."""
+    """{option: probability} of the sentences that a beat may have, given the plot ("" where
+    none is chosen yet)."""
     fitting = [option for option in BEATS[beat] if not plot or option[1] in ("", plot)]
     total = sum(weight for weight, _, _ in fitting)
     return {option: option[0] / total for option in fitting}
 
 
 def fillers(slot, facts):
-    """{word: probability} of what may stand in a slot, given the facts so far {slot: word}."""
+    """{word: probability} of what may stand in a slot, given the facts so far {slot: word}.
+    {} for a form of a name that was not mentioned."""
+    # a form follows from its name
     if slot in FORMS:
         who, girl, boy = FORMS[slot]
-        return {girl if NAMES.index(facts[who]) % 2 == 0 else boy: 1.0} if who in facts else {}
+        if who not in facts:
+            return {}
+        if NAMES.index(facts[who]) % 2 == 0:
+            return {girl: 1.0}
+        return {boy: 1.0}
+    # what was mentioned stays
     if slot in facts:
         return {facts[slot]: 1.0}
+    # what is new is drawn
     weights = {word: 1 / (i + 1) for i, word in enumerate(WORDS[slot])}
     if slot == "FRIEND":
         weights.pop(facts.get("NAME"), None)             # a friend is somebody else
-    return {word: weight / sum(weights.values()) for word, weight in weights.items()}
+    total = sum(weights.values())
+    return {word: weight / total for word, weight in weights.items()}
+
+
+# ---- the generator
+
+def draw(rng, chances):
+    """A key of {key: probability}; rng is a random.Random."""
+    return rng.choices(list(chances), list(chances.values()))[0]
 
 
 def generate(rng):
     """One story, a list of words; rng is a random.Random."""
-    story, facts, plot = [], {}, ""
+    story = []
+    facts = {}                                           # slot: word
+    plot = ""
     for beat in BEATS:
-        chances = options(beat, plot)
-        (_, theme, pattern), = rng.choices([*chances], [*chances.values()])
+        # a sentence that fits the plot; the trouble chooses which plot it is
+        _, theme, pattern = draw(rng, options(beat, plot))
         plot = plot or theme
+        # its words
         for word in pattern.split():
             if word.isupper():
-                chances = fillers(word, facts)
-                slot, (word,) = word, rng.choices([*chances], [*chances.values()])
+                slot = word
+                word = draw(rng, fillers(slot, facts))
                 facts[slot] = word
             story.append(word)
     return story
 
 
-def read(words):
-    """Parse a story: (log-probability, contradictions)."""
-    wrong, said = [], {}
-    for sentence in " ".join(words).replace(" .", " .\n").split("\n"):  # first find each beat
+# ---- the oracle
+
+def parse(words):
+    """Find the beats of a story (a list of words): ({beat: (sentence, option)}, what is
+    wrong), sentences as lists of words. A sentence that is none, or comes after one of its
+    own or of a later beat, is left out, and wrong."""
+    said = {}
+    wrong = []
+    order = list(BEATS)
+    latest = -1                                          # number of the last beat found
+    for sentence in " ".join(words).replace(" .", " .\n").split("\n"):
         sentence = sentence.split()
+        if not sentence:                                 # after the last full stop
+            continue
         beat, option = SENTENCES.get(skeleton(sentence), ("", None))
-        if option is None and sentence:
+        if option is None:
             wrong.append(f"not a sentence: {' '.join(sentence)}")
-        elif sentence and list(BEATS).index(beat) <= max(map(list(BEATS).index, said), default=-1):
+        elif order.index(beat) <= latest:
             wrong.append(f"out of order: {' '.join(sentence)}")
-        elif sentence:
+        else:
             said[beat] = sentence, option
-    total, facts, plot = 0.0, {}, ""
-    for beat in BEATS:                                               # then tell the story again
+            latest = order.index(beat)
+    return said, wrong
+
+
+def read(words):
+    """Parse a story (a list of words), and tell it again as the generator would:
+    (log-probability in nats, contradictions)."""
+    said, wrong = parse(words)
+    total = 0.0
+    facts = {}                                           # slot: word
+    plot = ""
+    for beat in BEATS:
+        # a beat that is not told; one with an empty pattern tells itself
         sentence, option = said.get(beat, ([], BEATS[beat][0]))
         if not sentence and option[2]:
             wrong.append(f"no {beat}")
             continue
+        # the choice of the sentence
         chances = options(beat, plot)
         if option not in chances:
             wrong.append(f"does not fit the trouble: {' '.join(sentence)}")
         total += math.log(chances.get(option, 1))
         plot = plot or option[1]
+        # the choice of the words in its slots; what was said first holds
         for slot, word in zip(option[2].split(), sentence):
             if slot.isupper():
                 chances = fillers(slot, facts)
                 if word not in chances and chances:
-                    wrong.append(f"the {slot.lower()} is {' or '.join(chances)}, not {word}")
+                    right = " or ".join(chances)
+                    wrong.append(f"the {slot.lower()} is {right}, not {word}")
                 total += math.log(chances.get(word, 1))
                 facts.setdefault(slot, word)
-    return (-math.inf if wrong else total), wrong
+    # the story is impossible if anything is wrong
+    if wrong:
+        total = -math.inf
+    return total, wrong
 
 
 def log_prob(words):
@@ -141,5 +231,5 @@ def log_prob(words):
 
 
 def contradictions(words):
-    """What is wrong with a story, one reason for each fault."""
+    """What is wrong with a story (a list of words), one reason for each fault."""
     return read(words)[1]
