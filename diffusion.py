@@ -1,14 +1,15 @@
 """Masked diffusion as pure functions: the noise, the bound, one reverse step, the samplers.
 
 x: clean tokens (B, L), ids 0..V-1. z_t: the same with some tokens replaced by mask_id = V.
-t in [0, 1] is the time, 1 = all masked: each token survives with probability alpha_t, by
-default 1 - t, see mask_share. Time runs backward when sampling, from t to s < t.
+t in [0, 1] is the time, 1 = all masked: each token is masked with probability
+mask_share(t), here t itself. (The papers write alpha_t = 1 - mask_share(t) for the share
+that is left.) Time runs backward when sampling, from t to s < t.
 
 A "model" is anything that has a config (of which attention and relative are read here) and
     model.hidden(z, at=None, rank=None)    states (B, L, C); (N, C) at the N positions `at`
     model.head(h)                          logits (N, V): what it predicts from states
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
-as model.py's Transformer, or a law in a table, as in tests/toy.py.
+as model.py's Transformer, or a table of probabilities, as in tests/toy.py.
 
 Two names for when a token is revealed: order (B, n), where order[b, i] is the position that
 is revealed i-th; rank (B, L), where rank[b, l] says when position l is revealed. Randomness
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 
 from model import NOT_FINITE, Reading
 
-ROWS = 512                       # states that have logits at a time
-FEW = 32                         # logits in one draw: see draw_tokens
+HEAD_ROWS = 512                  # states that the head is given at a time
+DRAW_ROWS = 32                   # rows of logits drawn from at a time: see draw_tokens
 
 
 # ---- the noise schedule: for another one, change mask_share and mask_rate
@@ -65,7 +66,8 @@ def q_sample(x, t, mask_id):
 
 def states_at(model, z, at, rank=None):
     """The states (N, C) at the N positions of z (B, L) where the bool `at` (B, L) is true,
-    row by row. Sequences without any are not computed."""
+    row by row. All positions of a sequence are computed, as training needs one shape in all
+    blocks; sequences without any such position are not."""
     rows = at.any(1)                                                 # (B,)
     if rank is not None:
         rank = rank[rows]
@@ -76,14 +78,14 @@ def states_at(model, z, at, rank=None):
 def nelbo(model, x, mask_id):
     """Negative evidence lower bound of x (B, L), a scalar in nats per token (MDLM, eq. 10):
 
-        E_t  1/t  sum over the masked tokens of  -log p(x_i | z_t)
+        1/L  E_t  1/t  sum over the masked tokens of  -log p(x_i | z_t)
 
-    Why 1/t: at time t a share t of the tokens is masked, so with this weight every t counts
-    alike. (In general it is -alpha'_t / (1 - alpha_t).) Why a bound: for each order of
-    revealing, -log p(x) is the sum of -log p(each token | those before it); averaged over
-    orders that is this sum, and -log p(x) under the mixture of all orders is not larger
-    (Jensen's inequality). Divided by all B * L tokens, not by the number of masked ones:
-    that would not be a bound."""
+    Why 1/t: about t L tokens are masked, and each may be the next one revealed. So 1/(t L)
+    times the sum estimates the cost of one reveal; averaged over t, which covers all places
+    in the order of reveal, it is the mean cost of a token over random orders. (In general
+    the weight is -alpha'_t / (1 - alpha_t).)
+    Why a bound: in one order the costs add up to -log p(x | order), and their mean over
+    orders is at least -log p(x) of the mixture of orders (Jensen's inequality)."""
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id)
     masked = z == mask_id                                            # (B, L), N of them
@@ -92,6 +94,7 @@ def nelbo(model, x, mask_id):
 
     # the network, then the loss: the head is needed at the masks only
     h = states_at(model, z, masked)                                  # (N, C)
+    # over all B L tokens: a mean over the masks would be weighted twice, and no bound
     return model.chunked_sum(h, weighted_nll, x[masked], weight) / x.numel()
 
 
@@ -107,8 +110,8 @@ def categorical(logits, dtype=torch.float64):
     By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be
     out of reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The
     exponentials may be float32: that is a relative error, 1e-7 of each probability.
-    A row that holds NaN has no law: it gives V, the mask's id. The samplers look for it at
-    their end, because to look here would be to wait for a GPU."""
+    A row that holds NaN gives V, the mask's id. The samplers look for it at their end,
+    because to look here would be to wait for a GPU."""
     V = logits.shape[-1]
     # the cumulative sum, up to a factor (float64 from the start takes 7 times as long)
     cdf = (logits - logits.amax(-1, keepdim=True)).exp_().to(dtype)  # (..., V)
@@ -124,18 +127,19 @@ def categorical(logits, dtype=torch.float64):
 
 def draw_tokens(model, h, draw=categorical):
     """draw(logits) at each of the states h (N, C): ids (N,).
-    To save memory, ROWS states have their logits at a time; and FEW of these are drawn from
-    at a time, which is 6 times as fast where fresh memory is slow (on a CPU)."""
+    To save memory, HEAD_ROWS states have their logits at a time; and DRAW_ROWS of these are
+    drawn from at a time, which is 6 times as fast where fresh memory is slow (on a CPU)."""
     ids = []
-    for states in h.split(ROWS):
-        for logits in model.head(states).split(FEW):                 # (FEW, V)
+    for states in h.split(HEAD_ROWS):
+        for logits in model.head(states).split(DRAW_ROWS):           # (DRAW_ROWS, V)
             ids.append(draw(logits))
     return torch.cat(ids)
 
 
 def sharpen(logits, temperature=1.0, top_p=1.0):
-    """Logits (..., V) of another, sharper law: divided by the temperature, then without the
-    tokens outside the smallest set that has probability top_p. 1 and 1 change nothing."""
+    """Logits (..., V) of a sharper distribution: divided by the temperature, then without
+    the tokens outside the smallest set that has probability top_p. 1 and 1 change
+    nothing."""
     logits = logits / temperature
     if top_p >= 1:
         return logits
@@ -152,6 +156,8 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
     """One ancestral step from z_t to z_s, with t and s (B,) per sequence (MDLM, eq. 7).
     The reverse posterior reveals each mask with probability reveal_share(t, s), whatever
     the network says: so that comes first, and the head is needed at those positions only.
+    distill.py's teacher takes such steps; `sample` has the same distribution, but draws all
+    reveals beforehand, see plan.
     rank (B, L): when the tokens of z were revealed, for attention "reveal".
     Returns z_s (B, L), the bool reveal (B, L), and the states (N, C) at the revealed
     positions, from whose predictions the tokens were drawn."""
@@ -174,9 +180,9 @@ def plan(z, steps, mask_id):
 
     Each mask is revealed in the step that draw_steps draws for it, independently of the
     others and of the network. With more steps than masks the sequences of a batch share how
-    many are revealed in each step (not which): for a sequence by itself that is the same
-    law, and most steps call no network. With fewer steps they share nothing: otherwise
-    their quality would go together, and the mean of a batch vary much more."""
+    many are revealed in each step (not which): a sequence by itself has the same
+    distribution, and most steps call no network. With fewer steps they share nothing:
+    otherwise their quality would go together, and the mean of a batch vary much more."""
     masked = (z == mask_id).cpu()
     B, n = len(z), int(masked[0].sum())
     if bool((masked.sum(1) != n).any()):
@@ -186,18 +192,19 @@ def plan(z, steps, mask_id):
     key = torch.rand(z.shape, dtype=torch.float64).masked_fill(~masked, 2)   # (B, L)
     order = key.argsort(dim=1)[:, :n]                                # (B, n)
 
-    # and the step of each; unique's numbers are 0, 1, 2, ..., without the empty steps
-    shared = steps > n
-    when = draw_steps(steps, 1 if shared else B, n)                  # (1 or B, n)
-    when = when.unique(return_inverse=True)[1]
+    # and the step of each
+    rows = 1 if steps > n else B
+    when = draw_steps(steps, rows, n)                                # (1 or B, n)
+    # numbered anew, 0, 1, 2, ..., without the steps that reveal nothing
+    _, when = when.unique(return_inverse=True)
     return order, when.sort(dim=1).values.expand(B, n)
 
 
 def draw_steps(steps, rows, n):
     """The step, 0 to steps - 1, in which each of (rows, n) masks is revealed, of equal
-    steps from t = 1 to t = 0: the one from t to s with probability alpha_s - alpha_t."""
-    # log-linear: all steps are equally likely, and there may be more of them than memory
-    # holds
+    steps from t = 1 to t = 0. A mask survives until t with probability mask_share(t), and
+    is then revealed with reveal_share(t, s): together mask_share(t) - mask_share(s)."""
+    # log-linear: all steps are equally likely, so no table of them is needed, however many
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if torch.equal(mask_share(t), t):
         return torch.randint(steps, (rows, n))
@@ -277,7 +284,8 @@ def sample_cached(model, z, order, when, draw, watch=None):
         pos = order[row, slot]                                       # (N,)
         if i == 0 and n == L and model.config.relative:
             # all positions look the same: one is computed for all
-            h = model.hidden(z[:1, :1], rank=torch.zeros(1, 1))[0].expand(len(row), -1)
+            rank = torch.zeros(1, 1, device=z.device)    # any number: it is all alone
+            h = model.hidden(z[:1, :1], rank=rank)[0].expand(len(row), -1)
         else:
             new = reading(z, order, new_row, new_slot, row, slot, known)
             h = model.read(cache, new)                               # (N, C)
@@ -318,10 +326,10 @@ def without_masks(z, mask_id):
 def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0):
     """Ancestral sampling as the papers' pseudo-code has it (MDLM, SDTT), z (B, L) -> ids
     (B, L): in each step logits everywhere and one draw from {V tokens, stay masked} by
-    Gumbel noise. The same law as sample's, and the yardstick of its speed; not compiled, as
-    public code runs it. In float32, as public code has it, the law is another: a token that
-    would be drawn in a step with less than 6e-8 never is, as noise of 24 bits ends at 16.6
-    (arXiv 2409.02908)."""
+    Gumbel noise. The same distribution as sample's, and the yardstick of its speed; not
+    compiled, as public code runs it. In float32, as public code has it, uniform draws are
+    at most 1 - 2^-24, so Gumbel noise is at most 16.6, and a token whose chance in a step
+    is below e^-16.6 = 6e-8 is hardly ever drawn (arXiv 2409.02908)."""
     for i in range(steps):
         # the step from t to s, and the shares that are masked at both
         t, s = 1 - i / steps, 1 - (i + 1) / steps

@@ -6,6 +6,9 @@ makes the dataset and trains the AR judge and the teacher where they are missing
 distils: in every round the student learns to do in one step what its teacher, a frozen copy
 of itself, does in k = 2 steps of size dt; then dt doubles. It ends with a table, text, and
 a folder of results. Interrupt it at any time: the same command goes on where it was.
+
+The method is in `sdtt_targets`, `sdtt_loss` and `distill_round`; what comes before is
+divergences and flags, what comes after is measuring and the path from nothing to a table.
 """
 import copy
 import dataclasses
@@ -117,7 +120,7 @@ class DistillConfig(LoopConfig):
 
     def __post_init__(self):
         if self.teacher_steps is None:
-            # a text of nano has 50 tokens: more steps than 256 would reveal nothing new
+            # a story has 50 tokens: in 256 steps few of them share a step already
             self.teacher_steps = 256 if self.preset == "nano" else 1024
         if self.steps_per_round is None:
             # the paper: 10,000
@@ -150,25 +153,27 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     last step both are the same prediction, so nothing is drawn in it.
     z (B, L), t (B,); rank (B, L), numbers below 1: when the tokens of z were revealed, see
     model.reveal_mask. Returns the teacher's states (N, C) in the order of z[z == mask_id],
-    from which teacher.head makes the N predictions: with V = 50,257 those would take 65
-    times the memory."""
+    from which teacher.head makes the N predictions: states (N, C), because predictions
+    (N, V) take V / C, 65 times as much memory with GPT-2's tokens."""
     masked = z == mask_id                                            # (B, L), N of them
-    target = None
-    for i in range(k):
-        if i < k - 1:
-            # a step from t_i to s_i, not below 0: what it reveals keeps this prediction
-            t_i = (t - i * dt).clamp(min=0)                          # (B,)
-            s_i = (t - (i + 1) * dt).clamp(min=0)
-            z, settled, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
-            if rank is not None:
-                rank = rank + (i + 1) * settled                     # the new ones come last
-        else:
-            # the rest takes the last step's prediction
-            settled = z == mask_id                                   # what no step revealed
-            h = states_at(teacher, z, settled, rank)                 # (settled, C)
-        if target is None:
-            target = h.new_empty(int(masked.sum()), h.shape[1])      # (N, C)
-        target[settled[masked]] = h      # rows of those just settled
+    predictions = []                     # (where they hold, states) of each step
+    for i in range(k - 1):
+        # a step from t_i to s_i, not below 0: what it reveals keeps its prediction
+        t_i = (t - i * dt).clamp(min=0)                              # (B,)
+        s_i = (t - (i + 1) * dt).clamp(min=0)
+        z, revealed, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
+        predictions.append((revealed, h))
+        if rank is not None:
+            rank = rank + (i + 1) * revealed     # the new ones come last
+    # the last step: revealed in it or not, the rest takes its prediction
+    rest = z == mask_id
+    h_rest = states_at(teacher, z, rest, rank)
+    predictions.append((rest, h_rest))
+
+    # all of them in the order of z[masked]
+    target = h_rest.new_empty(int(masked.sum()), h_rest.shape[1])    # (N, C)
+    for where, h in predictions:
+        target[where[masked]] = h
     return target
 
 
@@ -249,7 +254,7 @@ class Exam:
     config: DistillConfig
     data: Data
     results: dict                # what results.json holds
-    judge: typing.Callable       # see sample.make_judge
+    judge: typing.Callable       # see data.measures.make_judge
     judged_by: str               # the judge's fingerprint
     context: int                 # tokens of a text
     alone: Processes             # process 0 by itself, which measures

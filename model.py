@@ -153,7 +153,8 @@ def see_cache(q, k, v, keys, values, queries, first=0):
     """Attention of N positions to their texts' caches: q, k, v (N, H, D) -> the same shape,
     without the first `first`. The new keys and values are stored first, each at its
     queries.pos, a slot; then each looks where queries.mask allows, itself included."""
-    keys[queries.row, :, queries.pos] = k                            # (B, H, slots, D)
+    # keys are (B, H, slots, D); two indices around a slice give (N, H, D), as k has
+    keys[queries.row, :, queries.pos] = k
     values[queries.row, :, queries.pos] = v
     seen = queries.mask.shape[-1]                                  # the rest is still empty
     return queries.attend(q, keys[:, :, :seen], values[:, :, :seen])[first:]
@@ -201,7 +202,7 @@ def ragged(row, pos, B):
     """Queries of texts row (N,) at positions pos (N,), in any order, as a Ragged."""
     count = torch.bincount(row, minlength=B)                         # (B,) queries of each
     by_row = row.argsort(stable=True)                                # (N,) text by text
-    # col: a query's place among all, less the place where its text begins
+    # col: a query's place among all, counted text by text, less that of its text's first
     begin = count.cumsum(0) - count                                  # (B,)
     col = torch.empty_like(row)
     col[by_row] = torch.arange(len(row), device=row.device) - begin[row[by_row]]
@@ -238,9 +239,10 @@ class Reading(typing.NamedTuple):
 
 class Transformer(nn.Module):
     """The network. There is no time input: a masked sequence shows how noisy it is by its
-    masks (MDLM, arXiv 2406.07524). Rotary positions alone are relative, as in text that
-    begins anywhere; where rows begin a text, "both" has learned ones too.
+    masks (MDLM, arXiv 2406.07524).
 
+    positions: "rope" (rotary) knows distances only, which suits rows cut anywhere from long
+    text; "learned" knows places; "both" is for data in which each row begins a text.
     attention: "full", every position sees every other; "causal"; or "reveal": a token sees
     those revealed before it, a mask all tokens and no other mask. The key and value of a
     revealed token then never change, whatever is revealed later: a KV cache of diffusion is
@@ -280,7 +282,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # each block adds to the stream twice: its size shall not depend on the depth
+        # each block adds to the stream twice: its size does not grow with the depth so
         for block in self.blocks:
             block.attn_out.weight.data /= math.sqrt(2 * config.layers)
             block.mlp_out.weight.data /= math.sqrt(2 * config.layers)
@@ -298,13 +300,14 @@ class Transformer(nn.Module):
         if self.config.positions != "learned":
             rope = self.cos[pos][..., None, :], self.sin[pos][..., None, :]
         # in training, recompute keeps each block's input alone, not all that is inside it
-        again = self.recompute and torch.is_grad_enabled()
+        recompute = self.recompute and torch.is_grad_enabled()
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
-                    # not compiled: the number of positions changes with every step
+                    # .forward goes around block.compile(): the number of positions
+                    # changes with every step
                     x = block.forward(x, rope, attend, at)
-                elif again:
+                elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)
                 else:
                     x = block(x, rope, attend)
@@ -332,6 +335,7 @@ class Transformer(nn.Module):
         # but the last block's queries are needed at the wanted positions only
         if at is not None:
             queries = ragged(*at, B)
+            # an empty place sees nothing; what comes out there is never gathered
             if mask is not None:
                 queries = queries._replace(mask=queries.pad(mask[at]))   # (B, most, L)
             attends[-1] = functools.partial(see_at, queries=queries)
@@ -489,8 +493,8 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     step: decode, or a compiled form of it. grain: attention looks at a multiple of so many
     slots, so that a compiled step has few shapes. cache: a KVCache to use again.
     Returns ids (B, length). Raises ValueError if the prompt is longer than `length`, or
-    `length` than the context; FloatingPointError where the model's predictions are not
-    finite numbers, which is looked at once, at the end: a GPU would have to wait for it."""
+    `length` than the context; FloatingPointError where draw gives V, as categorical does
+    for NaN, which is looked at once, at the end: a GPU would have to wait for it."""
     B, P = prompt.shape
     if not P <= length <= model.config.context:
         raise ValueError(f"a prompt of {P} tokens in a text of {length}, "

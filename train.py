@@ -69,7 +69,7 @@ class LoopConfig:
         0.99, "decay of the averaged weights, which are evaluated", low=0, high=1)
     seed: int = flag(0, "seed of everything random")
 
-    # where and how it runs: none of this changes what is learned
+    # where and how it runs: device, bf16 and compile change rounding, nothing else
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
     bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
     compile: bool = flag(False, "compile the blocks with torch.compile")
@@ -89,7 +89,7 @@ class LoopConfig:
 DEFAULT_STEPS = {"mdlm": (1500, 6000), "ar": (300, 1000)}        # on stories, on real text
 # where distill.py looks for them, in the folder of results
 FILES = {"mdlm": "teacher.pt", "ar": "ar.pt"}
-# flags that may change between a run and its continuation: they change no weight
+# flags that may change between a run and its continuation: they change rounding at most
 FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}
 
 
@@ -231,9 +231,9 @@ def backward(config, procs, data, run, net, count):
         seed_all(config.seed, run.path.stem, run.step, i * procs.world + procs.rank)
         x = data.batch("train", run.micro, run.model.config.context, procs.device)
         # x is (micro, L); gradients are averaged between processes after the last one only
-        alone = procs.world == 1 or i == count - 1
-        with contextlib.nullcontext() if alone else net.no_sync():
-            # so that the gradients' sum is the mean over the global batch
+        sync = procs.world == 1 or i == count - 1
+        with contextlib.nullcontext() if sync else net.no_sync():
+            # so that the gradients' sum is the mean over the micro-batches
             value = net(x) / count
             value.backward()                                         # adds to the gradient
         total += value.detach()

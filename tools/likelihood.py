@@ -13,7 +13,7 @@ import torch
 from data.files import UserError
 from data.lambada.prepare import WORD
 from data.measures import NO_VALUE, add_mean, exp, mean_se
-from diffusion import ROWS, states_at
+from diffusion import HEAD_ROWS, states_at
 from model import cross_entropy, nll, shifted
 
 LONGEST = 5                  # tokens of a word whose orders are enumerated: 120
@@ -30,7 +30,7 @@ def token_nats(model, z, x, rank=None):
     h = states_at(model, z, at, rank)                                # (N, C)
     # the head, for some of the N at a time
     nats = []
-    for states, ids in zip(h.split(ROWS), x[at].split(ROWS)):
+    for states, ids in zip(h.split(HEAD_ROWS), x[at].split(HEAD_ROWS)):
         nats.append(cross_entropy(model.head(states), ids).double())
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     if nats:
