@@ -107,7 +107,7 @@ def transformers_engine(model, B, L):
 
 def engine(row, model, step, steps):
     """A function that makes row's texts in so many steps."""
-    name, B, L = row["engine"], row["batch"], row["length"]
+    name, B, L = row["engine"], row["batch"], row["length"]          # B texts of L
     if name == "ar":
         return ar_engine(model, B, L, step)
     if name == "transformers":
@@ -124,7 +124,8 @@ def rows_of(config, models, preset, B, L):
     filled. models: {engine: {name: model}}."""
     rows = []
     for name in config.engine:
-        naive = name == "diffusion-naive"
+        naive = name == "diffusion-naive"                            # the papers' sampler
+        # the naive engine runs the models with full attention, as diffusion does
         mine = list(models[name.removesuffix("-naive")].items())
         if naive:                        # slow: one model at one batch size is enough
             if B != config.batch[0] and len(config.engine) > 1:
@@ -136,7 +137,7 @@ def rows_of(config, models, preset, B, L):
             params = sum(p.numel() for p in model.parameters())      # all weights
             row = dict(engine=name, model=label, preset=preset, params=params, steps=steps,
                        batch=B, length=L)
-            rows.append((row, model))
+            rows.append((row, model))    # times follow in measure
     return rows
 
 
@@ -162,6 +163,7 @@ def begin(config, row, model, step, device, machine):
     """Warm up, then run once; returns a Timing, or None where the row does not fit in
     memory, which the row says then."""
     name, steps = row["engine"], row["steps"]
+    # sizes, for memory and roofline
     shape = model.shape if name == "transformers" else model.config
     row |= dict(dtype=config.dtype, device=machine["device"], threads=machine["threads"])
     run = engine(row, model, step, steps)                            # () -> texts (B, L)
@@ -173,17 +175,18 @@ def begin(config, row, model, step, device, machine):
         warm_up = engine(row, model, step, min(2, steps))
 
     size = 2 if config.dtype == "bfloat16" else 4
+    # refused beforehand if it cannot fit: the system would kill the process
     least = least_memory(row, shape, size)                           # bytes
     if name in ("diffusion", "diffusion-kv"):
         # nfe: the calls of the first run; a step that reveals nothing makes none
         with counted_calls(model) as calls:
             def warm_up_uncounted():
                 warm_up()
-                calls.clear()
+                calls.clear()            # warm-up does not count
             times = first_run(row, run, warm_up_uncounted, least, device)
         nfe = len(calls)                 # number of function evaluations
     else:
-        times = first_run(row, run, warm_up, least, device)
+        times = first_run(row, run, warm_up, least, device)          # None: no room
         # AR calls the network once for each token
         nfe = steps or row["length"]
     if times is None:
@@ -196,7 +199,7 @@ def begin(config, row, model, step, device, machine):
 def measure(config, group, device, machine):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
     torch.compiler.reset()               # other batches would make this one's size dynamic
-    step = decode
+    step = decode                                                    # plain PyTorch
     if config.compile:
         step = compiled_decode(device, group[0][0]["batch"])
     # the first run of each
@@ -204,7 +207,7 @@ def measure(config, group, device, machine):
     for row, model in group:
         timing = begin(config, row, model, step, device, machine)
         if timing:
-            running.append(timing)
+            running.append(timing)                                   # those that fit
     # the others in turn, so that a busy minute hits all engines alike
     for _ in range(config.repeats - 1):
         for timing in running:
@@ -218,12 +221,13 @@ def measure(config, group, device, machine):
 
 def quality(config, models, device, engine, name, steps):
     """Perplexity under the AR model, and both entropies, of a trained model's texts."""
+    # the AR model of the folder is its judge
     model, judge = models[engine][name], next(iter(models["ar"].values()))
     x = draw_samples(model, config.samples, Sampling(steps), Processes(device))  # (n, L)
     vocab = judge.config.vocab           # the same for all models here
-    gen, _ = gen_ppl(make_judge(judge), x.to(device))
+    gen, _ = gen_ppl(make_judge(judge), x.to(device))                # exp of mean nats
     within, _ = entropy(x, vocab)                                    # without their errors
-    pooled, _ = pooled_entropy(x, vocab)
+    pooled, _ = pooled_entropy(x, vocab)                             # of all texts
     return {"gen_ppl": gen, "entropy": within, "of all": pooled}
 
 
@@ -237,7 +241,7 @@ def overtakes(points):
         if r0 >= 1 > r1:
             share = math.log(r0) / math.log(r0 / r1)     # of the way from b0 to b1
             return f"overtakes at a batch of about {b0 * (b1 / b0) ** share:.1f}"
-    first_batch, first_ratio = points[0]
+    first_batch, first_ratio = points[0]                             # the smallest batch
     if first_ratio < 1:
         return f"is faster from batch {first_batch} on"
     return f"is slower up to batch {points[-1][0]}"
@@ -248,6 +252,7 @@ def against_ar(rows):
     each."""
     # what did not fit has no time
     done = [row for row in rows if "error" not in row]
+    # AR's time in each size
     ar_seconds = {}
     for row in done:
         if row["engine"] == "ar":
@@ -279,7 +284,7 @@ def against_ar(rows):
 def bench(config, device, machine):
     """Measure, save and print everything that the flags ask for; returns the rows."""
     rows = []
-    columns = SPEED if config.preset else SPEED + QUALITY
+    columns = SPEED if config.preset else SPEED + QUALITY    # random texts have none
     print(header(columns))
     for preset in config.preset or [None]:
         # trained models, or random ones of a preset
@@ -305,6 +310,7 @@ def bench(config, device, machine):
             rows += new                  # saved at once: a run may be stopped
             save(config, machine, rows)
             print("\n".join(line(row, columns) for row in new), flush=True)
+    # the crossover, over all batch sizes
     print("\n".join(against_ar(rows)))
     if any(row["steps"] and row["steps"] > row["length"] for row in rows):
         print("more steps than tokens: a step that reveals nothing calls no network (nfe)")
@@ -321,7 +327,7 @@ def save(config, machine, rows):
 def main():
     config = parse_flags(BenchConfig, __doc__)
     device = start(config.device).device                             # one process
-    set_defaults(config, device)
+    set_defaults(config, device)         # or refuses what cannot be
 
     # what the hardware can do at this moment, for the roofline
     machine = limits(device, getattr(torch, config.dtype))
@@ -332,7 +338,7 @@ def main():
         raise UserError("nothing fits in memory; choose a smaller --batch, --length or "
                         "--preset")
     if config.plot:
-        figures.draw_latency(rows, config.plot)
+        figures.draw_latency(rows, config.plot)                      # as the paper's figure
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ GOES_ON = "stopped; the same command goes on from the last checkpoint"
 def command(main):
     """Run a script's main. What the user can mend ends in one sentence on stderr and status
     2, Ctrl-C in main.stopped (GOES_ON where a script has checkpoints) and status 130."""
+    # a closed pipe or a full disk is no fault of the script: see Output
     streams = sys.stdout, sys.stderr                                 # given back at the end
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, needed=False)
     try:
@@ -80,6 +81,7 @@ def compiler_trouble(error):
 def package(name):
     """An optional package, imported. Raises UserError where it is not installed."""
     try:
+        # imported where it is used: most scripts need none of them
         return importlib.import_module(name)
     except ImportError:
         # some are installed under another name
@@ -92,7 +94,7 @@ def package(name):
 def flag(default, help, choices=None, low=None, high=None):
     """A dataclass field that is also a flag; low and high are the least and largest
     value."""
-    metadata = dict(help=help, choices=choices, low=low, high=high)
+    metadata = dict(help=help, choices=choices, low=low, high=high)  # for parse_flags
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -112,12 +114,12 @@ def parse_flags(Config, description, argv=None, **positional):
     --. Exits with usage and status 2 on an unknown, ill-typed or out-of-range flag."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints = typing.get_type_hints(Config)
+    hints = typing.get_type_hints(Config)                            # types of the fields
     fields = [field for field in dataclasses.fields(Config) if field.metadata]
 
     # arguments without --
     for name, text in positional.items():
-        _, several = value_type(hints[name])
+        _, several = value_type(hints[name])                         # checkpoint: list[str]
         parser.add_argument(name, help=text, nargs="+" if several else None)
     # flags
     for field in fields:
@@ -129,7 +131,7 @@ def parse_flags(Config, description, argv=None, **positional):
                        nargs="+" if several else None)
         text = field.metadata["help"]
         if field.default is not None:    # a default of None is explained in the text
-            text += f" [{field.default}]"
+            text += f" [{field.default}]"            # -h shows every default
         # argparse fills in what stands after a %
         parser.add_argument(f"--{field.name}", default=field.default,
                             help=text.replace("%", "%%"), **how)
@@ -175,6 +177,7 @@ def start(device):
         raise UserError("--device cuda, but this PyTorch finds no CUDA GPU; use --device "
                         "cpu")
     if device == "auto":
+        # a GPU is used automatically
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # without torchrun there is one process, number 0
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -197,7 +200,7 @@ def first(procs, f):
         try:
             f()
         except UserError as e:
-            error = [str(e)]
+            error = [str(e)]             # as text: it goes to all
     if procs.world > 1:
         dist.broadcast_object_list(error, 0)                         # the others wait here
     if error[0]:
@@ -212,6 +215,7 @@ def agree(procs, value, what):
         return
     values = [None for _ in range(procs.world)]
     dist.all_gather_object(values, value)                            # one from each process
+    # each process sees the same list, so all raise or none does
     if any(one != values[0] for one in values):
         raise UserError(f"the processes hold different {what} ({values}); --out and the "
                         "dataset must be the same files for all of them")
@@ -229,6 +233,7 @@ def broadcast(model, procs):
 def seed_all(*key):
     """Seed torch's global generators with a hash of the key, for example (seed, step,
     i)."""
+    # a hash: near keys, as step 1 and step 2, give unrelated seeds
     digest = hashlib.sha256(repr(key).encode()).digest()
     # 63 bits and a sign, of the CPU's generator and of all GPUs'
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -254,10 +259,10 @@ def make_optimizers(model, config):
         # Muon is for matrices between hidden layers, not for embedding and head
         matrices = [w for w in model.blocks.parameters() if w.ndim == 2]
     ids = {id(w) for w in matrices}                                  # tensors have no ==
-    rest = [w for w in model.parameters() if id(w) not in ids]
+    rest = [w for w in model.parameters() if id(w) not in ids]       # for AdamW
     decay = config.weight_decay
     adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=True)
-    if not matrices:
+    if not matrices:                                                 # --optimizer adamw
         return [adamw]
     muon = torch.optim.Muon(matrices, config.lr, weight_decay=decay,
                             adjust_lr_fn="match_rms_adamw")
@@ -288,7 +293,7 @@ def save_checkpoint(path, **content):
 def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
     """Read a checkpoint onto the CPU. Raises UserError on a missing, foreign or wrong
     one."""
-    makers = "train.py, distill.py or tools.convert"
+    makers = "train.py, distill.py or tools.convert"                 # for the sentences
     try:
         # weights_only: a file that is not ours cannot run code
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -307,7 +312,7 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
     if not ours or not KEYS <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project: "
                         f"{content_kind(content)}")
-    as_today(content)
+    as_today(content)                                                # older versions' words
     if content["kind"] not in kinds:
         raise UserError(f"{path} holds a model of kind {content['kind']!r}, but "
                         f"{' or '.join(kinds)} is needed here")
@@ -325,6 +330,7 @@ def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise UserError(f"{path}: its weights do not fit its model_config ({in_short(e)}); "
                         "make it again, or name another")
+    # a diverged run cannot have saved such weights, but other programs can
     if not finite(model):
         raise UserError(f"{path} holds weights that are not finite numbers: its training "
                         "diverged; train anew with a lower --lr")
@@ -372,7 +378,7 @@ def save(run):
     content = dict(run.content)          # a copy: run keeps its teacher
     # the frozen teacher of a round is kept only as long as the round needs it
     if run.step == run.steps:
-        content["teacher"] = None
+        content["teacher"] = None  # half of the file's size
     save_checkpoint(run.path, **content, step=run.step, steps=run.steps,
                     seconds=run.seconds, micro=run.micro,
                     model_config=dataclasses.asdict(run.model.config),
@@ -412,7 +418,7 @@ def resume(run, config, free):
     # the same flags, but for those that only name what is compared below
     named = {name for key, name in NAMES.items() if saved.get(key)}
     made_with = flags_of(saved["config"], type(config))
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in dataclasses.asdict(config).items():           # the flags of now
         if name in free or name in named or made_with.get(name) == value:
             continue
         raise UserError(f"{run.path} was made with --{name} {made_with.get(name)}, not "

@@ -125,6 +125,7 @@ class DistillConfig(LoopConfig):
         if self.steps_per_round is None:
             # the paper: 10,000
             self.steps_per_round = 150 if self.dataset == "stories" else 600
+        # the mean of one text has no error to show
         if self.samples == 1:
             raise UserError("--samples 1 has no standard error; give 2 or more, or 0 for "
                             "none")
@@ -238,6 +239,7 @@ def distill_round(config, procs, data, r, before, origin):
     teacher = prepare_model(teacher, config, procs)
 
     # the student learns one step of k * dt
+    # the round is in the loss alone: the loop is train.py's
     loss = functools.partial(sdtt_loss, teacher=teacher, dt=dt, k=config.k,
                              kind=config.divergence, mask_id=student.mask_id)
     fit(config, procs, data, run, loss)                              # the loop of train.py
@@ -264,6 +266,7 @@ def open_results(config):
     """results.json of an earlier run, or a new one."""
     try:
         old = json.loads((config.folder / "results.json").read_bytes())
+        # rows that are still true are kept, see fill_rows
         rows, models = old["rows"], old["models"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         rows, models = [], {}            # there is none, or it is not ours
@@ -290,6 +293,7 @@ def fill_rows(exam, name, model, digest):
     # data and AR have no number of steps
     diffusion = model is not None and not model.config.causal
     columns = COLUMNS if diffusion else [None]
+    # what an interrupted run has measured already
     done = {row["steps"] for row in results["rows"] if row["model"] == name}
     for steps in columns:
         if steps in done:
@@ -360,6 +364,7 @@ def load_fitting(path, procs, data, kinds):
     where it does not fit the data."""
     model, content = load_model(path, procs.device, kinds)
     context = model.config.context
+    # the same tokens, of the same length, as the data have
     known = content["tokenizer"] == data.tokenizer.spec
     # only a judge may have other tokens: it reads the texts anew in its own
     if not known and not model.config.causal:
@@ -387,7 +392,7 @@ def train_on_the_way(config, procs, objective, init=None):
 def get_teacher(config, procs, data):
     """The teacher and its checkpoint. One that is given with another attention than
     --attention is adapted: trained on, with that attention."""
-    kinds = ("mdlm", "sdtt")
+    kinds = ("mdlm", "sdtt")             # a student can teach, too
     path = config.teacher
     if path is None:
         path = train_on_the_way(config, procs, "mdlm")
@@ -402,7 +407,7 @@ def get_teacher(config, procs, data):
 def get_judge(config, procs, data):
     """The AR judge and its checkpoint; (None, None) where nothing is measured."""
     if not config.samples:
-        return None, None
+        return None, None                                            # --samples 0
     # a given one, that of an earlier run, or a new one
     path = config.judge or train_on_the_way(config, procs, "ar")
     return load_fitting(path, procs, data, ("ar",))
@@ -453,6 +458,15 @@ def announce_round(config, sampling_steps, r, seconds):
     print(text)
 
 
+def begin_as(teacher, config, procs):
+    """What the first round begins from: a student with the teacher's weights, in a Run
+    without path and steps, a round 0 that is finished."""
+    student = Transformer(dataclasses.replace(teacher.config, dropout=config.dropout))
+    student = prepare_model(student, config, procs)
+    student.load_state_dict(teacher.state_dict())    # its averaged weights
+    return Run(None, 0, student, copy.deepcopy(teacher), [], {})
+
+
 def distill(config, procs):
     """The whole path that a DistillConfig describes, or what is left of it."""
     # a number of rounds that cannot be is refused before anything trains
@@ -478,6 +492,7 @@ def distill(config, procs):
         foreign = judge_file["tokenizer"] != data.tokenizer.spec     # reads text, not ids
         results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
         seconds["ar"] = judge_file["seconds"]
+        # the same judge for all rows, whatever writes the texts
         exam = Exam(config, data, results,
                     make_judge(judge, judge_file["tokenizer"], data.tokenizer),
                     fingerprint(judge), teacher.config.context, Processes(procs.device))
@@ -488,11 +503,8 @@ def distill(config, procs):
         report(exam, procs, "ar", judge, exam.judged_by)
     report(exam, procs, "teacher", teacher, origin)
 
-    # the student begins as the teacher; each round begins where the one before ended
-    student = Transformer(dataclasses.replace(teacher.config, dropout=config.dropout))
-    student = prepare_model(student, config, procs)
-    student.load_state_dict(teacher.state_dict())
-    run = Run(None, 0, student, copy.deepcopy(teacher), [], {})
+    # each round begins where the one before ended
+    run = begin_as(teacher, config, procs)
     for r in range(config.rounds):
         if procs.rank == 0:
             announce_round(config, sampling_steps, r, run.seconds)

@@ -105,7 +105,7 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         if self.steps is None:
-            on_stories, on_text = DEFAULT_STEPS[self.objective]
+            on_stories, on_text = DEFAULT_STEPS[self.objective]      # optimizer steps
             # real text has more to learn than stories
             self.steps = on_stories if self.dataset == "stories" else on_text
             if self.init:                # it need not begin from nothing
@@ -422,7 +422,9 @@ def model_from(config, data):
     attention and dropout; and a fingerprint of these weights. Raises UserError."""
     # an AR model goes on from AR weights, a diffusion model from diffusion weights
     kinds = ("ar",) if config.causal else ("mdlm", "sdtt")
+    # its averaged weights, and its tokenizer
     given, content = load_model(config.init, kinds=kinds)
+    # ids would mean other words
     if content["tokenizer"] != data.tokenizer.spec:
         raise UserError(f"--init {config.init} knows other tokens than {data.folder}; give "
                         "the --dataset it was trained on")
@@ -451,7 +453,7 @@ def train(config, procs, as_saved=False):
     if config.init is None:
         model = new_model(config, data)
     else:
-        model, content["init"] = model_from(config, data)
+        model, content["init"] = model_from(config, data)            # and their fingerprint
     model = prepare_model(model, config, procs)
     ema = prepare_model(copy.deepcopy(model).eval(), config, procs)
     optimizers = make_optimizers(model, config)                      # Muon and AdamW

@@ -252,9 +252,10 @@ def release(path=None):
 # ---- what a script prints
 
 class Output:
-    """stdout or stderr, whose failures are not the user's mistakes. What the encoding has no
-    sign for is written as an escape; where nobody reads on (`| head -1`), the work goes on
-    unseen. needed: whether other failures, such as a full disk, end the work (UserError)."""
+    """stdout or stderr, whose failures are not the user's mistakes. What the encoding has
+    no sign for is written as an escape; where nobody reads on (`| head -1`), the work goes
+    on unseen. needed: whether other failures, such as a full disk, end the work
+    (UserError)."""
 
     def __init__(self, stream, needed=True):
         self.stream, self.needed = stream, needed

@@ -57,7 +57,7 @@ def test_a_law_is_drawn_exactly_but_in_float32_with_many_steps(monkeypatch, tmp_
     for row in found:
         assert abs(row["nats"] - law["nats"]) < 4 * row["nats_se"] < 0.5
         assert (row["tokens"], row["steps"]) == (640, 8)
-    monkeypatch.setattr(precision, "rows", lambda c: [law, *found])
+    monkeypatch.setattr(precision, "rows_of", lambda c: [law, *found])
     monkeypatch.setattr(precision, "ROOT", tmp_path)
     call(precision)
     assert len(capsys.readouterr().out.splitlines()) == 5

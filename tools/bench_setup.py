@@ -16,7 +16,7 @@ ATTENTION = {"ar": "causal", "diffusion": "full", "diffusion-kv": "reveal"}
 
 
 def set_defaults(config, device):
-    """Fill in the flags that were not given. Raises UserError on what cannot be measured."""
+    """Fill in the flags that were not given. Raises UserError on what cannot be done."""
     # trained weights, where there are some and no others are asked for
     found = any(Path("out").glob("*/ar.pt"))
     trained = not config.preset and bool(config.checkpoint or config.out or found)
