@@ -437,6 +437,7 @@ def judge_and_teacher(config, procs, data):
 def announce(config, data, sampling_steps):
     """Say, before anything trains, which files are used and how much there is to do.
     sampling_steps: see schedule."""
+    # given, or there from an earlier run, or made now
     teacher = config.teacher or config.folder / "teacher.pt"
     judge = "none, so no table"
     if config.samples:
@@ -477,7 +478,7 @@ def distill(config, procs):
 
     # judge and teacher, trained where they are missing
     judge_pair, teacher_pair = judge_and_teacher(config, procs, data)
-    judge, judge_file = judge_pair
+    judge, judge_file = judge_pair                                   # None, None: no table
     teacher, teacher_file = teacher_pair
     # one run at a time in this folder
     first(procs, lambda: hold(config.folder / "results.json"))
@@ -513,6 +514,7 @@ def distill(config, procs):
         report(exam, procs, f"round {r + 1}", run.ema, fingerprint(run.ema))
     # the table, and text to look at
     if judge and procs.rank == 0:
+        # the first teacher beside the last student
         models = {"teacher": teacher, f"round {config.rounds}": run.ema}
         conclude(config, procs, data, results, models)
 

@@ -278,8 +278,8 @@ class Output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         except OSError as e:
             if self.needed:
-                raise UserError(f"what is to be shown cannot be written ({reason(e)}); make "
-                                "room, or send it elsewhere")
+                raise UserError(f"what is to be shown cannot be written ({reason(e)}); "
+                                "make room, or send it elsewhere")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
