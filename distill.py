@@ -57,7 +57,7 @@ def forward_kl(student, target):
 
 
 def jensen_shannon(student, target):
-    """Jensen-Shannon: the mean of both KLs to the middle of the two laws."""
+    """Jensen-Shannon: the mean of both KLs to the middle of the two distributions."""
     # bounded, by log 2: no target can be infinitely far
     middle = torch.logaddexp(student, target) - math.log(2)          # log of the mean
     return (reverse_kl(student, middle) + reverse_kl(target, middle)) / 2

@@ -142,36 +142,6 @@ def see_everything(q, k, v, mask=None, causal=False):
     return y.transpose(1, 2)                                         # (B, L, H, D)
 
 
-def see_at(q, k, v, queries):
-    """see_everything at the N queries of a Ragged only: (B, L, H, D) -> (N, H, D)."""
-    q = q[queries.row, queries.pos]                                  # (N, H, D)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)                      # (B, H, L, D)
-    return queries.attend(q, k, v)
-
-
-def see_cache(q, k, v, keys, values, queries, first=0):
-    """Attention of N positions to their texts' caches: q, k, v (N, H, D) -> the same shape,
-    without the first `first`. The new keys and values are stored first, each at its
-    queries.pos, a slot; then each looks where queries.mask allows, itself included."""
-    # keys are (B, H, slots, D); two indices around a slice give (N, H, D), as k has
-    keys[queries.row, :, queries.pos] = k
-    values[queries.row, :, queries.pos] = v
-    seen = queries.mask.shape[-1]                                  # the rest is still empty
-    return queries.attend(q, keys[:, :, :seen], values[:, :, :seen])[first:]
-
-
-def see_step(q, k, v, keys, values, slot, mask):
-    """see_cache for AR decoding, where each of B texts has one token, all in the same slot
-    (1,): q, k, v (B, H, D) -> (B, H, D), mask (1, seen). Nothing is padded, and no shape
-    depends on the slot."""
-    keys.index_copy_(2, slot, k[:, :, None])                         # (B, H, slots, D)
-    values.index_copy_(2, slot, v[:, :, None])
-    seen = mask.shape[-1]
-    k, v = keys[:, :, :seen], values[:, :, :seen]                    # (B, H, seen, D)
-    y = F.scaled_dot_product_attention(q[:, :, None], k, v, mask)    # (B, H, 1, D)
-    return y[:, :, 0]
-
-
 class Ragged(typing.NamedTuple):
     """N queries of B texts, some of which have more than others. For attention they are
     padded to a rectangle (B, most), where query i stands in row[i], col[i]."""
@@ -198,7 +168,7 @@ class Ragged(typing.NamedTuple):
         return y.transpose(1, 2)[self.row, self.col]                 # (N, H, D)
 
 
-def ragged(row, pos, B):
+def make_ragged(row, pos, B):
     """Queries of texts row (N,) at positions pos (N,), in any order, as a Ragged."""
     count = torch.bincount(row, minlength=B)                         # (B,) queries of each
     by_row = row.argsort(stable=True)                                # (N,) text by text
@@ -207,6 +177,36 @@ def ragged(row, pos, B):
     col = torch.empty_like(row)
     col[by_row] = torch.arange(len(row), device=row.device) - begin[row[by_row]]
     return Ragged(row, pos, col, B, int(count.max()))
+
+
+def see_at(q, k, v, queries):
+    """see_everything at the N queries of a Ragged only: (B, L, H, D) -> (N, H, D)."""
+    q = q[queries.row, queries.pos]                                  # (N, H, D)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)                      # (B, H, L, D)
+    return queries.attend(q, k, v)
+
+
+def see_cache(q, k, v, keys, values, queries, wanted_from=0):
+    """Attention of N positions to their texts' caches: q, k, v (N, H, D) -> the same shape,
+    from number wanted_from on. The new keys and values are stored first, each at its
+    queries.pos, a slot; then each looks where queries.mask allows, itself included."""
+    # keys are (B, H, slots, D); two indices around a slice give (N, H, D), as k has
+    keys[queries.row, :, queries.pos] = k
+    values[queries.row, :, queries.pos] = v
+    seen = queries.mask.shape[-1]                                  # the rest is still empty
+    return queries.attend(q, keys[:, :, :seen], values[:, :, :seen])[wanted_from:]
+
+
+def see_step(q, k, v, keys, values, slot, mask):
+    """see_cache for AR decoding, where each of B texts has one token, all in the same slot
+    (1,): q, k, v (B, H, D) -> (B, H, D), mask (1, seen). Nothing is padded, and no shape
+    depends on the slot."""
+    keys.index_copy_(2, slot, k[:, :, None])                         # (B, H, slots, D)
+    values.index_copy_(2, slot, v[:, :, None])
+    seen = mask.shape[-1]
+    k, v = keys[:, :, :seen], values[:, :, :seen]                    # (B, H, seen, D)
+    y = F.scaled_dot_product_attention(q[:, :, None], k, v, mask)    # (B, H, 1, D)
+    return y[:, :, 0]
 
 
 class KVCache:
@@ -232,7 +232,7 @@ class Reading(typing.NamedTuple):
     row: torch.Tensor            # the text of each; this and the rest on the CPU
     slot: torch.Tensor           # where its key and value are stored
     limit: torch.Tensor
-    first: int = 0               # states are wanted from this number on
+    wanted_from: int = 0         # states of those before this one are not returned
 
 
 # ---- the network
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
 
         # but the last block's queries are needed at the wanted positions only
         if at is not None:
-            queries = ragged(*at, B)
+            queries = make_ragged(*at, B)
             # an empty place sees nothing; what comes out there is never gathered
             if mask is not None:
                 queries = queries._replace(mask=queries.pad(mask[at]))   # (B, most, L)
@@ -350,8 +350,8 @@ class Transformer(nn.Module):
         return KVCache(self.config, B, slots, self.embed.weight.device, dtype)
 
     def read(self, cache, new):
-        """States of the N positions of a Reading, (N - new.first, C); their keys and values
-        are left in the cache. Raises ValueError where it has too few slots."""
+        """States of the N positions of a Reading, (N - new.wanted_from, C); their keys and
+        values are left in the cache. Raises ValueError where it has too few slots."""
         B, device = len(cache.k[0]), new.idx.device
         slots = torch.arange(int(new.slot.max()) + 1)                # the first so many
         if len(slots) > cache.slots:
@@ -359,7 +359,7 @@ class Transformer(nn.Module):
                              f"{len(slots)} were given")
 
         # who sees whom; an empty place sees everything, and nobody looks at what it sees
-        queries = ragged(new.row, new.slot, B)
+        queries = make_ragged(new.row, new.slot, B)
         mask = torch.ones(B, queries.most, len(slots), dtype=torch.bool)
         before = slots < new.limit[:, None]                          # (N, seen)
         itself = slots == new.slot[:, None]
@@ -374,11 +374,11 @@ class Transformer(nn.Module):
             attends.append(functools.partial(see_cache, keys=keys, values=values,
                                              queries=queries))
 
-        if new.first == 0:
+        if new.wanted_from == 0:
             return self.run(new.idx, new.pos, attends)
         # the others are there for their keys and values: the last block ends with these
-        attends[-1] = functools.partial(attends[-1], first=new.first)
-        return self.run(new.idx, new.pos, attends, slice(new.first, None))
+        attends[-1] = functools.partial(attends[-1], wanted_from=new.wanted_from)
+        return self.run(new.idx, new.pos, attends, slice(new.wanted_from, None))
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""

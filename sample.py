@@ -6,8 +6,8 @@
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
 
 The checkpoint is all that is needed. Token draws are exact, in float64; --temperature and
---top_p change the law that the model has learned, and are off unless given. To watch a text
-come about, alone or as a race: python -m tools.animate.
+--top_p change the distribution that the model has learned, and are off unless given. To
+watch a text being written, alone or as a race: python -m tools.animate.
 """
 import contextlib
 import re
@@ -40,10 +40,10 @@ class SampleConfig:
         None, "diffusion steps [what the model was distilled for; a teacher 32]; AR takes "
         "one per token", low=1)
     temperature: float = flag(
-        1.0, "below 1: likelier tokens more often; changes the law", low=0.01)
+        1.0, "below 1: likelier tokens more often; changes the distribution", low=0.01)
     top_p: float = flag(
         1.0, "draw only among the likeliest tokens that have this probability together; "
-        "changes the law", low=0.01, high=1)
+        "changes the distribution", low=0.01, high=1)
     seed: int = flag(0, "seed of the samples")
     # what is given, and how much is wanted
     prompt: str = flag("", "how the text begins")
@@ -62,10 +62,10 @@ class Sampling:
     """How texts are drawn from a model."""
     steps: int | None = None     # of diffusion; AR takes one per token
     seed: int = 0
-    temperature: float = 1.0     # other than 1, and top_p below 1: not the model's own law
+    temperature: float = 1.0     # other than 1, and top_p below 1: not the model's own
     top_p: float = 1.0
     precision: int = 64          # bits of a token draw, 32 or 64
-    joint: bool = False          # see diffusion.sample_joint
+    joint: bool = False          # see diffusion.sample_joint; without top_p
     length: int | None = None    # tokens of a text; None: the model's context
 
 
@@ -251,7 +251,8 @@ def main():
                         length=config.length)
     x = draw_samples(model, config.num_samples, sampling, procs, prompts)        # (n, L)
 
-    if config.infill is not None:        # the model wrote on after the template
+    # the model filled the whole context; the template's part is wanted
+    if config.infill is not None:
         x = x[:, :len(known)]                                        # (n, P)
     if procs.rank == 0:
         for row in x.tolist():

@@ -411,10 +411,11 @@ def new_model(config, data):
     sizes["attention"] = "causal" if config.causal else config.attention or "full"
     # where every row begins a text, its place counts beside the distances
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
-    sizes = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # MDLM has no biases in attention: without them tools.convert can export the model
-    sizes.attention_bias = not sizes.relative
-    return Transformer(sizes)                                        # random weights
+    model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
+    # MDLM's attention has no biases: with them tools.convert could not export the model.
+    # Its positions are rope; models with others are no MDLM anyway, and have GPT-2's biases
+    model_config.attention_bias = not model_config.relative
+    return Transformer(model_config)     # random weights
 
 
 def model_from(config, data):
