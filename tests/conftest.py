@@ -1,6 +1,10 @@
+import os
 import sys
 from pathlib import Path
 
+# the tests' models are so small that a second thread costs more than it gives; set before
+# torch is imported, and for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest                                                        # noqa: E402
