@@ -9,25 +9,26 @@ step, diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sa
 by word. Warm-up does not count, runs of the engines alternate, and the median is shown.
 Roofline is the share that a run gets of what the hardware shows in the same minute: of its
 bandwidth (AR) or of its rate of matrix products (diffusion). The clock, the memory gauge
-and the roofline are in tools/machine.py, what is compared in tools/bench_setup.py, training
-in tools/bench_train.py.
+and the roofline are in tools/machine.py, what is compared in tools/bench_setup.py, the
+crossover in tools/crossover.py, training in tools/bench_train.py.
 """
 import functools
 import itertools
-import math
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from common import Processes, command, flag, parse_flags, start
+from common import Processes, start
 from data.files import UserError, write_json
 from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
+from data.script import command, flag, parse_flags
 from diffusion import categorical, sample, sample_joint
 from model import PRESETS, KVCache, decode, generate
 from sample import Sampling, counted_calls, draw_samples
 from tools import figures
 from tools.bench_setup import checkpoints, random_weights, set_defaults
+from tools.crossover import against_ar
 from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
                            least_memory, limits, line, roofline, seconds)
 
@@ -229,54 +230,6 @@ def quality(config, models, device, engine, name, steps):
     within, _ = entropy(x, vocab)                                    # without their errors
     pooled, _ = pooled_entropy(x, vocab)                             # of all texts
     return {"gen_ppl": gen, "entropy": within, "of all": pooled}
-
-
-# ---- the crossover
-
-def overtakes(points):
-    """In words: at which batch AR overtakes, between two that were measured by a straight
-    line in logarithms. points: [(batch, how many times faster than AR)]."""
-    # r: how many times faster than AR diffusion is
-    for (b0, r0), (b1, r1) in zip(points, points[1:]):
-        if r0 >= 1 > r1:
-            share = math.log(r0) / math.log(r0 / r1)     # of the way from b0 to b1
-            return f"overtakes at a batch of about {b0 * (b1 / b0) ** share:.1f}"
-    first_batch, first_ratio = points[0]                             # the smallest batch
-    if first_ratio < 1:
-        return f"is faster from batch {first_batch} on"
-    return f"is slower up to batch {points[-1][0]}"
-
-
-def against_ar(rows):
-    """Fill in how many times faster than AR the rows are; say where AR overtakes, a line
-    each."""
-    # what did not fit has no time
-    done = [row for row in rows if "error" not in row]
-    # AR's time in each size
-    ar_seconds = {}
-    for row in done:
-        if row["engine"] == "ar":
-            ar_seconds[row["preset"], row["length"], row["batch"]] = row["seconds"]
-    # a curve over batch sizes for each model and number of steps
-    curves = {}
-    for row in done:
-        key = row["preset"], row["length"], row["batch"]
-        row["vs_ar"] = None              # AR may not have been asked for
-        if key not in ar_seconds:
-            continue
-        row["vs_ar"] = ar_seconds[key] / row["seconds"]
-        if row["engine"] in ("diffusion", "diffusion-kv"):
-            name = row["model"]
-            if row["engine"] == "diffusion-kv":
-                name += "'s KV cache"
-            curve = row["preset"] or "trained", row["length"], name, row["steps"]
-            curves.setdefault(curve, []).append((row["batch"], row["vs_ar"]))
-    lines = []
-    for (preset, length, name, steps), points in curves.items():
-        # points are in the order of batch sizes, as config.batch is
-        lines.append(f"{preset}, {length} tokens: AR {overtakes(points)} against {name} at "
-                     f"{steps} steps")
-    return lines
 
 
 # ---- the whole benchmark

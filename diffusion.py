@@ -239,25 +239,38 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
 def sample_full(model, z, order, when, draw, watch=None):
     """sample with full attention: each step computes whole sequences, the last block only
     where tokens are revealed. z (B, L) is filled in place; order, when: see plan."""
-    # two cases in which the first call can be smaller than the others
-    alike = bool((z == z[:1]).all())                     # as all texts without a prompt are
-    blank = order.shape[1] == z.shape[1] and model.config.relative
     for i in range(steps_of(when)):
         row, j = (when == i).nonzero(as_tuple=True)               # the N masks revealed now
         row, pos = row.to(z.device), order[row, j].to(z.device)
         # what the network says there
-        if i == 0 and blank:
-            # all positions look the same: one is computed for all
-            h = model.hidden(z[:1, :1])[0].expand(len(row), -1)
-        elif i == 0 and alike:
-            # all sequences are the same: one is computed for all
-            h = model.hidden(z[:1], at=(torch.zeros_like(row), pos))
+        if i == 0:
+            h = first_states(model, z, row, pos)                     # (N, C)
         else:
-            h = model.hidden(z, at=(row, pos))                       # (N, C)
+            h = model.hidden(z, at=(row, pos))
+        # and what is drawn from it
         z[row, pos] = draw_tokens(model, h, draw)
         if watch:
             watch(z.clone())
     return z
+
+
+def first_states(model, z, row, pos):
+    """model.hidden(z, at=(row, pos)) of the first step, without computing twice what is
+    alike: texts without a prompt are nothing but masks."""
+    alike = bool((z == z[:1]).all())                                 # the texts
+    blank = alike and bool((z[0] == z[0, 0]).all())                  # their positions, too
+    if blank and model.config.relative:
+        return one_for_all(model, z, row)
+    if alike:
+        return model.hidden(z[:1], at=(torch.zeros_like(row), pos))
+    return model.hidden(z, at=(row, pos))
+
+
+def one_for_all(model, z, row):
+    """The states (N, C) of masks in the texts row (N,) where all is masked and the network
+    knows distances only: every mask looks the same, so one is computed for all."""
+    rank = torch.zeros(1, 1, device=z.device)            # any number: it is all alone
+    return model.hidden(z[:1, :1], rank=rank)[0].expand(len(row), -1)
 
 
 def sample_cached(model, z, order, when, draw, watch=None):
@@ -283,9 +296,7 @@ def sample_cached(model, z, order, when, draw, watch=None):
         known = (when < i).sum(1)                                    # (B,) tokens
         pos = order[row, slot]                                       # (N,)
         if i == 0 and n == L and model.config.relative:
-            # all positions look the same: one is computed for all
-            rank = torch.zeros(1, 1, device=z.device)    # any number: it is all alone
-            h = model.hidden(z[:1, :1], rank=rank)[0].expand(len(row), -1)
+            h = one_for_all(model, z, row)                           # (N, C)
         else:
             new = reading(z, order, new_row, new_slot, row, slot, known)
             h = model.read(cache, new)                               # (N, C)

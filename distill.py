@@ -8,29 +8,28 @@ of itself, does in k = 2 steps of size dt; then dt doubles. It ends with a table
 a folder of results. Interrupt it at any time: the same command goes on where it was.
 
 The method is in `sdtt_targets`, `sdtt_loss` and `distill_round`; what comes before is
-divergences and flags, what comes after is measuring and the path from nothing to a table.
+divergences and flags, what comes after is the path from nothing to a table. What is
+measured, and kept, is in data/results.py.
 """
 import copy
 import dataclasses
 import functools
-import json
 import math
-import platform
-import typing
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (GOES_ON, Processes, Run, agree, broadcast, command, fingerprint, first,
-                    flag, load_model, make_optimizers, parse_flags, resume, start)
-from data.dataset import Data, load_data
-from data.files import UserError, hold, write, write_json
-from data.measures import make_judge, summary, table
+from common import (Run, agree, broadcast, fingerprint, first, load_model, make_optimizers,
+                    resume, start)
+from data.dataset import load_data
+from data.files import UserError, hold
+from data.measures import make_judge
+from data.results import Exam, conclude, fill_rows, open_results
+from data.script import GOES_ON, as_command, command, flag, parse_flags
 from diffusion import q_sample, sample_t, states_at, unmask_step
 from model import Transformer
-from sample import Sampling, draw_samples, sample_row
-from train import FREE, LoopConfig, TrainConfig, as_command, fit, prepare_model, train
+from train import FREE, LoopConfig, TrainConfig, fit, prepare_model, train
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
 # flags that may change between a run and its continuation
@@ -248,115 +247,6 @@ def distill_round(config, procs, data, r, before, origin):
     return run
 
 
-# ---- the results
-
-@dataclasses.dataclass
-class Exam:
-    """What every model of a run is measured with, and where the rows go."""
-    config: DistillConfig
-    data: Data
-    results: dict                # what results.json holds
-    judge: typing.Callable       # see data.measures.make_judge
-    judged_by: str               # the judge's fingerprint
-    context: int                 # tokens of a text
-    alone: Processes             # process 0 by itself, which measures
-
-
-def open_results(config):
-    """results.json of an earlier run, or a new one."""
-    try:
-        old = json.loads((config.folder / "results.json").read_bytes())
-        # rows that are still true are kept, see fill_rows
-        rows, models = old["rows"], old["models"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        rows, models = [], {}            # there is none, or it is not ours
-    # what the numbers may depend on besides the flags
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "machine": platform.machine(), "threads": torch.get_num_threads()}
-    return {"rows": rows, "models": models, "config": dataclasses.asdict(config),
-            "seconds": {}, "versions": versions}
-
-
-def fill_rows(exam, name, model, digest):
-    """Measure what the results lack of one model (None: the data), and save them, row by
-    row. digest: the model's fingerprint. Rows of an earlier run are kept only if they came
-    from the same weights, judge and settings."""
-    config, results = exam.config, exam.results
-    # what the rows of this model depend on
-    key = (f"{digest} {exam.judged_by} {exam.data.fingerprint} {config.samples} "
-           f"{config.seed}")
-    if results["models"].get(name) != key:
-        # of other weights, or under another judge
-        results["rows"] = [row for row in results["rows"] if row["model"] != name]
-        results["models"][name] = key
-
-    # data and AR have no number of steps
-    diffusion = model is not None and not model.config.causal
-    columns = COLUMNS if diffusion else [None]
-    # what an interrupted run has measured already
-    done = {row["steps"] for row in results["rows"] if row["model"] == name}
-    for steps in columns:
-        if steps in done:
-            continue
-        n = config.samples
-        if steps and steps > 32:         # they take long
-            n = max(2, config.samples // 2)
-        sampling = Sampling(steps, config.seed, length=exam.context)
-        # texts and measures; the texts themselves are not kept
-        row, _ = sample_row(name, model, n, sampling, exam.judge, exam.data, exam.alone)
-        results["rows"].append(row)
-        write_json(config.folder / "results.json", results)
-
-    # one line on the way: a diffusion model's row of 8 steps
-    mine = [row for row in results["rows"] if row["model"] == name]
-    shown = next(row for row in mine if row["steps"] in (None, 8))
-    title = f"{name}, 8 steps" if diffusion else name
-    print(f"{title}: {summary(shown)}", flush=True)
-
-
-def report(exam, procs, name, model, digest):
-    """fill_rows in process 0, for which the others wait. exam None: nothing is measured."""
-    if exam and procs.rank == 0:
-        fill_rows(exam, name, model, digest)
-    if procs.world > 1:
-        dist.barrier()
-
-
-def show_samples(config, procs, data, models):
-    """Text of each model at 8 and at 32 steps, one under the other, also in samples.txt."""
-    text = ""
-    alone = Processes(procs.device)      # the other processes have finished
-    for steps in (8, 32):
-        for name, model in models.items():
-            text += f"\n{name}, {steps} steps:\n"
-            # three texts (3, L)
-            x = draw_samples(model, 3, Sampling(steps, config.seed), alone)
-            for row in x.tolist():
-                one = data.tokenizer.decode(row).strip().replace("\n", "\n    ")
-                # a line for each text
-                text += f"  * {one}\n"
-    write(config.folder / "samples.txt", lambda f: f.write(text.encode()))
-    print(text)
-
-
-def conclude(config, procs, data, results, models):
-    """Put the rows in order, and write and print everything that there is to see."""
-    seconds = results["seconds"]
-    # rows of an earlier run count with the time that they took then
-    seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)
-    # rounds of an earlier run beyond this one's are left out
-    order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(config.rounds)]
-    known = [row for row in results["rows"] if row["model"] in order]
-    results["rows"] = sorted(known, key=lambda row: order.index(row["model"]))
-    write_json(config.folder / "results.json", results)
-    print(f"\nperplexity under the judge (of {results['judged']}), entropies in nats: "
-          "within a text, and of all texts together")
-    print(table(results["rows"]))
-    show_samples(config, procs, data, models)
-    print(f"{config.folder}: {sum(seconds.values()):.0f} s in all; "
-          f"python -m tools.figures {config.folder} draws the curves")
-
-
 # ---- judge and teacher: given, there, or trained now
 
 def load_fitting(path, procs, data, kinds):
@@ -434,6 +324,14 @@ def judge_and_teacher(config, procs, data):
 
 # ---- the whole path
 
+def report(exam, procs, name, model, digest):
+    """fill_rows in process 0, for which the others wait. exam None: nothing is measured."""
+    if exam and procs.rank == 0:
+        fill_rows(exam, name, model, digest)
+    if procs.world > 1:
+        dist.barrier()
+
+
 def announce(config, data, sampling_steps):
     """Say, before anything trains, which files are used and how much there is to do.
     sampling_steps: see schedule."""
@@ -494,9 +392,9 @@ def distill(config, procs):
         results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
         seconds["ar"] = judge_file["seconds"]
         # the same judge for all rows, whatever writes the texts
-        exam = Exam(config, data, results,
+        exam = Exam(config, procs.device, data, results,
                     make_judge(judge, judge_file["tokenizer"], data.tokenizer),
-                    fingerprint(judge), teacher.config.context, Processes(procs.device))
+                    fingerprint(judge), teacher.config.context, COLUMNS)
 
     # the rows that need no distillation
     report(exam, procs, "data", None, "")
@@ -524,7 +422,5 @@ def main():
     distill(config, start(config.device))
 
 
-main.stopped = GOES_ON
-
 if __name__ == "__main__":
-    command(main)
+    command(main, stopped=GOES_ON)

@@ -76,25 +76,6 @@ def rotate(x, cos, sin):
     return turned.type_as(x)                             # the tables are float32
 
 
-def gelu(x):
-    """GELU in its tanh form, elementwise."""
-    if torch.compiler.is_compiling():
-        # the same, since (1 + tanh y) / 2 = sigmoid(2 y): it compiles to faster code
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x ** 3))
-    return F.gelu(x, approximate="tanh")
-
-
-class Linear(nn.Linear):
-    """nn.Linear that adds its bias apart when it is compiled: otherwise the bias is first
-    copied to all rows, which on a CPU takes longer than the addition."""
-
-    def forward(self, x):
-        if torch.compiler.is_compiling() and self.bias is not None:
-            y = F.linear(x, self.weight)               # of autocast's type, unlike the bias
-            return y + self.bias.to(y.dtype)
-        return super().forward(x)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -127,6 +108,27 @@ class Block(nn.Module):
         # both halves add to the stream x
         x = x + self.dropout(self.attn_out(y))
         return x + self.dropout(self.mlp_out(gelu(self.mlp_in(self.norm2(x)))))
+
+
+# for Block, two operations of PyTorch in a form that compiles to faster code
+
+def gelu(x):
+    """GELU in its tanh form, elementwise."""
+    if torch.compiler.is_compiling():
+        # the same, since (1 + tanh y) / 2 = sigmoid(2 y): it compiles to faster code
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x ** 3))
+    return F.gelu(x, approximate="tanh")
+
+
+class Linear(nn.Linear):
+    """nn.Linear that adds its bias apart when it is compiled: otherwise the bias is first
+    copied to all rows, which on a CPU takes longer than the addition."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling() and self.bias is not None:
+            y = F.linear(x, self.weight)               # of autocast's type, unlike the bias
+            return y + self.bias.to(y.dtype)
+        return super().forward(x)
 
 
 # ---- who sees whom

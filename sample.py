@@ -10,19 +10,16 @@ The checkpoint is all that is needed. Token draws are exact, in float64; --tempe
 watch a text being written, alone or as a race: python -m tools.animate.
 """
 import contextlib
-import re
-import sys
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import command, flag, load_model, parse_flags, seed_all, start
+from common import load_model, seed_all, start
 from data.dataset import make_tokenizer
-from data.files import UserError
-from data.measures import measure
+from data.prompts import known_tokens
+from data.script import command, flag, parse_flags
 from diffusion import categorical, sample, sample_joint, sharpen
 from model import generate
 
@@ -143,96 +140,6 @@ def spread(parts, f, procs, title=None):
         dist.all_gather_object(everyone, mine)       # everyone[rank] is mine there
     # part i was process (i mod world)'s, as its (i div world)-th
     return [everyone[i % procs.world][i // procs.world] for i in range(len(parts))]
-
-
-def sample_row(name, model, n, sampling, judge, data, procs):
-    """One row of results, and the samples (n, L) that it is about: n texts of a model,
-    drawn as `sampling` says, or of the validation data (model None), and what they are
-    worth. judge: see data.measures.make_judge."""
-    began = time.time()                                              # measuring counts, too
-    calls = []
-    if model is None:
-        x = data.pieces(n, sampling.length)      # none twice, which self-BLEU would notice
-    else:
-        title = name
-        if sampling.steps:                       # AR has no number of steps
-            title = f"{name}, {sampling.steps} steps"
-        x = draw_samples(model, n, sampling, procs, title=title, calls=calls)
-
-    # how the texts came about; nfe: number of function evaluations, the mean of the batches
-    row = {"model": name, "steps": sampling.steps, "nfe": None,
-           "temperature": sampling.temperature, "precision": sampling.precision,
-           "joint": sampling.joint, "seed": sampling.seed}
-    if calls:
-        row["nfe"] = sum(calls) / len(calls)
-    if model is None:                            # data are not drawn here
-        row["temperature"] = row["precision"] = None
-
-    # what they are worth
-    row |= measure(x.to(procs.device), judge, data)
-    row["seconds"] = round(time.time() - began, 2)
-    return row, x
-
-
-# ---- the text that is given
-
-GAP = re.compile(r"(?<!\S)(_+\d+_+|_+)(?!\S)")       # alone between white space or ends
-
-
-def parse_infill(text, tokenizer, mask_id):
-    """"a ___ b _20_" -> ids with mask_id in the gaps: 3 for the first, 20 for the second.
-    Any other underscore is text, as in file_name."""
-    ids = []                                                         # (P,)
-    # split() returns text and gaps in turn, text first
-    for i, part in enumerate(GAP.split(text)):
-        is_gap = i % 2 == 1
-        if is_gap:
-            number = part.strip("_")                                 # "" or "20"
-            ids += [mask_id] * int(number or len(part))              # _20_ or ___
-        elif tokenizer.spec["kind"] == "chars":
-            ids += tokenizer.encode(part)
-        else:                            # the space before a gap belongs to the gap's token
-            ids += tokenizer.encode(part.removesuffix(" "))
-    return ids
-
-
-def without_last_space(prompt, tokenizer):
-    """The prompt without spaces at its end, where a token begins with its space (GPT-2's
-    tokens and ours): a space by itself is hardly ever followed by a word. Says so on
-    stderr."""
-    if tokenizer.spec["kind"] not in ("bpe", "gpt2") or not prompt.endswith(" "):
-        return prompt
-    print("the space at the end of --prompt is left out: it belongs to the token that "
-          "follows", file=sys.stderr)
-    return prompt.rstrip(" ")                                        # also several spaces
-
-
-def known_tokens(config, model, tokenizer):
-    """The tokens that the flags give: ids (P,), mask_id in gaps. Raises UserError where the
-    model cannot take them."""
-    context = model.config.context
-    # what cannot be, before anything is computed
-    if config.infill is not None and config.prompt:
-        raise UserError("--prompt and --infill together; put the prompt at the start of "
-                        "--infill")
-    if config.infill is not None and model.config.causal:
-        raise UserError(f"{config.checkpoint} is autoregressive and cannot fill gaps; give "
-                        "--prompt, or a diffusion checkpoint")
-    if config.length and config.length > context:
-        raise UserError(f"--length {config.length} is beyond the model's context of "
-                        f"{context} tokens")
-
-    if config.infill is not None:
-        name, ids = "infill", parse_infill(config.infill, tokenizer, model.mask_id)
-    else:
-        # put back, so that a race of several models says it once
-        config.prompt = without_last_space(config.prompt, tokenizer)
-        name, ids = "prompt", tokenizer.encode(config.prompt)
-    length = config.length or context                                # L
-    if len(ids) > length:
-        raise UserError(f"--{name} has {len(ids)} tokens, more than the text's {length}; "
-                        "shorten it")
-    return torch.tensor(ids, dtype=torch.long)
 
 
 def main():

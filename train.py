@@ -6,6 +6,7 @@
 
 Interrupt it at any time: the same command goes on from the last checkpoint, and ends with
 the same weights. `fit` is the project's only training loop: distill.py's rounds use it too.
+Devices, optimizers, checkpoints and the Run that goes on are in common.py.
 """
 import contextlib
 import copy
@@ -13,7 +14,6 @@ import dataclasses
 import functools
 import json
 import math
-import shlex
 import time
 from pathlib import Path
 
@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (GOES_ON, Run, agree, command, ema_update, finite, fingerprint, first,
-                    flag, load_checkpoint, load_model, lr_factor, make_optimizers,
-                    parse_flags, resume, save, seed_all, start)
+from common import (Run, agree, ema_update, fingerprint, finite, first, load_checkpoint,
+                    load_model, lr_factor, make_optimizers, resume, save, seed_all, start)
 from data.dataset import load_data
 from data.files import UserError, hold, reason, remedy, to_json, write
+from data.script import GOES_ON, command, flag, parse_flags
 from diffusion import nelbo
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 
@@ -362,21 +362,6 @@ def prepare_model(model, config, procs):
     return model
 
 
-def as_command(script, config):
-    """The command line that gives this config."""
-    defaults, words = dataclasses.asdict(type(config)()), ["python", script]
-    for name, value in dataclasses.asdict(config).items():
-        # what has its default is not said, but for what is trained
-        if value == defaults[name] and name != "objective":
-            continue
-        # a switch is on or off, any other flag has a value
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")   # argparse's two forms
-        else:
-            words += [f"--{name}", str(value)]       # shlex.join quotes what needs it
-    return shlex.join(words)
-
-
 def ar_loss(model, x, mask_id):
     """Mean next-token loss of x (B, L), a scalar in nats per token; mask_id: the start
     symbol."""
@@ -480,7 +465,5 @@ def main():
     train(config, start(config.device))
 
 
-main.stopped = GOES_ON
-
 if __name__ == "__main__":
-    command(main)
+    command(main, stopped=GOES_ON)

@@ -4,9 +4,8 @@ import sys
 import pytest
 import torch
 
-import common
 import distill
-from data import dataset
+from data import dataset, script
 
 
 def make_dataset(folder):
@@ -24,7 +23,7 @@ def call(module, *argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__name__] + [str(a) for a in argv])
         patch.setattr(distill, "COLUMNS", [4, 8])
-        common.command(module.main)
+        script.command(module.main)
 
 
 def refused(capsys, module, *argv):

@@ -17,7 +17,7 @@ from diffusion import sample
 from helpers import call, refused
 from model import PRESETS, ModelConfig, Transformer
 from toy import ancestral_law, chi_square, count, exact_model, joint
-from tools import bench_setup, bench_train, machine
+from tools import bench_setup, bench_train, crossover, machine
 
 LIMIT = 1e-6                     # a chi-square test fails below this chance
 CPU = torch.device("cpu")
@@ -203,7 +203,7 @@ def test_bfloat16_is_in_the_matrices_and_logits_are_float32():
     ([(1, 3.0), (8, 1.0)], "is slower up to batch 8")])
 def test_where_ar_overtakes(points, expected):
     """By hand; a straight line in logarithms. No chance involved."""
-    assert bench.overtakes(points) == expected
+    assert crossover.overtakes(points) == expected
 
 
 def test_ratio_to_ar_is_of_the_same_preset_length_and_batch():
@@ -214,7 +214,7 @@ def test_ratio_to_ar_is_of_the_same_preset_length_and_batch():
     rows = [row("ar", 1, 2.0), row("ar", 4, 3.0), row("diffusion", 1, 1.0),
             row("diffusion", 4, 6.0), row("diffusion", 8, 6.0),
             row("diffusion", 16, None, error="does not fit in memory")]
-    assert bench.against_ar(rows) == ["trained, 16 tokens: AR overtakes at a batch of about 2.0 "
+    assert crossover.against_ar(rows) == ["trained, 16 tokens: AR overtakes at a batch of about 2.0 "
                                       "against m at 8 steps"]
     assert [r.get("vs_ar") for r in rows] == [1.0, 1.0, 2.0, 0.5, None, None]
 

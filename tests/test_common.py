@@ -18,14 +18,14 @@ import pytest
 import torch
 
 import common
-from data import files
+from data import files, script
 from model import ModelConfig, Transformer
 
 
-def status(main):
+def status(main, **how):
     """The exit status of a script whose main this is."""
     try:
-        common.command(main)
+        script.command(main, **how)
     except SystemExit as e:
         return e.code
     return 0
@@ -202,13 +202,13 @@ def test_work_goes_on_where_nobody_reads_on(monkeypatch):
 def test_work_goes_on_where_nobody_reads_the_bar_either():
     """`2>&1 | head -1`, through a real process: both streams are closed after the first line, and
     the work ends with status 0."""
-    script = ("import sys, common\n"
+    script = ("import sys\nfrom data import script\n"
               "def main():\n"
               "    for i in range(3):\n"
               "        print('x' * 100_000, flush=True)\n"
               "        print('y' * 100_000, file=sys.stderr, flush=True)\n"
               "    open(sys.argv[1], 'w').write('done')\n"
-              "common.command(main)\n")
+              "script.command(main)\n")
     reader, writer = os.pipe()
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
     with tempfile.TemporaryDirectory() as folder:
@@ -237,9 +237,8 @@ def test_only_scripts_with_checkpoints_say_that_they_go_on(capsys, goes_on):
     """After Ctrl-C, status 130."""
     def main():
         raise KeyboardInterrupt
-    if goes_on:
-        main.stopped = common.GOES_ON
-    assert status(main) == 130
+    how = {"stopped": script.GOES_ON} if goes_on else {}
+    assert status(main, **how) == 130
     assert ("goes on" in capsys.readouterr().err) == goes_on
 
 
@@ -254,7 +253,7 @@ def test_a_broken_compiler_is_one_sentence_and_other_errors_are_not_hidden(capsy
     error = capsys.readouterr().err
     assert "torch.compile failed" in error and "--no-compile" in error
     with pytest.raises(ZeroDivisionError):
-        common.command(lambda: 1 / 0)
+        script.command(lambda: 1 / 0)
 
 
 # ---- files that are not ours

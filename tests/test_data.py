@@ -1225,11 +1225,11 @@ def test_rows_of_openwebtext_without_a_text_are_left_out_and_counted(top, monkey
 TOGETHER = """
 import sys
 import common
-from data import dataset
+from data import dataset, script
 common.ROOT = dataset.ROOT = common.Path(sys.argv[1])
 import data.stories.prepare as stories
 stories.FOLDER = dataset.ROOT / "data/stories"
-common.command(lambda: print(dataset.load_data("stories", common.start("cpu")).fingerprint))
+script.command(lambda: print(dataset.load_data("stories", common.start("cpu")).fingerprint))
 """
 
 

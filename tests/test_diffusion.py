@@ -483,7 +483,7 @@ def test_one_position_is_computed_for_all_where_all_looks_the_same():
     involved: the same seed."""
     model, shapes = constant(torch.full((5,), 0.2)), []
     hidden = model.hidden
-    model.hidden = lambda z, at=None: shapes.append(z.shape) or hidden(z, at)
+    model.hidden = lambda z, at=None, rank=None: shapes.append(z.shape) or hidden(z, at)
     texts, z = [], torch.full((16, 8), 5)
     for relative in (True, False):
         model.config = types.SimpleNamespace(attention="full", relative=relative)

@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-import common
 import distill
 import toy
 from diffusion import q_sample

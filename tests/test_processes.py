@@ -100,7 +100,7 @@ def test_micro_batches_that_do_not_fill_the_batch_are_refused():
 WAY = """
 import sys, time
 import common, distill, train
-from data import files
+from data import files, script
 
 distill.COLUMNS[:] = [8]
 usual, c = train.TrainConfig.__post_init__, train.TrainConfig
@@ -138,7 +138,7 @@ def refuse():
     raise files.UserError("by the first")
 
 
-common.command(main)
+script.command(main)
 """
 
 

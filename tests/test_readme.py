@@ -15,7 +15,7 @@ import pytest
 import common
 import model
 import train
-from data import dataset, measures
+from data import dataset, measures, script
 from helpers import make_dataset
 from tools import machine
 
@@ -83,9 +83,9 @@ def test_command_takes_its_flags(words, monkeypatch):
     class Parsed(Exception):
         pass
 
-    def parse_flags(*args, parse=common.parse_flags, **kw):
+    def parse_flags(*args, parse=script.parse_flags, **kw):
         raise Parsed(parse(*args, **kw))
-    monkeypatch.setattr(common, "parse_flags", parse_flags)
+    monkeypatch.setattr(script, "parse_flags", parse_flags)
     with pytest.raises(Parsed):
         start(words)
 

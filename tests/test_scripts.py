@@ -19,6 +19,7 @@ import common
 import distill
 import sample
 import train
+from data import prompts, script
 from data.dataset import make_tokenizer, write_data
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
@@ -67,7 +68,7 @@ def test_help_lists_every_flag_with_its_default(name):
     """-h ends with status 0 and shows each field of the script's dataclass."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as stop:
-        common.parse_flags(CONFIGS[name], "about", ["-h"], **(
+        script.parse_flags(CONFIGS[name], "about", ["-h"], **(
             {"checkpoint": "a file"} if name in ("sample", "evaluate") else {}))
     shown = " ".join(text.getvalue().split())
     assert stop.value.code == 0
@@ -85,16 +86,16 @@ def test_help_lists_every_flag_with_its_default(name):
 def test_bad_flag_ends_with_usage_and_its_name(argv, named, capsys):
     """Unknown, ill-typed, out of range, without a value."""
     with pytest.raises(SystemExit) as stop:
-        common.parse_flags(distill.DistillConfig, "", argv)
+        script.parse_flags(distill.DistillConfig, "", argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("usage:") and named in error.splitlines()[-1]
 
 
 def test_defaults_and_given_flags_reach_the_config():
     """int | None, bool with --no-, and the default that depends on the preset."""
-    c = common.parse_flags(distill.DistillConfig, "", [])
+    c = script.parse_flags(distill.DistillConfig, "", [])
     assert c == distill.DistillConfig() and c.teacher_steps == 256
-    c = common.parse_flags(distill.DistillConfig, "", ["--preset", "small", "--no-bf16",
+    c = script.parse_flags(distill.DistillConfig, "", ["--preset", "small", "--no-bf16",
                                                        "--reset_optimizer", "--context", "128"])
     assert (c.teacher_steps, c.bf16, c.reset_optimizer, c.context) == (1024, False, True, 128)
 
@@ -231,14 +232,14 @@ CHARS = make_tokenizer(dict(kind="chars", items=sorted(set("file_name is\n."))))
     ("file_name _3_ _", "file_name ??? ?"), ("_is is_ _i_", "_is is_ _i_")])
 def test_a_gap_stands_alone_and_all_else_is_kept(infill, expected):
     """Characters, "?" for a mask: underscores within a word are text, and line ends stay. Exact."""
-    ids = sample.parse_infill(infill, CHARS, 99)
+    ids = prompts.parse_infill(infill, CHARS, 99)
     assert "".join("?" if i == 99 else CHARS.decode([i]) for i in ids) == expected
 
 
 def test_only_the_space_before_a_gap_belongs_to_it():
     """Where tokens begin with a space: one space is the gap's, line ends and other spaces stay."""
     spec = dict(kind="bpe", pattern=r"\s?\S+|\s", items=[chr(i) for i in range(256)])
-    ids = sample.parse_infill("a _ b\n_ c  _", make_tokenizer(spec), 999)
+    ids = prompts.parse_infill("a _ b\n_ c  _", make_tokenizer(spec), 999)
     assert "".join("?" if i == 999 else chr(i) for i in ids) == "a? b\n? c ?"
 
 
@@ -251,7 +252,7 @@ def test_space_at_the_end_of_a_prompt_is_left_out_where_words_begin_with_theirs(
     c = sample.SampleConfig(checkpoint="x.pt", prompt="a  ")
     model = Transformer(ModelConfig(257, 8, 1, 1, 2))
     for _ in range(2):
-        n = len(sample.known_tokens(c, model, make_tokenizer(spec)))
+        n = len(prompts.known_tokens(c, model, make_tokenizer(spec)))
         assert n == (1 if kind == "bpe" else 3)
     assert capsys.readouterr().err.count("belongs to the token that follows") == (kind == "bpe")
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,8 @@ OTHER = ["--handover", "raw", "--reset_optimizer", "--dropout", "0.2", "--micro_
 DRIVER = """
 import io, json, os, random, signal, sys, tempfile
 import torch
-import common, distill, train
+import distill, train
+from data import script
 import data.text.prepare as prepare
 
 torch.set_num_threads(1)
@@ -92,8 +94,8 @@ def attempt(job, kill, out):
         if kill:
             arm(*kill)
         sys.argv = [job["script"]] + job["argv"]
-        common.command({"train.py": train.main, "distill.py": distill.main,
-                        "prepare.py": prepare.main}[job["script"]])
+        script.command({"train.py": train.main, "distill.py": distill.main,
+                        "prepare.py": prepare.main}[job["script"]], script.GOES_ON)
         code = 0
     except SystemExit as e:
         code = e.code
@@ -412,14 +414,17 @@ def test_interrupt_ends_with_status_130_and_leaves_a_checkpoint(runs, tmp_path, 
     """Ctrl-C is no error: one line says how to go on. No false alarm."""
     calls = []
 
-    def ema_update(*args, update=train.ema_update):
+    def ema_update(*args, update=common.ema_update):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         update(*args)
+    argv = [*TRAIN, "--dataset", str(runs["dataset"]), "--out", str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train, "ema_update", ema_update)
-        call(train, *TRAIN, "--dataset", runs["dataset"], "--out", tmp_path)
+        patch.setattr(common, "ema_update", ema_update)
+        # as from a command line: the sentence is given at the end of the script
+        patch.setattr(sys, "argv", ["train.py", *argv])
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     assert stop.value.code == 130 and "the same command" in capsys.readouterr().err
     assert load(tmp_path / "teacher.pt")["step"] == 2
 
@@ -517,7 +522,8 @@ def test_clip_0_does_not_clip(runs, tmp_path):
 SLOW = """
 import os, sys, time
 import torch
-import common, train
+import train
+from data import script
 
 class Slow:                          # a file whose first part waits until argv[1] is there
     def __init__(self, f):
@@ -533,7 +539,7 @@ class Slow:                          # a file whose first part waits until argv[
 go = sys.argv.pop(1)
 torch.set_num_threads(1)
 torch.save = lambda content, f, save=torch.save: save(content, Slow(f))
-common.command(train.main)
+script.command(train.main, script.GOES_ON)
 """
 
 

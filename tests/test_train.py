@@ -11,6 +11,7 @@ import torch
 
 import common
 import train
+from data import script
 from diffusion import nelbo
 from model import ModelConfig, Transformer
 
@@ -102,6 +103,6 @@ def test_printed_command_gives_the_same_config():
     for c in (train.TrainConfig(), train.TrainConfig(objective="ar"),
               train.TrainConfig(objective="ar", dataset="pydoc", preset="small", context=128),
               train.TrainConfig(compile=True, bf16=False, out="a folder")):
-        words = shlex.split(train.as_command("train.py", c))
+        words = shlex.split(script.as_command("train.py", c))
         assert words[:2] == ["python", "train.py"]
-        assert common.parse_flags(train.TrainConfig, "", words[2:]) == c
+        assert script.parse_flags(train.TrainConfig, "", words[2:]) == c

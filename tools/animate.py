@@ -20,12 +20,14 @@ from pathlib import Path
 
 import torch
 
-from common import command, flag, load_model, package, parse_flags, seed_all, start
+from common import load_model, seed_all, start
 from data.dataset import make_tokenizer
 from data.files import UserError, write
+from data.prompts import known_tokens
+from data.script import command, flag, package, parse_flags
 from diffusion import categorical, sample, sharpen
 from model import generate
-from sample import DEFAULT_STEPS, known_tokens
+from sample import DEFAULT_STEPS
 
 PAGE = Path(__file__).with_name("animate.html")
 BLOCK = "░"                              # a cell of a masked token

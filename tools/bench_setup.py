@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from common import load_model, package, seed_all
+from common import load_model, seed_all
 from data.files import UserError
+from data.script import package
 from model import PRESETS, ModelConfig, Transformer
 from tools import figures
 from tools.machine import prepare, transformers_gpt2

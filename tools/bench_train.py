@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common import command, flag, parse_flags, seed_all, start
+from common import seed_all, start
 from data.files import UserError, write_json
+from data.script import command, flag, parse_flags
 from diffusion import (categorical, mask_rate, mask_share, nelbo, q_sample, reveal_share,
                        sample_t)
 from distill import divergence, sdtt_loss

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import command, flag, load_checkpoint, package, parse_flags, save_checkpoint
+from common import load_checkpoint, save_checkpoint
 from data.dataset import make_tokenizer
 from data.files import UserError, reason, write
+from data.script import command, flag, package, parse_flags
 from model import ModelConfig, Transformer
 
 # files that say which tokens a model knows

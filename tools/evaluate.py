@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (Processes, command, flag, load_model, package, parse_flags, seed_all,
-                    start)
+from common import Processes, load_model, seed_all, start
 from data.dataset import Data, load_data, make_tokenizer
 from data.files import UserError, read_text, write_json
 from data.lambada.prepare import parse_lambada
 from data.measures import NO_VALUE, add_mean, exp, make_judge, mean_se, perplexity
+from data.results import sample_row
+from data.script import command, flag, package, parse_flags
 from model import Transformer
-from sample import BATCH, Sampling, draw_samples, sample_row, spread
+from sample import BATCH, Sampling, draw_samples, spread
 from tools import figures, likelihood
 from tools.metrics import diversity, mauve, self_bleu
 

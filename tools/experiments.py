@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 import distill
-from common import (GOES_ON, ROOT, Processes, command, fingerprint, flag, load_model,
-                    parse_flags)
+from common import ROOT, Processes, fingerprint, load_model
 from data.dataset import load_data
 from data.files import UserError, to_json, write, write_json
 from data.measures import make_judge
+from data.script import GOES_ON, command, flag, parse_flags
 from diffusion import states_at, unmask_step
 from model import PRESETS
 from sample import Sampling
@@ -410,7 +410,5 @@ def main():
         figures.draw_experiment(rows, RESULTS / f"{config.experiment}.png")
 
 
-main.stopped = GOES_ON
-
 if __name__ == "__main__":
-    command(main)
+    command(main, stopped=GOES_ON)

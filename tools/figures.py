@@ -11,9 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import command, flag, package, parse_flags
 from data.files import UserError, write
 from data.measures import add_mean
+from data.script import command, flag, package, parse_flags
 
 LOW = 0.1                            # nats of entropy below its measure that are marked
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from common import Processes, command, flag, load_model, parse_flags, seed_all
+from common import Processes, load_model, seed_all
 from data.dataset import load_data, make_tokenizer
 from data.files import UserError
+from data.script import command, flag, parse_flags
 from data.stories import language
 from diffusion import q_sample, unmask_step
 from distill import DistillConfig, schedule

@@ -11,9 +11,9 @@ from collections import Counter
 import numpy as np
 import torch
 
-from common import package
 from data.dataset import retokenise
 from data.measures import add_mean, mean_se
+from data.script import package
 
 GRAM = 8                                 # tokens of a piece that is looked for in train.bin
 SEARCHED = 10 ** 8                       # tokens of train.bin that it is looked for in

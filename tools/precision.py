@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from common import ROOT, command, flag, parse_flags, seed_all
+from common import ROOT, seed_all
 from data.files import write_json
 from data.measures import add_mean, mean_se
+from data.script import command, flag, parse_flags
 from diffusion import categorical, sample, sample_joint
 from tools import figures
 

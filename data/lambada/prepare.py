@@ -18,9 +18,9 @@ import regex                             # comes with tiktoken
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import command, flag, parse_flags                        # noqa: E402
 from data.corpus import fetch                                        # noqa: E402
 from data.files import UserError, write                              # noqa: E402
+from data.script import command, flag, parse_flags                      # noqa: E402
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
 

@@ -16,11 +16,11 @@ from tqdm import tqdm
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import command, flag, package, parse_flags               # noqa: E402
 from data.corpus import (PARTS, append_tokens, begun, finish,        # noqa: E402
                          refuse_outputs)
 from data.dataset import id_type, make_tokenizer                     # noqa: E402
 from data.files import UserError, hold, write                        # noqa: E402
+from data.script import command, flag, package, parse_flags             # noqa: E402
 
 GPT2 = {"kind": "gpt2"}                                              # the tokenizer
 
@@ -112,7 +112,5 @@ def main(argv=None):
     source.unlink()
 
 
-main.stopped = "stopped; the same command goes on where it was"
-
 if __name__ == "__main__":
-    command(main)
+    command(main, stopped="stopped; the same command goes on where it was")

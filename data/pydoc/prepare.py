@@ -18,8 +18,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import command, flag, parse_flags                        # noqa: E402
 from data.corpus import write_corpus                                 # noqa: E402
+from data.script import command, flag, parse_flags                      # noqa: E402
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 # what may have a docstring

@@ -13,8 +13,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import command, flag, parse_flags                        # noqa: E402
 from data.corpus import fetch, refuse_outputs, write_corpus          # noqa: E402
+from data.script import command, flag, parse_flags                      # noqa: E402
 
 URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
        "input.txt")

@@ -14,9 +14,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import command, flag, parse_flags                        # noqa: E402
 from data.dataset import write_data                                  # noqa: E402
 from data.files import hold                                          # noqa: E402
+from data.script import command, flag, parse_flags                      # noqa: E402
 from data.stories.language import VOCABULARY, generate               # noqa: E402
 
 

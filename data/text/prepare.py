@@ -18,9 +18,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from common import command, flag, parse_flags                        # noqa: E402
 from data.corpus import GAP, refuse_outputs, write_corpus            # noqa: E402
 from data.files import UserError, reason                             # noqa: E402
+from data.script import command, flag, parse_flags                      # noqa: E402
 
 LARGE = 2 ** 24                              # characters read at a time
 

@@ -1,0 +1,146 @@
+"""What a run of distill.py found: rows of measures in results.json, kept from run to run as
+long as they are true, a table, and a few texts to look at.
+"""
+import dataclasses
+import json
+import platform
+import time
+import typing
+
+import torch
+
+from common import Processes
+from data.dataset import Data
+from data.files import write, write_json
+from data.measures import measure, summary, table
+from sample import Sampling, draw_samples
+
+
+@dataclasses.dataclass
+class Exam:
+    """What every model of a run is measured with, and where the rows go."""
+    config: typing.Any           # the flags of distill.py
+    device: torch.device
+    data: Data
+    results: dict                # what results.json holds
+    judge: typing.Callable       # see data.measures.make_judge
+    judged_by: str               # the judge's fingerprint
+    context: int                 # tokens of a text
+    columns: list                # numbers of sampling steps, the columns of the table
+
+
+def open_results(config):
+    """results.json of an earlier run, or a new one."""
+    try:
+        old = json.loads((config.folder / "results.json").read_bytes())
+        # rows that are still true are kept, see fill_rows
+        rows, models = old["rows"], old["models"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        rows, models = [], {}            # there is none, or it is not ours
+    # what the numbers may depend on besides the flags
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "machine": platform.machine(), "threads": torch.get_num_threads()}
+    return {"rows": rows, "models": models, "config": dataclasses.asdict(config),
+            "seconds": {}, "versions": versions}
+
+
+def fill_rows(exam, name, model, digest):
+    """Measure what the results lack of one model (None: the data), and save them, row by
+    row. digest: the model's fingerprint. Rows of an earlier run are kept only if they came
+    from the same weights, judge and settings."""
+    config, results = exam.config, exam.results
+    # what the rows of this model depend on
+    key = (f"{digest} {exam.judged_by} {exam.data.fingerprint} {config.samples} "
+           f"{config.seed}")
+    if results["models"].get(name) != key:
+        # of other weights, or under another judge
+        results["rows"] = [row for row in results["rows"] if row["model"] != name]
+        results["models"][name] = key
+
+    # data and AR have no number of steps
+    diffusion = model is not None and not model.config.causal
+    columns = exam.columns if diffusion else [None]
+    # what an interrupted run has measured already
+    done = {row["steps"] for row in results["rows"] if row["model"] == name}
+    alone = Processes(exam.device)       # the other processes wait
+    for steps in columns:
+        if steps in done:
+            continue
+        n = config.samples
+        if steps and steps > 32:         # they take long
+            n = max(2, config.samples // 2)
+        sampling = Sampling(steps, config.seed, length=exam.context)
+        # texts and measures; the texts themselves are not kept
+        row, _ = sample_row(name, model, n, sampling, exam.judge, exam.data, alone)
+        results["rows"].append(row)
+        write_json(config.folder / "results.json", results)
+
+    # one line on the way: a diffusion model's row of 8 steps
+    mine = [row for row in results["rows"] if row["model"] == name]
+    shown = next(row for row in mine if row["steps"] in (None, 8))
+    title = f"{name}, 8 steps" if diffusion else name
+    print(f"{title}: {summary(shown)}", flush=True)
+
+
+def sample_row(name, model, n, sampling, judge, data, procs):
+    """One row of results, and the samples (n, L) that it is about: n texts of a model,
+    drawn as `sampling` says, or of the validation data (model None), and what they are
+    worth. judge: see data.measures.make_judge."""
+    began = time.time()                                              # measuring counts, too
+    calls = []
+    if model is None:
+        x = data.pieces(n, sampling.length)      # none twice, which self-BLEU would notice
+    else:
+        title = name
+        if sampling.steps:                       # AR has no number of steps
+            title = f"{name}, {sampling.steps} steps"
+        x = draw_samples(model, n, sampling, procs, title=title, calls=calls)
+
+    # how the texts came about; nfe: number of function evaluations, the mean of the batches
+    row = {"model": name, "steps": sampling.steps, "nfe": None,
+           "temperature": sampling.temperature, "precision": sampling.precision,
+           "joint": sampling.joint, "seed": sampling.seed}
+    if calls:
+        row["nfe"] = sum(calls) / len(calls)
+    if model is None:                            # data are not drawn here
+        row["temperature"] = row["precision"] = None
+
+    # what they are worth
+    row |= measure(x.to(procs.device), judge, data)
+    row["seconds"] = round(time.time() - began, 2)
+    return row, x
+
+
+def show_samples(config, procs, data, models):
+    """Text of each model at 8 and at 32 steps, one under the other, also in samples.txt."""
+    text = ""
+    alone = Processes(procs.device)      # the other processes have finished
+    for steps in (8, 32):
+        for name, model in models.items():
+            text += f"\n{name}, {steps} steps:\n"
+            # three texts (3, L)
+            x = draw_samples(model, 3, Sampling(steps, config.seed), alone)
+            for row in x.tolist():
+                one = data.tokenizer.decode(row).strip().replace("\n", "\n    ")
+                # a line for each text
+                text += f"  * {one}\n"
+    write(config.folder / "samples.txt", lambda f: f.write(text.encode()))
+    print(text)
+
+
+def conclude(config, procs, data, results, models):
+    """Put the rows in order, and write and print everything that there is to see."""
+    seconds = results["seconds"]
+    # rows of an earlier run count with the time that they took then
+    seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)
+    # rounds of an earlier run beyond this one's are left out
+    order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(config.rounds)]
+    known = [row for row in results["rows"] if row["model"] in order]
+    results["rows"] = sorted(known, key=lambda row: order.index(row["model"]))
+    write_json(config.folder / "results.json", results)
+    print(f"\nperplexity under the judge (of {results['judged']}), entropies in nats: "
+          "within a text, and of all texts together")
+    print(table(results["rows"]))
+    show_samples(config, procs, data, models)
+    print(f"{config.folder}: {sum(seconds.values()):.0f} s in all; "
+          f"python -m tools.figures {config.folder} draws the curves")
