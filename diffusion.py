@@ -11,9 +11,10 @@ A "model" is anything that has a config (of which attention and relative are rea
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
 as model.py's Transformer, or a table of probabilities, as in tests/toy.py.
 
-Two names for when a token is revealed: order (B, n), where order[b, i] is the position that
-is revealed i-th; rank (B, L), where rank[b, l] says when position l is revealed. Randomness
-comes from torch's global generators.
+Three names for when tokens are revealed: order (B, n), where order[b, i] is the position
+that is revealed i-th; when (B, n), where when[b, i] is the step in which that happens; and
+rank (B, L), where rank[b, l] says when position l is revealed. Randomness comes from
+torch's global generators.
 """
 import torch
 import torch.nn.functional as F
@@ -66,8 +67,8 @@ def q_sample(x, t, mask_id):
 
 def states_at(model, z, at, rank=None):
     """The states (N, C) at the N positions of z (B, L) where the bool `at` (B, L) is true,
-    row by row. All positions of a sequence are computed, as training needs one shape in all
-    blocks; sequences without any such position are not."""
+    row by row. Not by hidden(z, at), whose last block is not compiled, because N changes
+    with every call. Sequences in which `at` is nowhere true are left out."""
     rows = at.any(1)                                                 # (B,)
     if rank is not None:
         rank = rank[rows]
@@ -94,7 +95,8 @@ def nelbo(model, x, mask_id):
 
     # the network, then the loss: the head is needed at the masks only
     h = states_at(model, z, masked)                                  # (N, C)
-    # over all B L tokens: a mean over the masks would be weighted twice, and no bound
+    # over all B L tokens, not over the masks: that there are few of them at small t is what
+    # the weight 1/t makes up for
     return model.chunked_sum(h, weighted_nll, x[masked], weight) / x.numel()
 
 
@@ -143,11 +145,12 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
     logits = logits / temperature
     if top_p >= 1:
         return logits
-    p, order = logits.double().softmax(-1).sort(dim=-1, descending=True)
+    p, likeliest = logits.double().softmax(-1).sort(dim=-1, descending=True)
     # a token is outside if those likelier than it have top_p; the likeliest always stays
     outside = p.cumsum(-1) - p >= top_p                              # (..., V), by rank
-    # back from ranks to tokens
-    return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
+    # back to tokens: each looks at its own place in that list
+    place = likeliest.argsort(-1)                                    # (..., V)
+    return logits.masked_fill(outside.gather(-1, place), -torch.inf)
 
 
 # ---- the reverse process
@@ -179,10 +182,11 @@ def plan(z, steps, mask_id):
     ValueError if rows have different numbers of masks.
 
     Each mask is revealed in the step that draw_steps draws for it, independently of the
-    others and of the network. With more steps than masks the sequences of a batch share how
-    many are revealed in each step (not which): a sequence by itself has the same
-    distribution, and most steps call no network. With fewer steps they share nothing:
-    otherwise their quality would go together, and the mean of a batch vary much more."""
+    others and of the network. With more steps than masks all sequences of a batch share one
+    draw of the steps (not of the positions): then most steps are empty and call no network,
+    and each sequence by itself has the same distribution as before. With fewer steps each
+    draws its own: a shared draw would make a whole batch good or bad together, and its mean
+    would vary much more."""
     masked = (z == mask_id).cpu()
     B, n = len(z), int(masked[0].sum())
     if bool((masked.sum(1) != n).any()):
@@ -197,21 +201,24 @@ def plan(z, steps, mask_id):
     when = draw_steps(steps, rows, n)                                # (1 or B, n)
     # numbered anew, 0, 1, 2, ..., without the steps that reveal nothing
     _, when = when.unique(return_inverse=True)
-    return order, when.sort(dim=1).values.expand(B, n)
+    # sorted, as the positions in order are in random order already
+    when = when.sort(dim=1).values                                   # (1 or B, n)
+    return order, when.expand(B, n)
 
 
 def draw_steps(steps, rows, n):
     """The step, 0 to steps - 1, in which each of (rows, n) masks is revealed, of equal
     steps from t = 1 to t = 0. A mask survives until t with probability mask_share(t), and
     is then revealed with reveal_share(t, s): together mask_share(t) - mask_share(s)."""
-    # log-linear: all steps are equally likely, so no table of them is needed, however many
-    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    if torch.equal(mask_share(t), t):
+    # where mask_share(t) = t, as a grid of times shows, all steps are equally likely: no
+    # table of them is needed, however many
+    grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    if torch.equal(mask_share(grid), grid):
         return torch.randint(steps, (rows, n))
 
-    # any other schedule: invert the share that is revealed by the end of each step
-    end = 1 - torch.arange(1, steps + 1, dtype=torch.float64) / steps    # (steps,)
-    revealed = 1 - mask_share(end)                                   # (steps,), rising to 1
+    # any other schedule: invert the share that is revealed by s, where each step ends
+    s = 1 - torch.arange(1, steps + 1, dtype=torch.float64) / steps      # (steps,)
+    revealed = 1 - mask_share(s)                                     # (steps,), rising to 1
     u = torch.rand((rows, n), dtype=torch.float64)
     return torch.searchsorted(revealed, u, right=True)               # the first above u
 
@@ -257,8 +264,8 @@ def sample_full(model, z, order, when, draw, watch=None):
 def first_states(model, z, row, pos):
     """model.hidden(z, at=(row, pos)) of the first step, without computing twice what is
     alike: texts without a prompt are nothing but masks."""
-    alike = bool((z == z[:1]).all())                                 # the texts
-    blank = alike and bool((z[0] == z[0, 0]).all())                  # their positions, too
+    alike = bool((z == z[:1]).all())                     # all texts are equal
+    blank = alike and bool((z[0] == z[0, 0]).all())      # and nothing but masks
     if blank and model.config.relative:
         return one_for_all(model, z, row)
     if alike:
@@ -269,7 +276,8 @@ def first_states(model, z, row, pos):
 def one_for_all(model, z, row):
     """The states (N, C) of masks in the texts row (N,) where all is masked and the network
     knows distances only: every mask looks the same, so one is computed for all."""
-    rank = torch.zeros(1, 1, device=z.device)            # any number: it is all alone
+    # one position alone sees itself, whatever its rank; without one a rank would be drawn
+    rank = torch.zeros(1, 1, device=z.device)
     return model.hidden(z[:1, :1], rank=rank)[0].expand(len(row), -1)
 
 
@@ -291,14 +299,14 @@ def sample_cached(model, z, order, when, draw, watch=None):
 
     for i in range(steps_of(when)):
         # tokens that were not read yet, and the N masks revealed now
-        new_row, new_slot = (when == i - 1).nonzero(as_tuple=True)
+        token_row, token_slot = (when == i - 1).nonzero(as_tuple=True)
         row, slot = (when == i).nonzero(as_tuple=True)
         known = (when < i).sum(1)                                    # (B,) tokens
         pos = order[row, slot]                                       # (N,)
         if i == 0 and n == L and model.config.relative:
             h = one_for_all(model, z, row)                           # (N, C)
         else:
-            new = reading(z, order, new_row, new_slot, row, slot, known)
+            new = reading(z, order, token_row, token_slot, row, slot, known)
             h = model.read(cache, new)                               # (N, C)
         z[row, pos] = draw_tokens(model, h, draw)
         if watch:
@@ -306,13 +314,13 @@ def sample_cached(model, z, order, when, draw, watch=None):
     return z
 
 
-def reading(z, order, new_row, new_slot, row, slot, known):
-    """What model.read needs: new tokens and, after them, masks. A token sees those before
-    it, a mask all `known` (B,) ones."""
-    limit = torch.cat((new_slot, known[row]))
-    first = len(new_row)                                             # masks begin here
-    row = torch.cat((new_row, row))
-    slot = torch.cat((new_slot, slot))
+def reading(z, order, token_row, token_slot, mask_row, mask_slot, known):
+    """What model.read needs: tokens that were not read yet and, after them, masks. A token
+    sees those before it, a mask all `known` (B,) ones."""
+    limit = torch.cat((token_slot, known[mask_row]))
+    first = len(token_row)                                           # masks begin here
+    row = torch.cat((token_row, mask_row))
+    slot = torch.cat((token_slot, mask_slot))
     pos = order[row, slot]
     idx = z[row, pos]
     return Reading(idx, pos.to(z.device), row, slot, limit, first)

@@ -46,8 +46,10 @@ class ModelConfig:
 
     @property
     def relative(self):
-        """Whether only distances between positions matter: then all positions look the
-        same where all is masked."""
+        """Whether positions enter by the rotation of queries and keys alone. Then all
+        positions of a text of nothing but masks have the same state: their values are
+        equal, and attention returns that value whatever its weights. (Not so if causal: a
+        text begins with the start symbol.)"""
         return self.positions == "rope" and not self.causal
 
 
@@ -76,6 +78,28 @@ def rotate(x, cos, sin):
     return turned.type_as(x)                             # the tables are float32
 
 
+# two of PyTorch's operations, for Block, in a form that compiles to faster code
+
+def gelu(x):
+    """GELU in its tanh form, elementwise."""
+    if torch.compiler.is_compiling():
+        # the same, since (1 + tanh y) / 2 = sigmoid(2 y): it compiles to faster code
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x ** 3))
+    return F.gelu(x, approximate="tanh")
+
+
+class Linear(nn.Linear):
+    """nn.Linear that adds its bias in an operation of its own when it is compiled:
+    otherwise the bias is first copied to all rows, which on a CPU takes longer than the
+    addition."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling() and self.bias is not None:
+            y = F.linear(x, self.weight)               # of autocast's type, unlike the bias
+            return y + self.bias.to(y.dtype)
+        return super().forward(x)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -94,9 +118,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, attend, at=None):
-        """x (..., C) -> the same shape; with `at`, an index into x, only those N positions,
-        (N, C). rope: the tables of rotate, or None. attend(q, k, v), each (..., H, D),
-        returns what positions see in others, in that shape or, with `at`, (N, H, D)."""
+        """x (..., C) -> the same shape. rope: the tables of rotate, or None.
+        attend(q, k, v), each (..., H, D), returns what positions see in others.
+        With `at`, a pair (row, pos) or a slice, the result is that of x[at] only, (N, C):
+        attend must then return just these, (N, H, D)."""
         qkv = self.qkv(self.norm1(x))                                # (..., 3 C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, D) each
         if rope is not None:
@@ -108,27 +133,6 @@ class Block(nn.Module):
         # both halves add to the stream x
         x = x + self.dropout(self.attn_out(y))
         return x + self.dropout(self.mlp_out(gelu(self.mlp_in(self.norm2(x)))))
-
-
-# for Block, two operations of PyTorch in a form that compiles to faster code
-
-def gelu(x):
-    """GELU in its tanh form, elementwise."""
-    if torch.compiler.is_compiling():
-        # the same, since (1 + tanh y) / 2 = sigmoid(2 y): it compiles to faster code
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x ** 3))
-    return F.gelu(x, approximate="tanh")
-
-
-class Linear(nn.Linear):
-    """nn.Linear that adds its bias apart when it is compiled: otherwise the bias is first
-    copied to all rows, which on a CPU takes longer than the addition."""
-
-    def forward(self, x):
-        if torch.compiler.is_compiling() and self.bias is not None:
-            y = F.linear(x, self.weight)               # of autocast's type, unlike the bias
-            return y + self.bias.to(y.dtype)
-        return super().forward(x)
 
 
 # ---- who sees whom
@@ -174,7 +178,8 @@ def make_ragged(row, pos, B):
     """Queries of texts row (N,) at positions pos (N,), in any order, as a Ragged."""
     count = torch.bincount(row, minlength=B)                         # (B,) queries of each
     by_row = row.argsort(stable=True)                                # (N,) text by text
-    # col: a query's place among all, counted text by text, less that of its text's first
+    # col: a query's place among all queries sorted by text, less the place of its text's
+    # first. For row (1, 0, 1): places (1, 0, 2), begin (0, 1), so col (0, 0, 1)
     begin = count.cumsum(0) - count                                  # (B,)
     col = torch.empty_like(row)
     col[by_row] = torch.arange(len(row), device=row.device) - begin[row[by_row]]
@@ -290,9 +295,10 @@ class Transformer(nn.Module):
             block.mlp_out.weight.data /= math.sqrt(2 * config.layers)
 
     def run(self, idx, pos, attends, at=None):
-        """Embedding and blocks: ids idx at positions pos, both (..., ) -> states (..., C),
-        before the last norm. attends: who sees whom, a function for each block. at: see
-        Block, for the last one only, as the others' states are needed everywhere."""
+        """Embedding and blocks: ids idx (...) at positions pos, of a shape that broadcasts
+        to idx's -> states (..., C), before the last norm.
+        attends: who sees whom, a function for each block. at: see Block; for the last
+        block only, as the others' states are needed everywhere."""
         # what stands where
         x = self.embed(idx)                                          # (..., C)
         if self.config.positions != "rope":
@@ -337,7 +343,7 @@ class Transformer(nn.Module):
         # but the last block's queries are needed at the wanted positions only
         if at is not None:
             queries = make_ragged(*at, B)
-            # an empty place sees nothing; what comes out there is never gathered
+            # empty places of the rectangle see nothing: their result is never gathered
             if mask is not None:
                 queries = queries._replace(mask=queries.pad(mask[at]))   # (B, most, L)
             attends[-1] = functools.partial(see_at, queries=queries)
@@ -360,7 +366,8 @@ class Transformer(nn.Module):
             raise ValueError(f"the KV cache holds {cache.slots} tokens, "
                              f"{len(slots)} were given")
 
-        # who sees whom; an empty place sees everything, and nobody looks at what it sees
+        # who sees whom; empty places of the rectangle may see all, as their result is never
+        # gathered
         queries = make_ragged(new.row, new.slot, B)
         mask = torch.ones(B, queries.most, len(slots), dtype=torch.bool)
         before = slots < new.limit[:, None]                          # (N, seen)
@@ -378,7 +385,8 @@ class Transformer(nn.Module):
 
         if new.wanted_from == 0:
             return self.run(new.idx, new.pos, attends)
-        # the others are there for their keys and values: the last block ends with these
+        # those before wanted_from only had to fill the cache: in the last block see_cache
+        # leaves them out of its result, and `at` out of x
         attends[-1] = functools.partial(attends[-1], wanted_from=new.wanted_from)
         return self.run(new.idx, new.pos, attends, slice(new.wanted_from, None))
 
@@ -421,7 +429,7 @@ class HeadSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, h, W, b, *rows):
         size = max(1, CHUNK // len(W))                               # rows of a chunk
-        train = any(ctx.needs_input_grad[1:4])
+        train = any(ctx.needs_input_grad[1:4])                       # h, W, b
         dh = dW = db = None
         if train:
             dh, dW, db = torch.zeros_like(h), torch.zeros_like(W), torch.zeros_like(b)
@@ -444,10 +452,11 @@ class HeadSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, g):
-        # scaled in place, which saves memory: good for one backward
+    def backward(ctx, scale):
+        # in place, which saves memory: backward can be called only once
         grads, ctx.grads = ctx.grads, None
-        return None, *[grad.mul_(g) for grad in grads], *ctx.rest
+        grads = [grad.mul_(scale) for grad in grads]
+        return None, *grads, *ctx.rest                   # None: f has no gradient
 
 
 # (n, V) logits, (n,) ids -> (n,)
@@ -495,8 +504,8 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     step: decode, or a compiled form of it. grain: attention looks at a multiple of so many
     slots, so that a compiled step has few shapes. cache: a KVCache to use again.
     Returns ids (B, length). Raises ValueError if the prompt is longer than `length`, or
-    `length` than the context; FloatingPointError where draw gives V, as categorical does
-    for NaN, which is looked at once, at the end: a GPU would have to wait for it."""
+    `length` than the context; FloatingPointError if any draw is V, which categorical gives
+    for NaN. That is checked once, at the end: each check makes the CPU wait for a GPU."""
     B, P = prompt.shape
     if not P <= length <= model.config.context:
         raise ValueError(f"a prompt of {P} tokens in a text of {length}, "
