@@ -5,12 +5,12 @@ wins.
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
 Both sides run as fast as this code can: AR with a static cache and a compiled decoding
-step, diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, word
-by word. Warm-up does not count, runs of the engines alternate, and the median is shown.
-Roofline is the share that a run gets of what the hardware shows in the same minute: of its
-bandwidth (AR) or of its rate of matrix products (diffusion). The clock, the memory gauge
-and the roofline are in tools/machine.py, what is compared in tools/bench_setup.py, the
-crossover in tools/crossover.py, training in tools/bench_train.py.
+step, diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, as
+they write it. Warm-up does not count, runs of the engines alternate, and the median is
+shown. Roofline is the share that a run gets of what the hardware shows in the same minute:
+of its bandwidth (AR) or of its rate of matrix products (diffusion). The clock, the memory
+gauge and the roofline are in tools/machine.py, what is compared in tools/bench_setup.py,
+the crossover in tools/crossover.py, training in tools/bench_train.py.
 """
 import functools
 import itertools
@@ -78,18 +78,20 @@ class BenchConfig:
 
 # ---- the engines: each gives a function that writes B texts of L tokens once
 
-def ar_engine(model, B, L, step):
-    """AR decoding. step: model.decode, or a compiled form of it."""
+def ar_engine(model, B, L, decode_step):
+    """AR decoding. decode_step: model.decode, or a compiled form of it."""
     device = model.embed.weight.device
     prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
     cache = None
-    if step is not decode:               # CUDA graphs want their memory at a fixed place
+    if decode_step is not decode:
+        # CUDA graphs want their memory at a fixed place
         dtype = torch.bfloat16 if model.bf16 else None
         cache = KVCache(model.config, B, L, device, dtype)
         for stored in cache.k + cache.v:
             torch._dynamo.mark_static_address(stored)
     # token draws are exact on both sides: categorical, in float64
-    return lambda: generate(model, prompt, L, categorical, step, GRAIN[device.type], cache)
+    return lambda: generate(model, prompt, L, categorical, decode_step, GRAIN[device.type],
+                            cache)
 
 
 def diffusion_engine(sampler, model, B, L, steps):
@@ -106,11 +108,12 @@ def transformers_engine(model, B, L):
     return lambda: model.generate(prompt, **how)
 
 
-def engine(row, model, step, steps):
-    """A function that makes row's texts in so many steps."""
+def make_engine(row, model, decode_step, steps):
+    """A function that writes row's texts once. decode_step: AR's, plain or compiled; steps:
+    of diffusion, None for the others."""
     name, B, L = row["engine"], row["batch"], row["length"]          # B texts of L
     if name == "ar":
-        return ar_engine(model, B, L, step)
+        return ar_engine(model, B, L, decode_step)
     if name == "transformers":
         return transformers_engine(model, B, L)
     if name == "diffusion-naive":
@@ -128,7 +131,8 @@ def rows_of(config, models, preset, B, L):
         naive = name == "diffusion-naive"                            # the papers' sampler
         # the naive engine runs the models with full attention, as diffusion does
         mine = list(models[name.removesuffix("-naive")].items())
-        if naive:                        # slow: one model at one batch size is enough
+        if naive:
+            # it is slow: beside other engines the first batch size is enough
             if B != config.batch[0] and len(config.engine) > 1:
                 continue
             mine = mine[-1:]                                         # the last student
@@ -160,20 +164,23 @@ class Timing:
     times: list                  # seconds of each run
 
 
-def begin(config, row, model, step, device, machine):
+def begin(config, row, model, decode_step, device, machine):
     """Warm up, then run once; returns a Timing, or None where the row does not fit in
     memory, which the row says then."""
     name, steps = row["engine"], row["steps"]
     # sizes, for memory and roofline
     shape = model.shape if name == "transformers" else model.config
     row |= dict(dtype=config.dtype, device=machine["device"], threads=machine["threads"])
-    run = engine(row, model, step, steps)                            # () -> texts (B, L)
-    # two steps are warm-up enough, but a cached run has another shape in each step
-    warm_up = run
+    run = make_engine(row, model, decode_step, steps)                # () -> texts (B, L)
     if name == "diffusion-kv":
-        run = settled(run)               # a run may meet a shape that no run has met before
+        # its shapes change from step to step and, as reveals are random, from run to run:
+        # warmed up by a whole run, and what is new in a later one is not compiled then
+        warm_up, run = run, settled(run)
     elif steps:
-        warm_up = engine(row, model, step, min(2, steps))
+        # two steps are enough, as all look alike
+        warm_up = make_engine(row, model, decode_step, min(2, steps))
+    else:
+        warm_up = run
 
     size = 2 if config.dtype == "bfloat16" else 4
     # refused beforehand if it cannot fit: the system would kill the process
@@ -200,13 +207,13 @@ def begin(config, row, model, step, device, machine):
 def measure(config, group, device, machine):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
     torch.compiler.reset()               # other batches would make this one's size dynamic
-    step = decode                                                    # plain PyTorch
+    decode_step = decode                                             # plain PyTorch
     if config.compile:
-        step = compiled_decode(device, group[0][0]["batch"])
+        decode_step = compiled_decode(device, group[0][0]["batch"])
     # the first run of each
     running = []
     for row, model in group:
-        timing = begin(config, row, model, step, device, machine)
+        timing = begin(config, row, model, decode_step, device, machine)
         if timing:
             running.append(timing)                                   # those that fit
     # the others in turn, so that a busy minute hits all engines alike
@@ -256,9 +263,10 @@ def bench(config, device, machine):
             new = [row for row, _ in group]                          # filled by measure
             if models.get("ar") and not preset:
                 for row in new:
+                    # diffusion-naive is no key of models: its quality is diffusion's
                     if row["engine"] in models and "error" not in row:
                         row |= judged(row["engine"], row["model"], row["steps"])
-            # ratios for the lines shown now; the crossover needs all batch sizes
+            # fills in "vs AR"; the sentences that it returns need all batch sizes
             against_ar(new)
             rows += new                  # saved at once: a run may be stopped
             save(config, machine, rows)

@@ -2,8 +2,8 @@
 
 Randomness: every random draw here and in diffusion.py comes from torch's global generator,
 and `seed_all(seed, step, i)` sets it before each micro-batch i of each step. So a run that
-was stopped goes on exactly as it would have, and two processes draw what one process would
-have drawn.
+was stopped goes on exactly as it would have. Several processes share the micro-batches of a
+step, and each micro-batch gets the same draws whichever process computes it.
 """
 import dataclasses
 import datetime
@@ -98,7 +98,7 @@ def seed_all(*key):
     i)."""
     # a hash: near keys, as step 1 and step 2, give unrelated seeds
     digest = hashlib.sha256(repr(key).encode()).digest()
-    # 63 bits and a sign, of the CPU's generator and of all GPUs'
+    # a signed number of 64 bits, for the CPU and all GPUs
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
@@ -121,7 +121,7 @@ def make_optimizers(model, config):
     if config.optimizer == "muon":
         # Muon is for matrices between hidden layers, not for embedding and head
         matrices = [w for w in model.blocks.parameters() if w.ndim == 2]
-    ids = {id(w) for w in matrices}                                  # tensors have no ==
+    ids = {id(w) for w in matrices}      # `w in matrices` would compare numbers
     rest = [w for w in model.parameters() if id(w) not in ids]       # for AdamW
     decay = config.weight_decay
     adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=True)
@@ -230,7 +230,7 @@ class Run:
     ema: Transformer             # the averaged weights, which are what is evaluated
     optimizers: list
     content: dict             # what else the checkpoint holds: kind, config, tokenizer, ...
-    averaged: int = 0            # steps that went into ema before this run
+    averaged: int = 0            # steps behind the ema that step 0 began with
     step: int = 0                # steps done
     seconds: float = 0.0         # time they took
     micro: int | None = None    # sequences of a micro-batch so far: the noise depends on it
@@ -249,13 +249,14 @@ def save(run):
                     optimizer=[optimizer.state_dict() for optimizer in run.optimizers])
 
 
-# what defines a run beside its flags: the key in its checkpoint, and what is said if it is
-# another
+# what a run's weights come from beside its flags: keys of its checkpoint, each with what is
+# said if now there is another one
 BOUND = (("tokenizer", "was made with other tokens than {dataset} has now"),
          ("data", "was made from other text than {dataset} holds now"),
          ("origin", "was distilled from another teacher"),
          ("init", "began with other weights than --init holds now"))
-NAMES = {"data": "dataset", "init": "init"}      # flags that only name what is bound
+# flags that are paths, by the key of what is compared instead: a folder may have moved
+PATH_FLAGS = {"data": "dataset", "init": "init"}
 
 
 def flags_of(saved, Config):
@@ -278,11 +279,11 @@ def resume(run, config, free):
         return None
     saved = load_checkpoint(run.path, kinds=(run.content["kind"],))
 
-    # the same flags, but for those that only name what is compared below
-    named = {name for key, name in NAMES.items() if saved.get(key)}
+    # the same flags, but for paths whose content the checkpoint knows: see below
+    paths = {name for key, name in PATH_FLAGS.items() if saved.get(key)}
     made_with = flags_of(saved["config"], type(config))
     for name, value in dataclasses.asdict(config).items():           # the flags of now
-        if name in free or name in named or made_with.get(name) == value:
+        if name in free or name in paths or made_with.get(name) == value:
             continue
         raise UserError(f"{run.path} was made with --{name} {made_with.get(name)}, not "
                         f"{value}; give the same flag, move the file away, or choose "

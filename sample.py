@@ -24,7 +24,7 @@ from diffusion import categorical, sample, sample_joint, sharpen
 from model import generate
 
 BATCH = 32                               # texts that are written at a time
-DEFAULT_STEPS = 32                      # of a teacher, which is made for no number of steps
+DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
 DTYPES = {32: torch.float32, 64: torch.float64}          # of a token draw, by its bits
 
 
@@ -59,10 +59,10 @@ class Sampling:
     """How texts are drawn from a model."""
     steps: int | None = None     # of diffusion; AR takes one per token
     seed: int = 0
-    temperature: float = 1.0     # other than 1, and top_p below 1: not the model's own
-    top_p: float = 1.0
+    temperature: float = 1.0     # 1: the model's own distribution
+    top_p: float = 1.0           # 1: any token may be drawn
     precision: int = 64          # bits of a token draw, 32 or 64
-    joint: bool = False          # see diffusion.sample_joint; without top_p
+    joint: bool = False          # by diffusion.sample_joint, which ignores top_p
     length: int | None = None    # tokens of a text; None: the model's context
 
 
@@ -85,7 +85,7 @@ def draw_batch(model, known, sampling):
         # the papers' way, for comparison
         return sample_joint(model, z, sampling.steps, model.mask_id, dtype,
                             sampling.temperature)
-    # with a KV cache where attention is in the order of reveal
+    # sample itself uses a KV cache where the model's attention has one
     return sample(model, z, sampling.steps, model.mask_id, draw)
 
 
@@ -103,7 +103,8 @@ def counted_calls(model):
 
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, calls=None):
     """n texts (n, L) on the CPU, drawn as `sampling` says, in all processes together; each
-    returns all of them. The same seed gives models of one shape the same order of reveal.
+    returns all of them. With the same seed and steps models of one shape reveal in the same
+    order.
     prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
     title: of a progress bar. calls: a list that gets the number of network calls of each
     batch."""
@@ -129,8 +130,8 @@ def spread(parts, f, procs, title=None):
     """[f(part) for part in parts], dealt out to the processes in turn; each returns all
     results. title: of a progress bar."""
     parts = list(parts)
-    # this process does parts number rank, rank + world, ...
-    hidden = title is None or procs.rank > 0
+    hidden = title is None or procs.rank > 0         # only process 0 shows a bar
+    # this process does parts number rank, rank + world, rank + 2 world, ...
     bar = tqdm(parts[procs.rank::procs.world], desc=title, leave=False, ncols=90,
                disable=hidden)
     mine = [f(part) for part in bar]                                 # the work is here

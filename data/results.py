@@ -26,7 +26,7 @@ class Exam:
     judge: typing.Callable       # see data.measures.make_judge
     judged_by: str               # the judge's fingerprint
     context: int                 # tokens of a text
-    columns: list                # numbers of sampling steps, the columns of the table
+    columns: list                # numbers of sampling steps, 8 among them: the table's
 
 
 def open_results(config):
@@ -49,11 +49,11 @@ def fill_rows(exam, name, model, digest):
     row. digest: the model's fingerprint. Rows of an earlier run are kept only if they came
     from the same weights, judge and settings."""
     config, results = exam.config, exam.results
-    # what the rows of this model depend on
+    # what the rows of this model depend on; results["models"] has it of the rows there are
     key = (f"{digest} {exam.judged_by} {exam.data.fingerprint} {config.samples} "
            f"{config.seed}")
     if results["models"].get(name) != key:
-        # of other weights, or under another judge
+        # they are of other weights, text or settings, or under another judge
         results["rows"] = [row for row in results["rows"] if row["model"] != name]
         results["models"][name] = key
 
@@ -89,7 +89,8 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     began = time.time()                                              # measuring counts, too
     calls = []
     if model is None:
-        x = data.pieces(n, sampling.length)      # none twice, which self-BLEU would notice
+        # no row twice: repeats would raise self-BLEU
+        x = data.pieces(n, sampling.length)                          # (n, L)
     else:
         title = name
         if sampling.steps:                       # AR has no number of steps
@@ -112,7 +113,8 @@ def sample_row(name, model, n, sampling, judge, data, procs):
 
 
 def show_samples(config, procs, data, models):
-    """Text of each model at 8 and at 32 steps, one under the other, also in samples.txt."""
+    """Three texts of each diffusion model in 8 and in 32 steps, one under the other, also
+    in samples.txt. models: {name: model}."""
     text = ""
     alone = Processes(procs.device)      # the other processes have finished
     for steps in (8, 32):
@@ -129,7 +131,8 @@ def show_samples(config, procs, data, models):
 
 
 def conclude(config, procs, data, results, models):
-    """Put the rows in order, and write and print everything that there is to see."""
+    """Put the rows in order, and write and print everything that there is to see.
+    results["judged"] says in words what the judge reads; models: see show_samples."""
     seconds = results["seconds"]
     # rows of an earlier run count with the time that they took then
     seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)

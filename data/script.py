@@ -1,4 +1,4 @@
-"""A script as its user meets it: flags from a dataclass, and every end in one sentence.
+"""A script as its user meets it: flags, made from a dataclass, and errors of one sentence.
 
 Each script has a dataclass of flags, a main() that parses them, and at its end
 `command(main)`, which turns what the user can mend into one sentence and status 2.
@@ -105,11 +105,12 @@ def parse_flags(Config, description, argv=None, **positional):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(Config)                            # types of the fields
+    # those made by flag(); arguments without -- are plain fields
     fields = [field for field in dataclasses.fields(Config) if field.metadata]
 
     # arguments without --
     for name, text in positional.items():
-        _, several = value_type(hints[name])                         # checkpoint: list[str]
+        _, several = value_type(hints[name])         # list[str]: one or more
         parser.add_argument(name, help=text, nargs="+" if several else None)
     # flags
     for field in fields:
@@ -151,10 +152,12 @@ def check_range(parser, field, values):
 
 
 def as_command(script, config):
-    """The command line that gives this config."""
-    defaults, words = dataclasses.asdict(type(config)()), ["python", script]
+    """The command line that gives this config, of a script all of whose flags have one
+    value."""
+    defaults = dataclasses.asdict(type(config)())
+    words = ["python", script]
     for name, value in dataclasses.asdict(config).items():
-        # what has its default is not said, but for what is trained
+        # defaults are left out, but for --objective, which says what is trained
         if value == defaults[name] and name != "objective":
             continue
         # a switch is on or off, any other flag has a value
