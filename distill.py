@@ -50,8 +50,8 @@ def reverse_kl(student, target):
 
 def forward_kl(student, target):
     """KL(target || student)."""
-    # its best student is the mean of its targets, which is about what the teacher
-    # predicts already: averaged over many steps there is little to learn
+    # its best student is the mean of its targets. Over the teacher's random draws that is
+    # about the teacher's own first prediction: there is little to learn
     return (target.exp() * (target - student)).sum(-1)               # sum over V
 
 
@@ -149,32 +149,35 @@ def schedule(teacher_steps, rounds, k=2):
 def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     """What the student learns to predict at each mask of z_t (SDTT, algorithm 1).
     The teacher takes k reverse steps of size dt from t; a position revealed in a step keeps
-    that step's prediction, and those still masked at the end take the last step's. In the
-    last step both are the same prediction, so nothing is drawn in it.
+    that step's prediction, and those still masked at the end take the last step's. So the
+    last step draws nothing: revealed in it or not, a position takes its prediction.
     z (B, L), t (B,); rank (B, L), numbers below 1: when the tokens of z were revealed, see
     model.reveal_mask. Returns the teacher's states (N, C) in the order of z[z == mask_id],
     from which teacher.head makes the N predictions: states (N, C), because predictions
     (N, V) take V / C, 65 times as much memory with GPT-2's tokens."""
-    masked = z == mask_id                                            # (B, L), N of them
+    masked = z == mask_id                # (B, L), the N masks of z_t; z changes below
     predictions = []                     # (where they hold, states) of each step
     for i in range(k - 1):
-        # a step from t_i to s_i, not below 0: what it reveals keeps its prediction
+        # a step from t_i to s_i, not below 0, where no mask is left
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
+        # revealed (B, L) bool, n of them; h (n, C), the states of these alone
         z, revealed, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
         predictions.append((revealed, h))
         if rank is not None:
-            rank = rank + (i + 1) * revealed     # the new ones come last
+            # ranks begin in [0, 1); those of step i go to [i + 1, i + 2), after all others
+            rank = rank + (i + 1) * revealed
     # the last step: revealed in it or not, the rest takes its prediction
     rest = z == mask_id
     h_rest = states_at(teacher, z, rest, rank)
     predictions.append((rest, h_rest))
 
-    # all of them in the order of z[masked]
-    target = h_rest.new_empty(int(masked.sum()), h_rest.shape[1])    # (N, C)
+    # each mask of z_t is in one of them: all together in the order of z_t[masked]
+    target_h = h_rest.new_empty(int(masked.sum()), h_rest.shape[1])  # (N, C)
     for where, h in predictions:
-        target[where[masked]] = h
-    return target
+        mine = where[masked]             # (N,) bool, which of the N are this step's
+        target_h[mine] = h
+    return target_h
 
 
 def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
@@ -190,17 +193,17 @@ def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
         rank = torch.rand(z.shape, device=z.device)                  # one order for both
 
     # the teacher takes k steps from z_t, the student predicts from z_t alone
-    target = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)       # (N, C)
+    target_h = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)     # (N, C)
     h = states_at(student, z, masked, rank)                          # (N, C)
 
-    def compare(logits, target):
-        """A chunk: logits (n, V) of the student, states (n, C) of the teacher -> (n,)."""
-        with torch.no_grad():
-            wanted = F.log_softmax(teacher.head(target), dim=-1)     # (n, V)
-        # the teacher's gets no gradient, the student's does
-        return divergence(F.log_softmax(logits, dim=-1), wanted, kind)
-    # N = 0 where noise left every token
-    return student.chunked_sum(h, compare, target) / max(1, len(target))
+    def compare(logits, target_h):
+        """Logits (n, V) of the student, states (n, C) of the teacher -> (n,)."""
+        with torch.no_grad():            # the teacher's head is not trained
+            target = F.log_softmax(teacher.head(target_h), dim=-1)   # (n, V)
+        return divergence(F.log_softmax(logits, dim=-1), target, kind)
+    # in chunks of n rows: the student's head makes logits of h, compare sums them up, and
+    # the N x V logits never exist at once. N = 0 where noise left every token
+    return student.chunked_sum(h, compare, target_h) / max(1, len(target_h))
 
 
 # ---- the rounds
@@ -221,18 +224,20 @@ def distill_round(config, procs, data, r, before, origin):
     if r == 0 or config.reset_optimizer:
         optimizers = make_optimizers(student, config)
 
-    # what the round's checkpoint says beside the weights; the teacher, as long as it is
-    # needed
+    # what the round's checkpoint says beside the weights. It keeps the teacher until the
+    # round is done
     content = dict(kind="sdtt", round=r + 1, sampling_steps=round(1 / (config.k * dt)),
                    origin=origin, tokenizer=data.tokenizer.spec, data=data.fingerprint,
                    config=dataclasses.asdict(config), teacher=teacher.state_dict())
     run = Run(config.folder / f"round{r + 1}.pt", config.steps_per_round, student, ema,
-              optimizers, content, averaged=r * config.steps_per_round, micro=before.micro)
+              optimizers, content, micro=before.micro)
+    # the average goes on from round to round
+    run.averaged = r * config.steps_per_round
 
-    # an unfinished round goes on with the teacher that it began with
+    # a round that goes on has the teacher that it began with: student has moved since
     saved = resume(run, config, ANYTIME)
     if saved and saved["teacher"]:
-        teacher.load_state_dict(saved["teacher"])    # not what student is now
+        teacher.load_state_dict(saved["teacher"])
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
     # on the device, compiled where the student is
     teacher = prepare_model(teacher, config, procs)
@@ -363,7 +368,8 @@ def begin_as(teacher, config, procs):
     student = Transformer(dataclasses.replace(teacher.config, dropout=config.dropout))
     student = prepare_model(student, config, procs)
     student.load_state_dict(teacher.state_dict())    # its averaged weights
-    return Run(None, 0, student, copy.deepcopy(teacher), [], {})
+    return Run(path=None, steps=0, model=student, ema=copy.deepcopy(teacher),
+               optimizers=[], content={})
 
 
 def distill(config, procs):

@@ -122,8 +122,8 @@ class TrainConfig(LoopConfig):
 
 # ---- the loop
 
-class Loss(torch.nn.Module):
-    """A model with its loss: what DistributedDataParallel needs as one forward pass."""
+class ModelWithLoss(torch.nn.Module):
+    """A model and its loss as one forward pass, which DistributedDataParallel needs."""
 
     def __init__(self, model, loss):
         super().__init__()
@@ -137,8 +137,8 @@ class Loss(torch.nn.Module):
 def fit(config, procs, data, run, loss):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
     config: LoopConfig; procs: Processes; loss: f(model, x (B, L)) -> scalar, in nats per
-    token. Raises UserError at the first loss or gradient that is not a finite number; the
-    last checkpoint stays as it was."""
+    token (distill.py's per mask). Raises UserError at the first loss or gradient that is
+    not a finite number; the last checkpoint stays as it was."""
     # every process reads the checkpoint: is it the same file for all?
     agree(procs, (run.step, run.steps), "steps of " + run.path.name)
     if run.step == run.steps:
@@ -149,7 +149,7 @@ def fit(config, procs, data, run, loss):
     # the batch of a step, `count` micro-batches in each process
     run.micro, count = micro_batches(config, procs, run)
     # the model with its loss, in all processes
-    net = Loss(run.model, loss)                                      # x -> loss
+    net = ModelWithLoss(run.model, loss)                             # x (B, L) -> scalar
     if procs.world > 1:
         # the buffers are constants (cos, sin): nothing to broadcast in every step
         net = DistributedDataParallel(net, broadcast_buffers=False)
@@ -169,17 +169,18 @@ def fit(config, procs, data, run, loss):
             total = backward(config, procs, data, run, net, count)
             norm = clip_gradient(run.model, config.clip)
 
-            # stop before a step that would spoil the weights; on a GPU not at every step,
-            # because to read a number there is to wait for it
+            # the first bad step is remembered. To read a number is to wait for a GPU: there
+            # it is looked at every 20 steps, and before each checkpoint, which stays sound
             fine = total.isfinite() & norm.isfinite()
-            bad = torch.where(fine | (bad > 0), bad, step + 1)
+            newly_bad = ~fine & (bad == 0)
+            bad = torch.where(newly_bad, step + 1, bad)
             if procs.device.type == "cpu" or shown or logged or saved:
                 stop_if_not_finite(config, procs, run, bad)
 
             # the step, and the averaged weights, which follow
             optimizer_step(config, run)
             ema_update(run.ema, run.model, config.ema, run.averaged + step)
-            run.step = step + 1          # what a checkpoint would say now
+            run.step = step + 1          # steps done; up to here run.step was step
 
             # the clock and the bar
             speed = clock.tick()
@@ -188,7 +189,8 @@ def fit(config, procs, data, run, loss):
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
-            # validation comes before saving: the step itself may have been too large
+            # the step itself may have spoiled the weights: look before saving. Weights and
+            # validation text are the same in all processes, so all go the same way
             if logged or saved:
                 val_loss = validate(run.ema, loss, data, config, 4 if logged else 1)
                 if not (math.isfinite(val_loss) and finite(run.model)):
@@ -230,10 +232,11 @@ def backward(config, procs, data, run, net, count):
         # micro-batch number i * world + rank of this step, with its seed
         seed_all(config.seed, run.path.stem, run.step, i * procs.world + procs.rank)
         x = data.batch("train", run.micro, run.model.config.context, procs.device)
-        # x is (micro, L); gradients are averaged between processes after the last one only
+        # processes average their gradients once, in the last backward; one alone has
+        # nothing to average with
         sync = procs.world == 1 or i == count - 1
         with contextlib.nullcontext() if sync else net.no_sync():
-            # so that the gradients' sum is the mean over the micro-batches
+            # x (micro, L); / count, so that the gradients' sum is their mean
             value = net(x) / count
             value.backward()                                         # adds to the gradient
         total += value.detach()
@@ -277,10 +280,11 @@ def stop_if_not_finite(config, procs, run, bad):
 
 
 def micro_batches(config, procs, run=None):
-    """Sequences of a micro-batch, and how many micro-batches each process has in a step.
-    Each micro-batch has a seed of its own, so the noise of a run depends on their size. It
-    is --micro_batch; else a run that goes on keeps the size that it began with, if it can.
-    Raises UserError where the batch cannot be divided so."""
+    """(micro, count): sequences of a micro-batch, micro-batches of each process in a step.
+    micro is --micro_batch; without that flag the size that the run began with; and batch /
+    processes in a new run, or where the old size no longer divides the batch. Each
+    micro-batch has a seed of its own, so another size means other noise. Raises UserError
+    where the batch cannot be divided."""
     share = max(1, config.batch // procs.world)          # sequences of each process
     begun = run.micro if run else None                               # None in a new run
     micro = config.micro_batch or begun or share
@@ -397,8 +401,8 @@ def new_model(config, data):
     # where every row begins a text, its place counts beside the distances
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # MDLM's attention has no biases: with them tools.convert could not export the model.
-    # Its positions are rope; models with others are no MDLM anyway, and have GPT-2's biases
+    # with rope positions alone it is an MDLM, whose attention has no biases: otherwise
+    # tools.convert could not export it. All others have biases, as GPT-2 does
     model_config.attention_bias = not model_config.relative
     return Transformer(model_config)     # random weights
 
@@ -447,7 +451,8 @@ def train(config, procs, as_saved=False):
 
     # go on where the checkpoint stands, if there is one
     first(procs, lambda: hold(config.path))              # one run at a time writes it
-    if resume(run, config, FREE) and run.step == run.steps and procs.rank == 0:
+    saved = resume(run, config, FREE)    # puts weights, optimizers and counters into run
+    if saved and run.step == run.steps and procs.rank == 0:
         print(f"{config.path} is there: {run.steps} steps, {run.seconds:.0f} s")
 
     # the bound of a diffusion model, the log-likelihood of an AR one
