@@ -114,14 +114,19 @@ def categorical(logits, dtype=torch.float64):
     exponentials may be float32: that is a relative error, 1e-7 of each probability.
     A row that holds NaN gives V, the mask's id. The samplers look for it at their end,
     because to look here would be to wait for a GPU."""
-    V = logits.shape[-1]
-    # the cumulative sum, up to a factor (float64 from the start takes 7 times as long)
-    cdf = (logits - logits.amax(-1, keepdim=True)).exp_().to(dtype)  # (..., V)
-    torch.cumsum(cdf, -1, out=cdf)
-    total = cdf[..., -1:]                                            # (..., 1)
+    # probabilities up to a factor (float64 from the start takes 7 times as long)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_().to(dtype)          # (..., V)
+    return draw_from(weights)
 
+
+def draw_from(weights):
+    """One draw per row of weights (..., V), at least 0 and of any sum: ids (...). In place:
+    the weights are lost."""
+    V = weights.shape[-1]
+    cdf = torch.cumsum(weights, -1, out=weights)                     # (..., V)
+    total = cdf[..., -1:]                                            # (..., 1)
     # the first entry above a uniform draw
-    u = torch.rand(total.shape, dtype=dtype, device=cdf.device) * total
+    u = torch.rand(total.shape, dtype=cdf.dtype, device=cdf.device) * total
     ids = torch.searchsorted(cdf, u, right=True)[..., 0]             # (...)
     ids = ids.clamp(max=V - 1)                         # u may have been rounded up to total
     return torch.where(total[..., 0].isfinite(), ids, V)
@@ -187,15 +192,8 @@ def plan(z, steps, mask_id):
     and each sequence by itself has the same distribution as before. With fewer steps each
     draws its own: a shared draw would make a whole batch good or bad together, and its mean
     would vary much more."""
-    masked = (z == mask_id).cpu()
-    B, n = len(z), int(masked[0].sum())
-    if bool((masked.sum(1) != n).any()):
-        raise ValueError("every sequence of a batch must have the same number of masks")
-
-    # a random order of the masks: sort random keys, with the prompt's keys behind them
-    key = torch.rand(z.shape, dtype=torch.float64).masked_fill(~masked, 2)   # (B, L)
-    order = key.argsort(dim=1)[:, :n]                                # (B, n)
-
+    order = random_order(z, mask_id)
+    B, n = order.shape
     # and the step of each
     rows = 1 if steps > n else B
     when = draw_steps(steps, rows, n)                                # (1 or B, n)
@@ -204,6 +202,27 @@ def plan(z, steps, mask_id):
     # sorted, as the positions in order are in random order already
     when = when.sort(dim=1).values                                   # (1 or B, n)
     return order, when.expand(B, n)
+
+
+def random_order(z, mask_id):
+    """The positions of the n masks in each row of z (B, L), shuffled: (B, n), on the CPU.
+    Raises ValueError if rows have different numbers of masks."""
+    masked = (z == mask_id).cpu()
+    n = int(masked[0].sum())
+    if bool((masked.sum(1) != n).any()):
+        raise ValueError("every sequence of a batch must have the same number of masks")
+    # sort random keys, with the prompt's keys behind them
+    key = torch.rand(z.shape, dtype=torch.float64).masked_fill(~masked, 2)   # (B, L)
+    return key.argsort(dim=1)[:, :n]
+
+
+def prompt_first(order, L):
+    """order (B, n) of the masks in texts of L positions, with the prompt's positions, in
+    random order, before it: (B, L)."""
+    B, n = order.shape
+    is_mask = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, True)
+    prompt = torch.rand(B, L).masked_fill(is_mask, 2).argsort(1)[:, :L - n]
+    return torch.cat((prompt, order), 1)
 
 
 def draw_steps(steps, rows, n):
@@ -290,11 +309,9 @@ def sample_cached(model, z, order, when, draw, watch=None):
     n = order.shape[1]                                               # masks of a text
     cache = model.cache(B, L)
 
-    # the prompt's tokens come first, in random order, as if revealed in step -1
-    is_mask = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, True)
-    prompt = torch.rand(B, L).masked_fill(is_mask, 2).argsort(1)[:, :L - n]
-    # a slot is a place in this order, of the position order[b, slot]
-    order = torch.cat((prompt, order), 1)                            # (B, L)
+    # the prompt's tokens come first, as if revealed in step -1; a slot is a place in this
+    # order, of the position order[b, slot]
+    order = prompt_first(order, L)                                   # (B, L)
     when = torch.cat((torch.full((B, L - n), -1), when), 1)          # (B, L)
 
     for i in range(steps_of(when)):
@@ -367,3 +384,152 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
         choice = (joint.log() + gumbel).argmax(-1)                   # (B, L)
         z = torch.where(z == mask_id, choice, z)
     return z
+
+
+# ---- exact sampling: the law of one token at a time, in a handful of calls
+
+@torch.no_grad()
+def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=None):
+    """Fill every mask of z (B, L) with the law of one token at a time, in few calls: for
+    attention in the order of reveal, and for AR models, whose order is left to right.
+
+    Slot s is the s-th place in the order, the prompt first. The `final` slots keep their
+    tokens; ahead of them others are guessed. One call reads the guesses as tokens, and says
+    what is likely at each of their slots *given the guesses before it*. Each guess is moved
+    to this new law, changing as rarely as can be: see couple. Before the first slot that
+    changed all are unchanged, so its law was the right one: up to it, and with it, all are
+    final. So a call makes one slot final at least, and many where guesses are good.
+    Why this is exact: no slot looks at later ones. Whatever happened in the slots before s,
+    its guess has the law of the latest call; and for a final slot that is the right law.
+    (A fixed-point iteration, arXiv 2002.03629, with the coupling of 2211.17192.)
+
+    law: logits (N, V) -> logits, a sharper law, see sharpen; None: the model's own.
+    ahead: so many slots, and as many as are final, are guessed at a time; None: all.
+    max_calls: stop there and leave the guesses as they are, which is not exact.
+    watch: called after each call with z and the bool (B, L) of its final tokens.
+    Returns ids (B, L) and the calls that each text took (B,); a batch takes their most.
+    Raises ValueError for full attention, for gaps in AR's texts, and for rows with unequal
+    numbers of masks; FloatingPointError where predictions are not finite numbers."""
+    B, L = z.shape
+    ask, order = exact_form(model, z, mask_id)           # order (B, L): positions of slots
+    order_z = order.to(z.device)
+    x = z.gather(1, order_z)                             # (B, L), by slot; a mask: no guess
+    slot = torch.arange(L).expand(B, L)
+    # of each text, (B, 1): slots that are final, slots that hold some token, and the first
+    # slot whose token is not in the cache yet (-1: nor is AR's start symbol)
+    final = (x != mask_id).sum(1, keepdim=True).cpu()
+    guessed, unread = final, torch.full_like(final, -1)
+    cache = model.cache(B, L, spare=L)
+    states = None                                        # from which guesses were drawn
+    calls, made = torch.zeros(B, dtype=torch.long), 0
+
+    while bool((final < L).any()) and made != max_calls:
+        made += 1
+        calls += final[:, 0] < L
+        # what is asked: the slots from `final` to `end`
+        end = 2 * final + (L if ahead is None else ahead)
+        if made == max_calls:
+            end = end + L                                # no slot may stay without a guess
+        end = end.clamp(max=L)                           # (B, 1)
+        asked = (slot >= final) & (slot < end)           # (B, L), N of them
+        h = ask(model, cache, order, x, unread, guessed, asked)      # (N, C)
+        if states is None:
+            states = h.new_zeros(B, L, h.shape[1])
+
+        # guesses move to their new law
+        before, x = x, x.clone()
+        x[asked] = couple(model, h, before[asked], states[asked], mask_id, law)
+        states[asked] = h
+        # up to the first change all is final, and up to it what was read stays in the cache
+        changed = (x != before).cpu()
+        first = torch.where(changed, slot, end).amin(1, keepdim=True)            # (B, 1)
+        final, unread = (first + 1).minimum(end), first.minimum(end - 1)
+        guessed = guessed.maximum(end)
+        if watch:
+            settled = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, slot < final)
+            watch(torch.empty_like(z).scatter_(1, order_z, x), settled)
+    z = torch.empty_like(z).scatter_(1, order_z, x)      # by position again
+    return without_masks(z, mask_id), calls
+
+
+def exact_form(model, z, mask_id):
+    """What differs between models in sample_exact: (ask, order (B, L)), see ask_masks."""
+    B, L = z.shape
+    if model.config.causal:
+        if bool(((z[:, 1:] != mask_id) & (z[:, :-1] == mask_id)).any()):
+            raise ValueError("an AR model goes on from a prompt, and fills no gaps")
+        return ask_tokens, torch.arange(L).repeat(B, 1)
+    if model.config.attention != "reveal":
+        raise ValueError("exact sampling needs attention in the order of reveal")
+    return ask_masks, prompt_first(random_order(z, mask_id), L)
+
+
+def ask_masks(model, cache, order, x, unread, guessed, asked):
+    """One call of a model with attention in the order of reveal: the states (N, C) of masks
+    at the N slots `asked` (B, L). Before them it reads the tokens x (B, L) from slot
+    `unread` on, each of which sees the slots before its own; a mask sees them, too, but for
+    those without a guess. A mask's key waits in slot L + its own, where only it looks."""
+    L = x.shape[1]
+    slot = torch.arange(L)
+    last = (slot * asked).amax(1, keepdim=True)          # (B, 1), which no other looks at
+    tokens = (slot >= unread) & (slot < last.minimum(guessed))                   # (B, L)
+    token_row, token_slot = tokens.nonzero(as_tuple=True)
+    mask_row, mask_slot = asked.nonzero(as_tuple=True)
+    # tokens, then masks
+    row = torch.cat((token_row, mask_row))
+    slot = torch.cat((token_slot, mask_slot))
+    idx = x[row, slot]
+    idx[len(token_row):] = model.mask_id
+    limit = torch.cat((token_slot, mask_slot.minimum(guessed[mask_row, 0])))
+    stored = torch.cat((token_slot, L + mask_slot))
+    new = Reading(idx, order[row, slot].to(x.device), row, stored, limit, len(token_row))
+    return model.read(cache, new)
+
+
+def ask_tokens(model, cache, order, x, unread, guessed, asked):
+    """ask_masks of an AR model, whose state at a token says what is likely at the next: no
+    masks are needed. The cache has the start symbol in slot 0, then each token one slot
+    after its own. Behind the guesses nothing can be read: the last state stands for all."""
+    B, L = x.shape
+    start = torch.full((B, 1), model.mask_id, device=x.device)
+    shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
+    slot = torch.arange(L)
+    last = (slot * asked).amax(1, keepdim=True).minimum(guessed)     # (B, 1)
+    row, at = ((slot > unread) & (slot <= last)).nonzero(as_tuple=True)
+    new = Reading(shifted[row, at], at.to(x.device), row, slot=at, limit=at)
+    h = model.read(cache, new)
+    # the number, among those that were read, of each state that is asked for
+    number = torch.zeros(B, L, dtype=torch.long)
+    number[row, at] = torch.arange(len(row))
+    row, at = asked.nonzero(as_tuple=True)
+    return h[number[row, at.minimum(last[row, 0])]]                  # (N, C)
+
+
+def couple(model, h, x, was, mask_id, law=None):
+    """Guesses x (N,), drawn from what the states `was` (N, C) predict, moved to draws from
+    what h (N, C) predicts, so that as many stay as any rule can keep: with q the old law
+    and p the new one, x stays with probability min(1, p(x) / q(x)), and is else drawn from
+    what p has more than q, (p - q)+ (speculative sampling, arXiv 2211.17192). Where x is
+    mask_id there is no guess, and the draw is from p."""
+    def probabilities(states):
+        """What states (n, C) predict: (n, V), float64."""
+        logits = model.head(states)
+        if law:
+            logits = law(logits)
+        return logits.softmax(-1).double()
+
+    ids = []
+    # some at a time, as in draw_tokens
+    for h, x, was in zip(h.split(DRAW_ROWS), x.split(DRAW_ROWS), was.split(DRAW_ROWS)):
+        p, q = probabilities(h), probabilities(was)                  # (n, V) both
+        guess = x != mask_id                                         # (n,)
+        q[~guess] = 0
+        # p and q of the guess itself; where there is none any token will do
+        at = x.where(guess, 0)[:, None]                              # (n, 1)
+        u = torch.rand(at.shape, dtype=p.dtype, device=p.device)
+        stays = guess & (u * q.gather(1, at) < p.gather(1, at))[:, 0]
+        # the others are drawn anew
+        x = x.clone()
+        x[~stays] = draw_from((p - q)[~stays].clamp_(min=0))
+        ids.append(x)
+    return torch.cat(ids)

@@ -349,13 +349,13 @@ class Transformer(nn.Module):
             attends[-1] = functools.partial(see_at, queries=queries)
         return self.run(idx, pos, attends, at)
 
-    def cache(self, B, slots):
-        """An empty KVCache for B texts of at most `slots` tokens. Raises ValueError for
-        more than the context."""
+    def cache(self, B, slots, spare=0):
+        """An empty KVCache for B texts of at most `slots` tokens, with so many spare slots
+        behind them. Raises ValueError for more tokens than the context."""
         if slots > self.config.context:
             raise ValueError(f"{slots} tokens, but the context is {self.config.context}")
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return KVCache(self.config, B, slots, self.embed.weight.device, dtype)
+        return KVCache(self.config, B, slots + spare, self.embed.weight.device, dtype)
 
     def read(self, cache, new):
         """States of the N positions of a Reading, (N - new.wanted_from, C); their keys and

@@ -2,6 +2,7 @@
 and the exact posterior of that law in the shape of a model. The mask is
 id V. Also the chi-square test that compares counts with a law. All numbers are float64.
 """
+import hashlib
 import itertools
 import types
 
@@ -78,6 +79,53 @@ def exact_model(joint):
     place = (V + 1) ** torch.arange(L - 1, -1, -1)                   # z as a number in base V + 1
 
     return Model(lambda z, at: table[(z * place).sum(1)][at])
+
+
+class Ordered:
+    """A model in the order of reveal, or an AR one: any conditionals, each drawn at random for a
+    position and the (position, token) pairs known before it, in their order. In the form that
+    sample_exact asks for: its state is its prediction."""
+
+    def __init__(self, V, causal=False, depends_on=lambda known: known):
+        attention = "causal" if causal else "reveal"
+        self.config = types.SimpleNamespace(attention=attention, causal=causal, relative=False)
+        self.V, self.mask_id, self.depends_on, self.table = V, V, depends_on, {}
+
+    def conditional(self, pos, known):
+        """Logits (V,) of the token at pos, after the pairs `known`, a tuple."""
+        key = pos, self.depends_on(known)
+        if key not in self.table:
+            seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+            generator = torch.Generator().manual_seed(seed)
+            self.table[key] = 2 * torch.randn(self.V, generator=generator, dtype=torch.float64)
+        return self.table[key]
+
+    def cache(self, B, slots, spare=0):
+        return [{} for _ in range(B)]
+
+    def read(self, cache, new):
+        read = list(zip(*[part.tolist() for part in new[:5]]))
+        for idx, pos, row, slot, limit in read:
+            cache[row][slot] = pos, idx
+        states = []
+        for idx, pos, row, slot, limit in read[new.wanted_from:]:
+            if self.config.causal:       # slot 0 is the start symbol, slot j + 1 holds token j
+                known = tuple((i, cache[row][i + 1][1]) for i in range(slot))
+            else:
+                known = tuple(cache[row][i] for i in range(limit))
+            states.append(self.conditional(pos, known))
+        return torch.stack(states)
+
+    def head(self, h):
+        return h
+
+    def law(self, order, x):
+        """log p of a text x, a list, one token at a time in this order of positions."""
+        known, total = (), 0.0
+        for pos in order:
+            total += self.conditional(pos, known).log_softmax(-1)[x[pos]].item()
+            known += ((pos, x[pos]),)
+        return total
 
 
 def ancestral_law(joint, steps, chance=None):
