@@ -6,11 +6,12 @@ wins.
 
 Both sides run as fast as this code can: AR with a static cache and a compiled decoding
 step, diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, as
-they write it. Warm-up does not count, runs of the engines alternate, and the median is
-shown. Roofline is the share that a run gets of what the hardware shows in the same minute:
-of its bandwidth (AR) or of its rate of matrix products (diffusion). The clock, the memory
-gauge and the roofline are in tools/machine.py, what is compared in tools/bench_setup.py,
-the crossover in tools/crossover.py, training in tools/bench_train.py.
+they write it; "-exact" is the law of one token at a time in few calls. Warm-up does not
+count, runs of the engines alternate, and the median is shown. Roofline is the share that a
+run gets of what the hardware shows in the same minute: of its bandwidth (AR) or of its rate
+of matrix products (diffusion). The clock, the memory gauge and the roofline are in
+tools/machine.py, what is compared in tools/bench_setup.py, the crossover in
+tools/crossover.py, training in tools/bench_train.py.
 """
 import functools
 import itertools
@@ -23,9 +24,9 @@ from common import Processes, start
 from data.files import UserError, write_json
 from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
 from data.script import command, flag, parse_flags
-from diffusion import categorical, sample, sample_joint
+from diffusion import categorical, sample, sample_exact, sample_joint
 from model import PRESETS, KVCache, decode, generate
-from sample import Sampling, counted_calls, draw_samples
+from sample import EXACT, Sampling, counted_calls, draw_samples
 from tools import figures
 from tools.bench_setup import checkpoints, random_weights, set_defaults
 from tools.crossover import against_ar
@@ -33,13 +34,14 @@ from tools.machine import (compiled_decode, describe, fill_times, first_run, hea
                            least_memory, limits, line, roofline, seconds)
 
 # as --engine names them
-ENGINES = ["ar", "diffusion", "diffusion-kv", "diffusion-naive", "transformers"]
+ENGINES = ["ar", "ar-exact", "diffusion", "diffusion-kv", "diffusion-exact",
+           "diffusion-naive", "transformers"]
 GRAIN = {"cpu": 16, "cuda": 128}         # see model.generate
 # what a table shows of a row, and how
 SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
          ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
          ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"), ("roofline", ">9.0%"),
-         ("peak MB", ">8,.0f"), ("nfe", ">5"))
+         ("peak MB", ">8,.0f"), ("nfe", ">5"), ("reads", ">6.1f"))
 QUALITY = (("gen_ppl", ">8.2f"), ("entropy", ">8.2f"), ("of all", ">7.2f"))
 
 
@@ -101,6 +103,13 @@ def diffusion_engine(sampler, model, B, L, steps):
     return lambda: sampler(model, z, steps, model.mask_id)           # z stays as it is
 
 
+def exact_engine(model, B, L):
+    """Exact sampling, of AR or of diffusion in the order of reveal; all texts in as many
+    calls as the slowest of them needs, which differs from run to run."""
+    z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
+    return lambda: sample_exact(model, z, model.mask_id)
+
+
 def transformers_engine(model, B, L):
     """Greedy decoding of the transformers package."""
     prompt = torch.zeros((B, 1), dtype=torch.long, device=model.device)  # it needs a token
@@ -116,6 +125,8 @@ def make_engine(row, model, decode_step, steps):
         return ar_engine(model, B, L, decode_step)
     if name == "transformers":
         return transformers_engine(model, B, L)
+    if name.endswith("-exact"):
+        return exact_engine(model, B, L)
     if name == "diffusion-naive":
         return diffusion_engine(sample_joint, model, B, L, steps)
     return diffusion_engine(sample, model, B, L, steps)
@@ -136,8 +147,10 @@ def rows_of(config, models, preset, B, L):
             if B != config.batch[0] and len(config.engine) > 1:
                 continue
             mine = mine[-1:]                                         # the last student
-        # AR and transformers take one step for each token
-        all_steps = config.steps if name.startswith("diffusion") else [None]
+        # AR and transformers take one step for each token, exact engines what they need
+        all_steps = [None]
+        if name in ("diffusion", "diffusion-kv", "diffusion-naive"):
+            all_steps = config.steps
         for (label, model), steps in itertools.product(mine, all_steps):
             params = sum(p.numel() for p in model.parameters())      # all weights
             row = dict(engine=name, model=label, preset=preset, params=params, steps=steps,
@@ -172,7 +185,7 @@ def begin(config, row, model, decode_step, device, machine):
     shape = model.shape if name == "transformers" else model.config
     row |= dict(dtype=config.dtype, device=machine["device"], threads=machine["threads"])
     run = make_engine(row, model, decode_step, steps)                # () -> texts (B, L)
-    if name == "diffusion-kv":
+    if name == "diffusion-kv" or name.endswith("-exact"):
         # its shapes change from step to step and, as reveals are random, from run to run:
         # warmed up by a whole run, and what is new in a later one is not compiled then
         warm_up, run = run, settled(run)
@@ -185,21 +198,22 @@ def begin(config, row, model, decode_step, device, machine):
     size = 2 if config.dtype == "bfloat16" else 4
     # refused beforehand if it cannot fit: the system would kill the process
     least = least_memory(row, shape, size)                           # bytes
-    if name in ("diffusion", "diffusion-kv"):
-        # nfe: the calls of the first run; a step that reveals nothing makes none
-        with counted_calls(model) as calls:
+    if name in ("ar", "transformers", "diffusion-naive"):
+        times = first_run(row, run, warm_up, least, device)          # None: no room
+        # AR calls the network once for each token, and reads it
+        row["nfe"] = steps or row["length"]
+        row["reads"] = steps or 1
+    else:
+        # the calls of the first run; a step that reveals nothing makes none
+        with counted_calls(model) as reads:
             def warm_up_uncounted():
                 warm_up()
-                calls.clear()            # warm-up does not count
+                reads.clear()            # warm-up does not count
             times = first_run(row, run, warm_up_uncounted, least, device)
-        nfe = len(calls)                 # number of function evaluations
-    else:
-        times = first_run(row, run, warm_up, least, device)          # None: no room
-        # AR calls the network once for each token
-        nfe = steps or row["length"]
+        row["nfe"] = len(reads)          # number of function evaluations
+        row["reads"] = sum(reads) / (row["batch"] * row["length"])   # positions, a token
     if times is None:
         return None
-    row["nfe"] = nfe
     return Timing(row, shape, run, times)                            # with one run's time
 
 
@@ -231,6 +245,8 @@ def quality(config, models, device, engine, name, steps):
     """Perplexity under the AR model, and both entropies, of a trained model's texts."""
     # the AR model of the folder is its judge
     model, judge = models[engine][name], next(iter(models["ar"].values()))
+    if engine.endswith("-exact"):
+        steps = EXACT
     x = draw_samples(model, config.samples, Sampling(steps), Processes(device))  # (n, L)
     vocab = judge.config.vocab           # the same for all models here
     gen, _ = gen_ppl(make_judge(judge), x.to(device))                # exp of mean nats

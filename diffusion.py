@@ -505,6 +505,28 @@ def ask_tokens(model, cache, order, x, unread, guessed, asked):
     return h[number[row, at.minimum(last[row, 0])]]                  # (N, C)
 
 
+@torch.no_grad()
+def nll_in_order(model, x, mask_id):
+    """-log p(x | order) of each text of x (B, L), in a random order of its own, exactly and
+    in one call, in nats: (B,). For attention in the order of reveal.
+    The same reading as in sample_exact, with the text itself as the guess: a mask at each
+    slot says what the token costs given those before it. The mean over orders is at least
+    -log p(x), see nelbo, which estimates it with much more noise: here no t and no masks
+    are drawn, and every token of the text counts."""
+    B, L = x.shape
+    order = random_order(torch.full_like(x, mask_id), mask_id)       # (B, L)
+    by_slot = x.gather(1, order.to(x.device))                        # (B, L)
+    guessed = torch.full((B, 1), L)
+    everything = torch.ones(B, L, dtype=torch.bool)
+    cache = model.cache(B, L, spare=L)
+    h = ask_masks(model, cache, order, by_slot, -torch.ones_like(guessed), guessed,
+                  everything)                                        # (B L, C)
+    nats = []
+    for states, ids in zip(h.split(HEAD_ROWS), by_slot.flatten().split(HEAD_ROWS)):
+        nats.append(F.cross_entropy(model.head(states), ids, reduction="none").double())
+    return torch.cat(nats).view(B, L).sum(1)
+
+
 def couple(model, h, x, was, mask_id, law=None):
     """Guesses x (N,), drawn from what the states `was` (N, C) predict, moved to draws from
     what h (N, C) predicts, so that as many stay as any rule can keep: with q the old law

@@ -4,12 +4,16 @@
     python sample.py out/stories-nano/round7.pt --prompt "one sunny day tom went to"
     python sample.py out/stories-nano/teacher.pt --infill "one sunny day _ went to the _ ."
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
+    python sample.py out/stories-nano-reveal/teacher.pt --steps exact
 
 The checkpoint is all that is needed. Token draws are exact, in float64; --temperature and
 --top_p change the distribution that the model has learned, and are off unless given. To
 watch a text being written, alone or as a race: python -m tools.animate.
 """
+import argparse
 import contextlib
+import sys
+import typing
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +22,25 @@ from tqdm import tqdm
 
 from common import load_model, seed_all, start
 from data.dataset import make_tokenizer
+from data.files import UserError
 from data.prompts import known_tokens
 from data.script import command, flag, parse_flags
-from diffusion import categorical, sample, sample_joint, sharpen
+from diffusion import categorical, sample, sample_exact, sample_joint, sharpen
 from model import generate
 
 BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
 DTYPES = {32: torch.float32, 64: torch.float64}          # of a token draw, by its bits
+EXACT = "exact"                  # instead of a number of steps: see diffusion.sample_exact
+
+
+def steps_or_exact(text):
+    """What --steps means: a number of steps, or EXACT."""
+    if text == EXACT:
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 or more nor {EXACT!r}")
+    return int(text)
 
 
 @dataclass
@@ -33,9 +48,15 @@ class SampleConfig:
     """The flags of sample.py."""
     checkpoint: str                          # the argument without --
     # how the text is drawn
-    steps: int | None = flag(
+    steps: int | str | None = flag(
         None, "diffusion steps [what the model was distilled for; a teacher 32]; AR takes "
-        "one per token", low=1)
+        "one per token; exact: the law of one token at a time in few calls, for AR and for "
+        "attention reveal", type=steps_or_exact)
+    ahead: int = flag(
+        8, "with exact: tokens guessed at a time beyond twice those that are final; more: "
+        "fewer calls, each of more tokens", low=1)
+    max_calls: int | None = flag(
+        None, "with exact: stop after so many calls, which is not exact", low=1)
     temperature: float = flag(
         1.0, "below 1: likelier tokens more often; changes the distribution", low=0.01)
     top_p: float = flag(
@@ -57,72 +78,107 @@ class SampleConfig:
 @dataclass
 class Sampling:
     """How texts are drawn from a model."""
-    steps: int | None = None     # of diffusion; AR takes one per token
+    steps: int | str | None = None       # of diffusion, or EXACT; AR takes one per token
     seed: int = 0
     temperature: float = 1.0     # 1: the model's own distribution
     top_p: float = 1.0           # 1: any token may be drawn
     precision: int = 64          # bits of a token draw, 32 or 64
     joint: bool = False          # by diffusion.sample_joint, which ignores top_p
     length: int | None = None    # tokens of a text; None: the model's context
+    ahead: int = 8               # both see diffusion.sample_exact
+    max_calls: int | None = None
+
+
+def refuse_exact(steps, max_calls, model, path):
+    """Raise UserError where the flags ask for exact sampling that cannot be. steps: one or
+    several; path: the model's."""
+    exact = steps == EXACT or isinstance(steps, list) and EXACT in steps
+    if max_calls and not exact:
+        raise UserError(f"--max_calls stops exact sampling early; give --steps {EXACT} too")
+    if exact and model.config.attention == "full":
+        raise UserError(f"{path} has full attention, where all tokens see each other; "
+                        "exact sampling needs the order of reveal: python distill.py "
+                        f"--attention reveal --teacher {path} adapts it")
 
 
 def draw_batch(model, known, sampling):
-    """Texts x (B, L) that begin with known (B, P), on their device. For diffusion known may
-    have mask_id in its gaps."""
+    """Texts x (B, L) that begin with known (B, P), on their device, and the calls that each
+    took (B,), or None where all took the same. For diffusion known may have mask_id in its
+    gaps."""
     length = sampling.length or model.config.context                 # L, prompt included
     dtype = DTYPES[sampling.precision]
 
+    def law(logits):
+        """The model's law, sharpened as the flags say: logits (N, V) both."""
+        return sharpen(logits, sampling.temperature, sampling.top_p)
+
     def draw(logits):
         """One token from each row: logits (N, V) -> (N,)."""
-        return categorical(sharpen(logits, sampling.temperature, sampling.top_p), dtype)
+        return categorical(law(logits), dtype)
 
-    if model.config.causal:
-        return generate(model, known, length, draw)                  # with its KV cache
-    # diffusion begins with a mask wherever nothing is known
+    # a mask wherever nothing is known
     z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
     z[:, :known.shape[1]] = known
+    if sampling.steps == EXACT:
+        return sample_exact(model, z, model.mask_id, law, sampling.ahead,
+                            sampling.max_calls)
+    if model.config.causal:
+        return generate(model, known, length, draw), None            # with its KV cache
     if sampling.joint:
         # the papers' way, for comparison
-        return sample_joint(model, z, sampling.steps, model.mask_id, dtype,
-                            sampling.temperature)
+        x = sample_joint(model, z, sampling.steps, model.mask_id, dtype,
+                         sampling.temperature)
+        return x, None
     # sample itself uses a KV cache where the model's attention has one
-    return sample(model, z, sampling.steps, model.mask_id, draw)
+    return sample(model, z, sampling.steps, model.mask_id, draw), None
+
+
+class Cost(typing.NamedTuple):
+    """What a batch of texts cost."""
+    nfe: int                     # calls of the network (number of function evaluations)
+    calls: list                  # that each text took; the most of them is nfe
+    reads: int                   # positions that the network read, of all texts
 
 
 @contextlib.contextmanager
 def counted_calls(model):
-    """A list that gets an entry for each call of the network inside the `with`: every call
-    embeds tokens exactly once."""
-    calls = []
-    hook = model.embed.register_forward_hook(lambda *_: calls.append(1))
+    """A list that gets an entry for each call of the network inside the `with`, the number
+    of positions that it read: every call embeds tokens exactly once."""
+    reads = []
+
+    def embedded(module, args, output):
+        reads.append(args[0].numel())
+
+    hook = model.embed.register_forward_hook(embedded)
     try:
-        yield calls
+        yield reads
     finally:
         hook.remove()                                                # also after an error
 
 
-def draw_samples(model, n, sampling, procs, prompts=None, title=None, calls=None):
+def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):
     """n texts (n, L) on the CPU, drawn as `sampling` says, in all processes together; each
     returns all of them. With the same seed and steps models of one shape reveal in the same
     order.
     prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
-    title: of a progress bar. calls: a list that gets the number of network calls of each
-    batch."""
+    title: of a progress bar. costs: a list that gets the Cost of each batch."""
     if prompts is None:
         prompts = torch.zeros((n, 0), dtype=torch.long)              # (n, P = 0)
 
     def batch(i):
-        """Texts i to i + BATCH, and the network calls that they took."""
+        """Texts i to i + BATCH, and their Cost."""
         # a seed for each batch: the texts do not depend on how many processes there are
         seed_all(sampling.seed, "samples", sampling.steps, i)
         known = prompts[i:i + BATCH].to(procs.device)                # (B, P)
-        with counted_calls(model) as made:
-            x = draw_batch(model, known, sampling)                   # (B, L)
-        return x.cpu(), len(made)
+        with counted_calls(model) as reads:
+            x, calls = draw_batch(model, known, sampling)            # (B, L)
+        if calls is None:                # each text took part in all of the batch's
+            calls = torch.full((len(x),), len(reads))
+        return x.cpu(), Cost(len(reads), calls.tolist(), sum(reads))
 
     results = spread(range(0, n, BATCH), batch, procs, title)
-    if calls is not None:
-        calls.extend(count for _, count in results)
+    if costs is not None:
+        costs.extend(cost for _, cost in results)
     return torch.cat([x for x, _ in results])                        # (n, L)
 
 
@@ -143,6 +199,16 @@ def spread(parts, f, procs, title=None):
     return [everyone[i % procs.world][i // procs.world] for i in range(len(parts))]
 
 
+def calls_as_text(costs, max_calls):
+    """What exact sampling cost, in a line for the reader."""
+    calls = [n for cost in costs for n in cost.calls]                # of each text
+    mean = sum(calls) / len(calls)
+    text = f"calls of the network: {mean:.1f} a text, {max(calls)} at most"
+    if max_calls and max(calls) == max_calls:
+        text += "; stopped there, so these texts are not exact"
+    return text
+
+
 def main():
     config = parse_flags(SampleConfig, __doc__,
                          checkpoint="of train.py, distill.py or tools.convert")
@@ -150,14 +216,17 @@ def main():
     model, content = load_model(config.checkpoint, procs.device)     # averaged weights
     tokenizer = make_tokenizer(content["tokenizer"])
 
+    refuse_exact(config.steps, config.max_calls, model, config.checkpoint)
     # every text begins with the same known tokens
     known = known_tokens(config, model, tokenizer)                   # (P,)
     prompts = known.expand(config.num_samples, -1)                   # (n, P)
     # a student is made for a number of steps, a teacher for none
     steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
     sampling = Sampling(steps, config.seed, config.temperature, config.top_p,
-                        length=config.length)
-    x = draw_samples(model, config.num_samples, sampling, procs, prompts)        # (n, L)
+                        length=config.length, ahead=config.ahead,
+                        max_calls=config.max_calls)
+    costs = []
+    x = draw_samples(model, config.num_samples, sampling, procs, prompts, costs=costs)
 
     # the model filled the whole context; the template's part is wanted
     if config.infill is not None:
@@ -166,6 +235,8 @@ def main():
         for row in x.tolist():
             # one text a line, unless it has line ends of its own
             print(tokenizer.decode(row))
+        if steps == EXACT:
+            print(calls_as_text(costs, config.max_calls), file=sys.stderr)
 
 
 if __name__ == "__main__":

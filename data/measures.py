@@ -155,6 +155,18 @@ def measure(x, judge, data):
 
 # ---- as text
 
+def step_key(steps):
+    """What to sort numbers of steps by: None, of data and AR, first, "exact" last."""
+    if steps is None:
+        return 0
+    return math.inf if steps == "exact" else steps
+
+
+def in_steps(steps):
+    """"8 steps", or "exact"."""
+    return steps if steps == "exact" else f"{steps} steps"
+
+
 def summary(row):
     """A row of `measure` in one line of text."""
     text = (f"{row['gen_ppl']:.2f} (±{row['gen_ppl_se']:.2f}) at entropy "
@@ -167,14 +179,15 @@ def summary(row):
 # the lines of a model in the table: (label, key, its format)
 LINES = (("perplexity", "gen_ppl", ".2f"), ("entropy", "entropy", ".2f"),
          ("entropy of all", "pooled_entropy", ".2f"), ("valid", "valid", ".0%"),
-         ("contradictions", "contradictions", ".2f"), ("copies", "copies", ".0%"))
+         ("contradictions", "contradictions", ".2f"), ("copies", "copies", ".0%"),
+         ("calls", "calls", ".1f"), ("reads a token", "reads", ".1f"))
 
 
 def table(rows):
     """Rows as text: a block of labelled lines for each model, a column for each number of
     steps; data and AR, which take no steps, have one column of their own. A line is left
-    out where the model has no value of it."""
-    columns = sorted({row["steps"] for row in rows if row["steps"]})
+    out where the model has no value of it. (Rows of older versions have no calls.)"""
+    columns = sorted({row["steps"] for row in rows if row["steps"]}, key=step_key)
     heading = f"{'sampling steps':26}{'-':>9}"
     for steps in columns:
         heading += f"{steps:>9}"
@@ -183,11 +196,13 @@ def table(rows):
         cells = {row["steps"]: row for row in rows if row["model"] == name}
         title = name                     # beside the model's first line only
         for label, key, form in LINES:
-            if all(row[key] is None for row in cells.values()):
+            if all(row.get(key) is None for row in cells.values()):
                 continue
             line = f"{title:10}{label:16}"
             for steps in [None, *columns]:
-                text = format(cells[steps][key], form) if steps in cells else ""
+                text = ""
+                if steps in cells and cells[steps].get(key) is not None:
+                    text = format(cells[steps][key], form)
                 line += f"{text:>9}"
             lines.append(line.rstrip())
             title = ""

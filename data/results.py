@@ -12,8 +12,8 @@ import torch
 from common import Processes
 from data.dataset import Data
 from data.files import write, write_json
-from data.measures import measure, summary, table
-from sample import Sampling, draw_samples
+from data.measures import in_steps, measure, summary, table
+from sample import EXACT, Sampling, draw_samples
 
 
 @dataclasses.dataclass
@@ -57,9 +57,11 @@ def fill_rows(exam, name, model, digest):
         results["rows"] = [row for row in results["rows"] if row["model"] != name]
         results["models"][name] = key
 
-    # data and AR have no number of steps
+    # data and AR have no number of steps; exact sampling needs the order of reveal
     diffusion = model is not None and not model.config.causal
     columns = exam.columns if diffusion else [None]
+    if diffusion and model.config.attention == "reveal":
+        columns = [*columns, EXACT]
     # what an interrupted run has measured already
     done = {row["steps"] for row in results["rows"] if row["model"] == name}
     alone = Processes(exam.device)       # the other processes wait
@@ -67,7 +69,7 @@ def fill_rows(exam, name, model, digest):
         if steps in done:
             continue
         n = config.samples
-        if steps and steps > 32:         # they take long
+        if steps not in (None, EXACT) and steps > 32:            # they take long
             n = max(2, config.samples // 2)
         sampling = Sampling(steps, config.seed, length=exam.context)
         # texts and measures; the texts themselves are not kept
@@ -87,22 +89,26 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     drawn as `sampling` says, or of the validation data (model None), and what they are
     worth. judge: see data.measures.make_judge."""
     began = time.time()                                              # measuring counts, too
-    calls = []
+    costs = []
     if model is None:
         # no row twice: repeats would raise self-BLEU
         x = data.pieces(n, sampling.length)                          # (n, L)
     else:
         title = name
         if sampling.steps:                       # AR has no number of steps
-            title = f"{name}, {sampling.steps} steps"
-        x = draw_samples(model, n, sampling, procs, title=title, calls=calls)
+            title = f"{name}, {in_steps(sampling.steps)}"
+        x = draw_samples(model, n, sampling, procs, title=title, costs=costs)
 
-    # how the texts came about; nfe: number of function evaluations, the mean of the batches
-    row = {"model": name, "steps": sampling.steps, "nfe": None,
-           "temperature": sampling.temperature, "precision": sampling.precision,
-           "joint": sampling.joint, "seed": sampling.seed}
-    if calls:
-        row["nfe"] = sum(calls) / len(calls)
+    # how the texts came about
+    row = {"model": name, "steps": sampling.steps, "nfe": None, "calls": None,
+           "reads": None, "temperature": sampling.temperature,
+           "precision": sampling.precision, "joint": sampling.joint, "seed": sampling.seed}
+    # nfe: number of function evaluations, the mean of batches; calls: the mean of texts,
+    # some of which end before others; reads: of positions, for each token
+    if costs:
+        row["nfe"] = sum(cost.nfe for cost in costs) / len(costs)
+        row["calls"] = sum(sum(cost.calls) for cost in costs) / n
+        row["reads"] = sum(cost.reads for cost in costs) / x.numel()
     if model is None:                            # data are not drawn here
         row["temperature"] = row["precision"] = None
 

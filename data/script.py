@@ -81,10 +81,10 @@ def package(name):
 
 # ---- flags: a dataclass whose fields are made by flag() is a script's command line
 
-def flag(default, help, choices=None, low=None, high=None):
-    """A dataclass field that is also a flag; low and high are the least and largest
-    value."""
-    metadata = dict(help=help, choices=choices, low=low, high=high)  # for parse_flags
+def flag(default, help, choices=None, low=None, high=None, type=None):
+    """A dataclass field that is also a flag; low and high are the least and largest value.
+    type: text -> value, where the field's annotation does not say it."""
+    metadata = dict(help=help, choices=choices, low=low, high=high, type=type)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -118,8 +118,8 @@ def parse_flags(Config, description, argv=None, **positional):
         if kind is bool:                 # --name and --no-name
             how = dict(action=argparse.BooleanOptionalAction)
         else:
-            how = dict(type=kind, choices=field.metadata["choices"],
-                       nargs="+" if several else None)
+            how = dict(type=field.metadata["type"] or kind,
+                       choices=field.metadata["choices"], nargs="+" if several else None)
         text = field.metadata["help"]
         if field.default is not None:    # a default of None is explained in the text
             text += f" [{field.default}]"            # -h shows every default

@@ -288,6 +288,21 @@ def test_random_weights_are_named_by_preset(folder, monkeypatch, capsys):
     assert all("gen_ppl" not in r and r["dtype"] == "bfloat16" for r in rows)
 
 
+def test_exact_engines_count_their_calls(folder, monkeypatch):
+    """Both, beside AR, with calls and reads of the run that was timed; a model is shared by the
+    engines of its attention. No chance involved."""
+    monkeypatch.setattr(bench_setup, "VOCAB", 50)
+    call(bench, "--preset", "nano", "--length", 16, "--batch", 1, 2, "--repeats", 2, "--engine", "ar",
+         "ar-exact", "diffusion-exact", "--no-compile", "--json", "rows.json")
+    rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
+    assert len(rows) == 6
+    for row in rows:
+        exact = row["engine"] != "ar"
+        assert row["steps"] is None and row["vs_ar"] > 0 and row["roofline"] > 0
+        assert 1 < row["nfe"] <= 16 and (row["nfe"] == 16 or exact)
+        assert row["reads"] > 1 if exact else row["reads"] == 1
+
+
 def test_training_rows(folder, monkeypatch):
     """All objectives in all forms. No chance involved."""
     monkeypatch.setattr(bench_train, "VOCAB", 50)

@@ -86,13 +86,42 @@ def test_the_whole_table(made, tmp_path, capsys):
     assert calls["teacher", 2] == 2 and calls["teacher", 4] <= 4 and calls["ar", None] == 12
     assert [r["model"] for r in results["likelihood"]] == ["teacher", "round1", "reveal", "ar",
                                                            "judge"]
-    assert all(("bound" in r) == (r["model"] not in ("ar", "judge")) for r in results["likelihood"])
+    assert {r["model"]: set(r) & {"bound", "any_order", "mixture", "nll"}
+            for r in results["likelihood"]} == {
+        "teacher": {"bound", "any_order"}, "round1": {"bound", "any_order"},
+        "reveal": {"any_order", "mixture"}, "ar": {"nll"}, "judge": {"nll"}}
     assert {r["tasks"] for r in results["last_word"]} == {2}
     assert len(results["frontier"]) == 7 and len(results["continuations"]) == 8
     assert results["teacher"] == "teacher" and "ar.pt, in tokens" in results["judge"]
     for part in ("likelihood", "samples", "diversity", "frontier", "last_word", "continuations"):
         assert figures.HEADINGS[part][0] in shown
     assert shown.count("\nround1 ") == 1 + 4 + 4 + 2 + 1 + 2
+
+
+def test_exact_samples_have_rows_of_their_own(made, tmp_path):
+    """Of AR and of attention in the order of reveal, with calls and reads beside them, which are
+    fewer with --max_calls; a token takes one read of AR's one by one, and n reads of full
+    attention's n calls at most. No chance involved."""
+    found = []
+    for argv in ([], ["--max_calls", 1]):
+        call(evaluate, made / "reveal.pt", made / "ar.pt", "--samples", 40, "--sequences", 4,
+             "--steps", "exact", 2, *argv, "--json", tmp_path / "e.json")
+        rows = json.loads((tmp_path / "e.json").read_text())["samples"]
+        found.append({(row["model"], row["steps"]): row for row in rows})
+    for name in ("reveal", "ar"):
+        whole, stopped = (rows[name, "exact"] for rows in found)
+        assert 1 < whole["calls"] <= whole["nfe"] <= 12 and whole["reads"] > 1
+        assert stopped["calls"] == stopped["nfe"] == 1 and stopped["reads"] <= 1
+    assert found[0]["ar", None]["calls"] == 12 and found[0]["ar", None]["reads"] == 1
+    assert found[0]["reveal", 2]["calls"] == 2 and found[0]["reveal", 2]["reads"] < 2
+
+
+def test_exact_samples_are_refused_where_they_cannot_be(made, capsys):
+    """Full attention, --joint, --max_calls without exact: a sentence each."""
+    exact = ["--steps", "exact"]
+    assert "full attention" in refused(capsys, evaluate, made / "teacher.pt", *exact)
+    assert "--joint" in refused(capsys, evaluate, made / "ar.pt", *exact, "--joint")
+    assert "--max_calls" in refused(capsys, evaluate, made / "reveal.pt", "--max_calls", 2)
 
 
 def test_the_same_seed_gives_the_same_table(made, tmp_path):

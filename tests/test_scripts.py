@@ -270,10 +270,32 @@ def test_low_temperature_and_small_top_p_give_the_likeliest_words(made, capsys):
     ("teacher.pt", ["--length", 13], "--length 13"),
     ("teacher.pt", ["--prompt", "w1", "--infill", "_"], "--infill"),
     ("ar.pt", ["--infill", "w1 _"], "autoregressive"),
+    ("teacher.pt", ["--steps", "exact"], "--attention reveal --teacher"),
+    ("ar.pt", ["--max_calls", 3], "--steps exact"),
     ("absent.pt", [], "absent.pt"), ("../data/train.bin", [], "train.bin")])
 def test_sample_refuses_what_it_cannot_write(made, capsys, name, argv, named):
     """One sentence that names the flag, the word or the file."""
     assert named in refused(capsys, sample, made / "out" / name, "--device", "cpu", *argv)
+
+
+def test_steps_are_a_number_or_exact(made, capsys):
+    """Anything else ends with usage, the word and status 2."""
+    for steps in ("all", "0", "-3", "2.5"):
+        with pytest.raises(SystemExit) as stop:
+            call(sample, made / "out/ar.pt", f"--steps={steps}")
+        assert stop.value.code == 2 and repr(steps) in capsys.readouterr().err
+
+
+def test_exact_samples_say_what_they_cost(made, capsys):
+    """AR's, with a prompt: as many lines as without, the number of calls on stderr; stopped early it
+    says that this is not exact. No chance involved."""
+    argv = ["--device", "cpu", "--steps", "exact", "--prompt", "w1 w2", "--num_samples", 3]
+    call(sample, made / "out/ar.pt", *argv)
+    out, error = capsys.readouterr()
+    assert out.count("\n") == 3 and all(line.startswith("w1 w2 w") for line in out.splitlines())
+    assert "calls of the network" in error and "not exact" not in error
+    call(sample, made / "out/ar.pt", *argv, "--max_calls", 1)
+    assert "1 at most; stopped there, so these texts are not exact" in capsys.readouterr().err
 
 
 def test_a_checkpoint_alone_is_enough_to_sample(made, tmp_path, capsys):

@@ -13,7 +13,8 @@ from tools.machine import prepare, transformers_gpt2
 
 VOCAB = 50257                            # of random weights: GPT-2's
 # the attention of the models that each engine runs
-ATTENTION = {"ar": "causal", "diffusion": "full", "diffusion-kv": "reveal"}
+ATTENTION = {"ar": "causal", "ar-exact": "causal", "diffusion": "full",
+             "diffusion-kv": "reveal", "diffusion-exact": "reveal"}
 
 
 def set_defaults(config, device):
@@ -110,6 +111,11 @@ def random_weights(config, device, preset):
     for engine, attention in ATTENTION.items():
         # full attention is the naive engine's, too
         if engine in config.engine or engine == "diffusion":
+            # engines of one attention share a model
+            shared = [models[other] for other in models if ATTENTION[other] == attention]
+            if shared:
+                models[engine] = shared[0]
+                continue
             model = Transformer(ModelConfig(VOCAB, attention=attention, **sizes))
             prepare(model, config.dtype, config.compile, device)
             models[engine] = {"random": model}

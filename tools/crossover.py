@@ -34,15 +34,19 @@ def against_ar(rows):
         if key not in ar_seconds:
             continue
         row["vs_ar"] = ar_seconds[key] / row["seconds"]
-        if row["engine"] in ("diffusion", "diffusion-kv"):
+        if row["engine"] in ("ar-exact", "diffusion", "diffusion-kv", "diffusion-exact"):
             name = row["model"]
             if row["engine"] == "diffusion-kv":
                 name += "'s KV cache"
+            if row["engine"].endswith("-exact"):
+                name += ", sampled exactly"
             curve = row["preset"] or "trained", row["length"], name, row["steps"]
             curves.setdefault(curve, []).append((row["batch"], row["vs_ar"]))
     lines = []
     for (preset, length, name, steps), points in curves.items():
         # points are in the order of batch sizes, as config.batch is
-        lines.append(f"{preset}, {length} tokens: AR {overtakes(points)} against {name} at "
-                     f"{steps} steps")
+        line = f"{preset}, {length} tokens: AR {overtakes(points)} against {name}"
+        if steps:
+            line += f" at {steps} steps"
+        lines.append(line)
     return lines

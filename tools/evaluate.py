@@ -22,11 +22,13 @@ from common import Processes, load_model, seed_all, start
 from data.dataset import Data, load_data, make_tokenizer
 from data.files import UserError, read_text, write_json
 from data.lambada.prepare import parse_lambada
-from data.measures import NO_VALUE, add_mean, exp, make_judge, mean_se, perplexity
+from data.measures import (NO_VALUE, add_mean, exp, make_judge, mean_se, perplexity,
+                           step_key)
 from data.results import sample_row
 from data.script import command, flag, package, parse_flags
 from model import Transformer
-from sample import BATCH, Sampling, draw_samples, spread
+from sample import (BATCH, EXACT, Sampling, draw_samples, refuse_exact, spread,
+                    steps_or_exact)
 from tools import figures, likelihood
 from tools.metrics import diversity, mauve, self_bleu
 
@@ -50,7 +52,12 @@ class EvaluateConfig:
         low=2)
     likelihood_only: bool = flag(False, "no samples; then no judge is needed")
     # samples
-    steps: list[int] | None = flag(None, "diffusion steps [8 16 32]", low=1)
+    steps: list[int | str] | None = flag(
+        None, "diffusion steps [8 16 32], or exact: see sample.py", type=steps_or_exact)
+    ahead: int = flag(
+        8, "with exact: tokens guessed at a time beyond twice those that are final", low=1)
+    max_calls: int | None = flag(
+        None, "with exact: stop after so many calls, which is not exact", low=1)
     samples: int = flag(256, "texts for each row", low=3)
     length: int | None = flag(None, "tokens of a text [the least context]", low=9)
     temperature: list[float] | None = flag(None, "divides the logits [1]", low=0.01)
@@ -91,14 +98,18 @@ def quality_row(name, model, n, sampling, judge, data, procs):
 
 
 def likelihood_row(name, model, x, procs, draws=8):
-    """Nats per token of x (n, L): a diffusion model's bound in two estimates, or AR's exact
-    value. All models meet the same noise. Perplexity is exp of the better-known one."""
+    """Nats per token of x (n, L): a diffusion model's bound in two estimates, or, where
+    attention is in the order of reveal, exactly in `draws` orders; or AR's exact value. All
+    models meet the same noise. Perplexity is exp of the better-known bound."""
     def batch(i):
         """{estimate: its values (B,)} of the texts i to i + BATCH."""
         seed_all("likelihood", i)
         part = x[i:i + BATCH].to(procs.device)                       # (B, L)
         if model.config.causal:
             return {"nll": likelihood.exact(model, part, model.mask_id).cpu()}
+        if model.config.attention == "reveal":
+            orders, mixture = likelihood.in_orders(model, part, model.mask_id, draws)
+            return {"any_order": orders.cpu(), "mixture": mixture.cpu()}
         bound = likelihood.bound(model, part, model.mask_id, draws)
         any_order = likelihood.any_order(model, part, model.mask_id, draws)
         return {"bound": bound.cpu(), "any_order": any_order.cpu()}
@@ -109,7 +120,9 @@ def likelihood_row(name, model, x, procs, draws=8):
     for key in estimates:
         values = torch.cat([part[key] for part in parts])            # (n,)
         add_mean(row, key, mean_se(values))
-    best = min(estimates, key=lambda key: row[key + "_se"])
+    # a mixture of orders is another model than one order, so it is not among these
+    bounds = [key for key in estimates if key != "mixture"]
+    best = min(bounds, key=lambda key: row[key + "_se"])
     ppl = exp(row[best])
     add_mean(row, "ppl", (ppl, ppl * row[best + "_se"]))
     return row
@@ -214,7 +227,7 @@ def set_defaults(config, models, data):
     config.length = config.length or min(context, data.stride or context)
     config.prompt_tokens = config.prompt_tokens or config.length // 2
     config.sequences = config.sequences or max(32, 2 ** 15 // config.length)
-    config.steps = sorted(config.steps or [8, 16, 32])
+    config.steps = sorted(config.steps or [8, 16, 32], key=step_key)
     if not config.temperature:
         config.temperature = [1.0]
         if config.frontier or config.plot:
@@ -235,6 +248,10 @@ def set_defaults(config, models, data):
                         f"of {config.length} tokens to write; give fewer")
 
     # flags that need others, or a package
+    for path, (model, _) in zip(config.checkpoint, models.values()):
+        refuse_exact(config.steps, config.max_calls, model, path)
+    if config.joint and EXACT in config.steps:
+        raise UserError(f"--joint draws in steps; leave it or --steps {EXACT} out")
     if config.mauve and not config.continuations:
         raise UserError("--mauve compares continuations; give --continuations too, such as "
                         "5")
@@ -306,6 +323,8 @@ class Evaluation:
         for name, model in self.models.items():
             if model.config.causal:
                 yield name, model, None
+                if EXACT in self.config.steps:
+                    yield name, model, EXACT
             else:
                 for steps in self.config.steps:
                     yield name, model, steps
@@ -315,7 +334,8 @@ class Evaluation:
         config = self.config
         joint = config.joint and model is not None and not model.config.causal
         return Sampling(steps, config.seed, temperature, precision=config.precision,
-                        joint=joint, length=config.length)
+                        joint=joint, length=config.length, ahead=config.ahead,
+                        max_calls=config.max_calls)
 
 
 def measure_readings(evaluation):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.files import UserError, write
-from data.measures import add_mean
+from data.measures import add_mean, in_steps, step_key
 from data.script import command, flag, package, parse_flags
 
 LOW = 0.1                            # nats of entropy below its measure that are marked
@@ -130,34 +130,37 @@ def cell(row, key, form):
 # what tools.evaluate shows: columns as rows_as_text takes them
 LIKELIHOOD = (("model", "model", "s"), ("tokens", "tokens", ",d"),
               ("NELBO", "bound", ".4f±"), ("any order", "any_order", ".4f±"),
+              ("8 orders", "mixture", ".4f±"),
               ("exact", "nll", ".4f±"), ("ppl", "ppl", ".3f±"))
-SAMPLES = (("model", "model", "s"), ("steps", "steps", "d"), ("nfe", "nfe", ".3g"),
+SAMPLES = (("model", "model", "s"), ("steps", "steps", ""), ("nfe", "nfe", ".3g"),
+           ("calls", "calls", ".3g"), ("reads", "reads", ".3g"),
            ("T", "temperature", ".2g"), ("bits", "precision", "d"),
            ("tokens", "tokens", ",d"), ("gen ppl", "gen_ppl", ".2f±"),
            ("per text", "text_ppl", ".2f±"), ("entropy", "entropy", ".3f±"),
            ("of all", "pooled_entropy", ".3f±"), ("valid", "valid", ".0%±"),
            ("faults", "contradictions", ".2f±"), ("log p", "log_p", ".1f±"),
            ("too low", "low", "s"))
-DIVERSITY = (("model", "model", "s"), ("steps", "steps", "d"), ("T", "temperature", ".2g"),
+DIVERSITY = (("model", "model", "s"), ("steps", "steps", ""), ("T", "temperature", ".2g"),
              ("self-BLEU-1", "self_bleu1", ".3f±"), ("self-BLEU-2", "self_bleu2", ".3f±"),
              ("self-BLEU-3", "self_bleu3", ".3f±"), ("self-BLEU-4", "self_bleu4", ".3f±"),
              ("distinct-1", "distinct1", ".3f±"), ("distinct-2", "distinct2", ".3f±"),
              ("distinct-3", "distinct3", ".3f±"), ("distinct-4", "distinct4", ".3f±"),
              ("8-grams seen", "seen", ".1%±"), ("repeats", "repetition", ".1%±"),
              ("copies", "copies", ".0%±"))
-FRONTIER = (("model", "model", "s"), ("steps", "steps", "d"), ("entropy", "entropy", ".3f"),
+FRONTIER = (("model", "model", "s"), ("steps", "steps", ""), ("entropy", "entropy", ".3f"),
             ("gen ppl", "at_entropy", ".2f±"), ("of all", "pooled_entropy", ".3f"),
             ("gen ppl", "at_pooled_entropy", ".2f±"))
 LAST_WORDS = (("model", "model", "s"), ("tasks", "tasks", "d"),
               ("one pass", "one_pass", ".1%±"), ("certain", "confident", ".1%±"),
               ("left", "left", ".1%±"), ("word ppl", "word_ppl", ".2f±"),
               ("by bound", "by_bound", "d"))
-CONTINUATIONS = (("model", "model", "s"), ("steps", "steps", "d"), ("texts", "texts", "d"),
+CONTINUATIONS = (("model", "model", "s"), ("steps", "steps", ""), ("texts", "texts", "d"),
                  ("prompt", "prompt_tokens", "d"), ("gen ppl", "gen_ppl", ".2f±"),
                  ("self-BLEU-4", "self_bleu4", ".3f±"), ("MAUVE", "mauve", ".3f±"))
 HEADINGS = {                             # part of the results: (its heading, its columns)
     "likelihood": ("likelihood in nats per token: NELBO, the any-order estimate of the "
-                   "same bound, exact (AR); perplexity by the surest", LIKELIHOOD),
+                   "same bound, a mixture of 8 orders (attention reveal), exact (AR); "
+                   "perplexity by the surest bound", LIKELIHOOD),
     "samples": ("samples; too low: an entropy more than 0.1 under the data's or the "
                 "teacher's, within a text or of all together", SAMPLES),
     "diversity": ("diversity of the same samples", DIVERSITY),
@@ -242,7 +245,7 @@ def frontier(rows, teacher):
     by_teacher = [row for row in rows
                   if row["model"] == teacher and row["temperature"] == 1]
     if by_teacher:
-        goal = max(by_teacher, key=lambda row: row["steps"] or 0)
+        goal = max(by_teacher, key=lambda row: step_key(row["steps"]))
     else:
         goal = next(row for row in rows if row["model"] == "data")
     table = []
@@ -278,6 +281,8 @@ def draw_curve(rows, path):
     steps, a line per model."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    # exact samples take no number of steps: they are in the table only
+    rows = [row for row in rows if row["steps"] != "exact"]
     columns = sorted({row["steps"] for row in rows if row["steps"]})
     of_axes = (("gen_ppl", "generative perplexity"), *ENTROPIES)
     for axis, (key, label) in zip(axes, of_axes):
@@ -372,7 +377,7 @@ def draw_frontier(rows, path):
             mine.sort(key=lambda row: row["temperature"] or 1)
             x = [row[key] for row in mine]
             y = [row["gen_ppl"] for row in mine]
-            title = name if steps is None else f"{name}, {steps} steps"
+            title = name if steps is None else f"{name}, {in_steps(steps)}"
             if name == "data":
                 axis.plot(x, y, "k*", markersize=8, label=title)
             else:

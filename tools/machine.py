@@ -244,6 +244,10 @@ def sampler_flop(row, config):
     B, L, C, layers = row["batch"], row["length"], config.width, config.layers
     nfe, head = row["nfe"], 2 * C * config.vocab         # operations for a token
     block = 24 * C * C + 4 * L * C
+    if row["engine"].endswith("-exact"):
+        # of what is read half is asked, and of AR all; its head is computed again next time
+        asked = row["reads"] / (1 if config.causal else 2)
+        return B * L * (row["reads"] * layers * block + 2 * asked * head)
     if row["engine"] == "diffusion-naive":
         return nfe * B * L * (layers * block + head)
     if row["engine"] == "diffusion-kv":
