@@ -435,6 +435,15 @@ def oracle(x, data):
     return torch.tensor(faults), torch.tensor(log_ps, dtype=torch.float64)
 
 
+def choices(x, data):
+    """What the dataset's oracle says each text of x (n, L) chose: a list of {choice:
+    value}, see data.stories.language.choices; None without an oracle."""
+    if data.oracle != "stories":
+        return None
+    from data.stories import language
+    return [language.choices(data.tokenizer.decode(row).split()) for row in x.tolist()]
+
+
 # ---- writing
 
 def id_type(vocab):

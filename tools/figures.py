@@ -347,6 +347,56 @@ def draw_latency(rows, path):
     save_figure(fig, path)
 
 
+def curves_of(rows):
+    """The three lines of draw_exact, {title: rows in the order of calls}, of one folder's
+    rows: teacher and last student in few steps, and the exact teacher, stopped early and
+    whole."""
+    own = [row for row in rows if row["temperature"] == 1]
+    rounds = [row["model"] for row in own if row["model"].startswith("round")]
+    curves = {"teacher, in steps": [], "student, in steps": [], "teacher, exact": []}
+    for row in own:
+        if row["steps"] == "exact":
+            if row["model"] == "teacher" and row["ahead"] > 1000:
+                curves["teacher, exact"].append(row)
+        elif row["model"] == "teacher":
+            curves["teacher, in steps"].append(row)
+        elif rounds and row["model"] == rounds[-1]:
+            curves["student, in steps"].append(row)
+    return {title: sorted(some, key=lambda row: row["calls"])
+            for title, some in curves.items() if some}
+
+
+@picture
+def draw_exact(rows, path):
+    """tools.exact's rows: perplexity against calls of the network, a panel for each folder;
+    beside each point the entropy of all texts; the data's perplexity as a level line."""
+    plt = pyplot()
+    folders = list(dict.fromkeys(row["folder"] for row in rows))
+    fig, axes = plt.subplots(1, len(folders), figsize=(6.4 * len(folders), 4.6),
+                             layout="constrained", squeeze=False)
+    for axis, folder in zip(axes[0], folders):
+        mine = [row for row in rows if row["folder"] == folder]
+        data = next(row for row in mine if row["model"] == "data")
+        axis.axhline(data["gen_ppl"], color="black", linestyle="--",
+                     label=f"data ({data['pooled_entropy']:.2f})")
+        for (title, some), above in zip(curves_of(mine).items(), (6, -12, 6)):
+            x = [row["calls"] for row in some]
+            y = [row["gen_ppl"] for row in some]
+            axis.plot(x, y, "o-", markersize=4, label=title)
+            color = axis.lines[-1].get_color()
+            for row, point in zip(some, zip(x, y)):
+                axis.annotate(f"{row['pooled_entropy']:.2f}", point, xytext=(3, above),
+                              textcoords="offset points", fontsize=7, color=color)
+        axis.set(xscale="log", yscale="log", title=folder,
+                 xlabel="calls of the network, the mean of texts",
+                 ylabel="generative perplexity (numbers: entropy of all texts)")
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
+        axis.set_xticks([], minor=True)
+        plain_numbers(axis.yaxis)
+        axis.legend(fontsize=8)
+    save_figure(fig, path)
+
+
 def log_ticks(low, high):
     """The values between low and high that have room for a label on a logarithmic axis: of
     each decade six where the axis is shorter than one, three up to 2.5 decades, else

@@ -6,6 +6,7 @@ itself pleases the judge. Where a measure depends on how many texts there are (s
 distinct-n), its error is of the value at that number, and only values at equal numbers can
 be compared.
 """
+import math
 from collections import Counter
 
 import numpy as np
@@ -30,6 +31,26 @@ def jackknife(whole, without):
 
 
 # ---- diversity
+
+def choice_entropy(chosen):
+    """How freely texts choose, from a list of {choice: value}, one for each text (see
+    data.dataset.choices): the entropies of all choices, each over the texts that made it,
+    added up, in nats; and the standard error. Words that follow from others, such as a name
+    said again, do not count, as they do in the entropy of tokens."""
+    counts = {}                          # {choice: {value: texts}}
+    for text in chosen:
+        for choice, value in text.items():
+            counts.setdefault(choice, Counter())[value] += 1
+    total, variance = 0.0, 0.0
+    for counter in counts.values():
+        n = torch.tensor(list(counter.values()), dtype=torch.float64)
+        p = n / n.sum()
+        cost = -p.log()                  # of each value; its mean over texts is the entropy
+        mean = (p * cost).sum()
+        total += mean.item()
+        variance += ((p * (cost - mean).square()).sum() / n.sum()).item()
+    return total, math.sqrt(variance)
+
 
 def grams(rows, n):
     """The n-grams of each of rows (lists of ids), with their counts: a list of Counters."""

@@ -225,6 +225,19 @@ def read(words):
     return total, wrong
 
 
+def choices(words):
+    """{beat or slot: what a story (a list of words) chose there}: the pattern of each
+    sentence, and the first word of each slot that is drawn."""
+    said, _ = parse(words)
+    chosen = {}
+    for beat, (sentence, option) in said.items():
+        chosen[beat] = option[2]
+        for slot, word in zip(option[2].split(), sentence):
+            if slot in WORDS:
+                chosen.setdefault(slot, word)
+    return chosen
+
+
 def log_prob(words):
     """Log-probability of a story (a list of words) in nats; -inf if impossible."""
     return read(words)[0]

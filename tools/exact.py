@@ -1,0 +1,156 @@
+"""What exact sampling gives beside SDTT, at nano size: quality, diversity and cost of the
+teacher and of each round in few steps, sampled exactly, cooled, and stopped early.
+
+    python -m tools.exact out/stories-nano-reveal --json results/exact-stories.json
+
+Each folder is one that distill.py --attention reveal made. Rows that the file has already
+are kept, so a run that was stopped goes on.
+"""
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from common import Processes, fingerprint, load_model, start
+from data.dataset import Data, choices, load_data
+from data.files import UserError, write_json
+from data.measures import add_mean, in_steps, make_judge
+from data.results import sample_row
+from data.script import command, flag, parse_flags
+from model import Transformer
+from sample import EXACT, Sampling
+from tools import figures
+from tools.metrics import choice_entropy
+
+STEPS = [4, 8, 16, 32]                   # of teacher and students
+COOLED = [0.5, 0.6, 0.7, 0.8, 0.9]       # temperatures of the exact teacher, and of AR
+STOPS = [1, 2, 3, 4, 5, 6, 8]            # calls after which the exact teacher is stopped
+ALL = 10 ** 6                            # slots ahead: all there are
+
+
+@dataclasses.dataclass
+class ExactConfig:
+    """The flags of tools.exact."""
+    folders: list[str]                   # the arguments without --
+    samples: int = flag(512, "texts for each row", low=2)
+    seed: int = flag(0, "seed of the samples")
+    json: str | None = flag(None, "file for the rows, and for those of an earlier run")
+    plot: str | None = flag(None, "picture of quality against calls (needs matplotlib)")
+    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+
+
+def settings(name, model):
+    """How the texts of a model are drawn, for each of its rows: fields of a Sampling."""
+    if model is None:
+        return [dict(steps=None)]
+    if name == "ar":
+        rows = [dict(steps=None), dict(steps=EXACT), dict(steps=EXACT, ahead=ALL)]
+        return rows + [dict(steps=None, temperature=T) for T in COOLED]
+    rows = [dict(steps=steps) for steps in STEPS]
+    rows += [dict(steps=EXACT), dict(steps=EXACT, ahead=ALL)]
+    if name == "teacher":
+        rows.append(dict(steps=1024))
+        rows += [dict(steps=EXACT, ahead=ALL, temperature=T) for T in COOLED]
+        rows += [dict(steps=EXACT, ahead=ALL, max_calls=n) for n in STOPS]
+    return rows
+
+
+@dataclasses.dataclass
+class Folder:
+    """What distill.py left in a folder."""
+    name: str
+    models: dict                 # {"data": None, "ar": model, "teacher": ..., "round 1": ...}
+    data: Data
+    judge: Transformer
+    dataset: str
+    seed: int                    # of its training
+
+
+def open_folder(path, procs):
+    """The Folder at a path. Raises UserError where it is none, or of full attention."""
+    judge, _ = load_model(path / "ar.pt", procs.device, ("ar",))
+    teacher, content = load_model(path / "teacher.pt", procs.device, ("mdlm",))
+    if teacher.config.attention != "reveal":
+        raise UserError(f"{path}/teacher.pt has {teacher.config.attention} attention; name "
+                        "a folder of distill.py --attention reveal")
+    models = {"data": None, "ar": judge, "teacher": teacher}
+    # round10.pt comes after round9.pt
+    rounds = sorted(path.glob("round*.pt"), key=lambda file: (len(file.name), file.name))
+    for r, file in enumerate(rounds):
+        models[f"round {r + 1}"], _ = load_model(file, procs.device, ("sdtt",))
+    data = load_data(content["config"]["dataset"], procs)
+    if content["data"] != data.fingerprint:
+        raise UserError(f"{path} was trained on other text than {data.folder} holds now")
+    made_with = content["config"]
+    return Folder(path.name, models, data, judge, data.folder.name, made_with["seed"])
+
+
+def measure_folder(config, folder, procs, rows, save):
+    """Fill rows with what they lack of a folder's models; save() after each."""
+    judge = make_judge(folder.judge)
+    alone = Processes(procs.device)
+    length = folder.judge.config.context
+    for name, model in folder.models.items():
+        for how in settings(name, model):
+            sampling = Sampling(seed=config.seed, length=length, **how)
+            # what tells this row from all others
+            digest = "data" if model is None else fingerprint(model)
+            key = [digest, folder.data.fingerprint, config.samples,
+                   dataclasses.astuple(sampling)]
+            key = json.dumps(key)
+            if any(row["key"] == key for row in rows):
+                continue
+            row, x = sample_row(name, model, config.samples, sampling, judge, folder.data,
+                                alone)
+            row |= dict(key=key, folder=folder.name, dataset=folder.dataset,
+                        trained_with_seed=folder.seed, ahead=sampling.ahead,
+                        max_calls=sampling.max_calls)
+            chosen = choices(x, folder.data)
+            add_mean(row, "choices", choice_entropy(chosen) if chosen else (None, None))
+            rows.append(row)
+            save()
+            print(line(row), flush=True)
+
+
+def line(row):
+    """A row for the reader."""
+    title = row["model"]
+    if row["steps"]:
+        title += ", " + in_steps(row["steps"])
+    if row["steps"] == EXACT and row["ahead"] == ALL:
+        title += ", all ahead"
+    if row["temperature"] not in (None, 1.0):
+        title += f", T = {row['temperature']:g}"
+    if row["max_calls"]:
+        title += f", stopped after {row['max_calls']}"
+    text = f"{row['folder']}: {title:42}"
+    if row["calls"] is not None:
+        text += f" {row['calls']:5.1f} calls {row['reads']:5.1f} reads"
+    text += (f" {row['gen_ppl']:7.2f} ±{row['gen_ppl_se']:.2f}, entropy "
+             f"{row['entropy']:.2f}, of all {row['pooled_entropy']:.3f}")
+    if row["valid"] is not None:
+        text += f", {row['valid']:4.0%} valid, choices {row['choices']:.1f}"
+    return text
+
+
+def main():
+    config = parse_flags(ExactConfig, __doc__, folders="of distill.py --attention reveal")
+    figures.check_picture(config.plot)
+    procs = start(config.device)
+    rows = []
+    if config.json and Path(config.json).exists():
+        rows = json.loads(Path(config.json).read_text())["rows"]
+
+    def save():
+        """Write the rows, if they are wanted."""
+        if config.json:
+            write_json(config.json, {"argv": sys.argv[1:], "rows": rows})
+
+    for path in config.folders:
+        measure_folder(config, open_folder(Path(path), procs), procs, rows, save)
+    if config.plot:
+        figures.draw_exact(rows, config.plot)
+
+
+if __name__ == "__main__":
+    command(main)
