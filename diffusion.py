@@ -489,7 +489,8 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
 def ask_tokens(model, cache, order, x, unread, guessed, asked):
     """ask_masks of an AR model, whose state at a token says what is likely at the next: no
     masks are needed. The cache has the start symbol in slot 0, then each token one slot
-    after its own. Behind the guesses nothing can be read: the last state stands for all."""
+    after its own. Behind the guesses nothing can be read: there the states are 0, from
+    which the head predicts about how frequent tokens are."""
     B, L = x.shape
     start = torch.full((B, 1), model.mask_id, device=x.device)
     shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
@@ -498,11 +499,9 @@ def ask_tokens(model, cache, order, x, unread, guessed, asked):
     row, at = ((slot > unread) & (slot <= last)).nonzero(as_tuple=True)
     new = Reading(shifted[row, at], at.to(x.device), row, slot=at, limit=at)
     h = model.read(cache, new)
-    # the number, among those that were read, of each state that is asked for
-    number = torch.zeros(B, L, dtype=torch.long)
-    number[row, at] = torch.arange(len(row))
-    row, at = asked.nonzero(as_tuple=True)
-    return h[number[row, at.minimum(last[row, 0])]]                  # (N, C)
+    states = h.new_zeros(B, L, h.shape[1])
+    states[row, at] = h
+    return states[asked]                                             # (N, C)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 import common
 import sample
 from data.dataset import make_tokenizer
-from diffusion import categorical
+from diffusion import categorical, sample_exact
 from diffusion import sample as diffusion_sample
 from helpers import call, refused
 from model import ModelConfig, Transformer, generate
@@ -32,13 +32,41 @@ def network(attention="full", vocab=10, context=12):
 
 # ---- what is recorded
 
+def own_law(logits):
+    return logits
+
+
+@pytest.mark.parametrize("attention", ["reveal", "causal"])
+def test_exact_sampling_is_recorded_with_its_guesses(attention):
+    """Same seed, same text; a frame is a call; what is final keeps its text, before that a guess is
+    shown, in faint letters cut to the final token's room, and with blocks before the first call.
+    Exact."""
+    model, known = network(attention), torch.tensor([3, 4])
+    torch.manual_seed(1)
+    trace = animate.record(model, known, 10, "exact", own_law, WORDS, "x")
+    torch.manual_seed(1)
+    z = torch.full((1, 10), 10)
+    z[0, :2] = known
+    x, calls = sample_exact(model, z, 10, own_law, ahead=None)
+    assert "".join(trace.texts) == WORDS.decode(x[0].tolist())
+    assert len(trace.guesses) == len(trace.seconds) - 1 == calls == max(trace.opened)
+    assert trace.opened[:2] == [0, 0] and trace.guesses[-1] == trace.texts
+    for frame, texts in enumerate(trace.guesses, 1):
+        assert all(texts[i] == trace.texts[i] for i in range(10) if trace.opened[i] <= frame)
+    lines = animate.layout(trace.texts, 80)
+    assert animate.BLOCK in animate.paint(lines, trace, 0, False)[0]
+    first = animate.paint(lines, trace, 1, False)[0]
+    assert animate.BLOCK not in first and first.split() == "".join(trace.guesses[0]).split()
+    assert animate.style_of(trace, trace.opened.index(max(trace.opened)), 1) == "2"
+
+
 @pytest.mark.parametrize("attention", ["full", "reveal"])
 def test_a_recorded_text_is_the_one_that_the_sampler_writes(attention):
     """Same seed, same text; the prompt was there in frame 0; what opened when is what the sampler's
     plan says, so frames are as many as network calls. Exact."""
     model, known = network(attention), torch.tensor([3, 10, 4])      # with a gap
     torch.manual_seed(1)
-    trace = animate.record(model, known, 12, 4, categorical, WORDS, "x")
+    trace = animate.record(model, known, 12, 4, own_law, WORDS, "x")
     torch.manual_seed(1)
     z = torch.full((1, 12), 10)
     z[0, :3] = known
@@ -53,7 +81,7 @@ def test_an_ar_model_is_recorded_from_left_to_right():
     """A token a frame after the prompt; the text is generate's. Exact."""
     model, known = network("causal"), torch.tensor([3, 4])
     torch.manual_seed(1)
-    trace = animate.record(model, known, 6, None, categorical, WORDS, "x")
+    trace = animate.record(model, known, 6, None, own_law, WORDS, "x")
     torch.manual_seed(1)
     x = generate(model, known[None], 6, categorical)[0].tolist()
     assert trace.opened == [0, 0, 1, 2, 3, 4] and len(trace.seconds) == 5
@@ -322,6 +350,25 @@ def test_a_folder_shows_teacher_and_last_student_and_a_race_ar_too(made, capsys,
     shown = capsys.readouterr().out
     assert "teacher, 128 steps: call" in shown and "AR with KV cache: token" in shown
     assert len(re.findall(r"(?m)^[\w() ]+: [\d.]+ ms, [\d.]+ times AR's speed$", shown)) == 3
+
+
+def test_a_race_has_a_fourth_runner_where_the_teacher_can_sample_exactly(made, capsys, tmp_path):
+    """And one checkpoint is shown exactly where it can, else refused. Exact."""
+    for name in ("ar", "round1"):
+        shutil.copy(made / f"{name}.pt", tmp_path)
+    model = network("reveal")
+    common.save_checkpoint(
+        tmp_path / "teacher.pt", kind="mdlm", model_config=model.config.__dict__,
+        model=model.state_dict(), ema=model.state_dict(), optimizer=[], step=1, steps=1,
+        seconds=1.0, config={}, tokenizer=WORDS.spec)
+    call(animate, tmp_path, "--race", "--html", tmp_path / "race.html", "--terminal")
+    shown = capsys.readouterr().out
+    assert "teacher, exact: call" in shown and shown.count("times AR's speed") == 4
+    data = re.search(r'id="data">(.*?)</script>', (tmp_path / "race.html").read_text(), re.S)[1]
+    assert [len(p["guesses"]) > 0 for p in json.loads(data)["panels"]] == [False] * 3 + [True]
+    call(animate, tmp_path / "teacher.pt", "--steps", "exact", "--infill", "w1 _ w2")
+    assert "teacher, exact: call" in capsys.readouterr().out
+    assert "full attention" in refused(capsys, animate, made / "teacher.pt", "--steps", "exact")
 
 
 @pytest.mark.parametrize("files, argv, words", [

@@ -21,7 +21,7 @@ from diffusion import categorical, nelbo, plan, q_sample, sample, sample_cached
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer, reveal_mask
 from toy import all_sequences, chi_square, count
-from tools import convert
+from tools import convert, exact
 
 CLOSE = 1e-5
 LIMIT = 1e-6                     # a chi-square test fails below this chance
@@ -234,6 +234,17 @@ def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
     call(distill, *ROUNDS, "--attention", "reveal")
     assert attention_of("out/d-nano-reveal/teacher.pt") == "reveal"
     assert attention_of("out/d-nano-reveal/round2.pt") == "reveal"
+    # the table has a column of exact samples, and tools.exact its rows, each once
+    columns = json.loads((folder / "out/d-nano-reveal/results.json").read_text())["rows"]
+    assert {row["model"] for row in columns if row["steps"] == "exact"} == {
+        "teacher", "round 1", "round 2"}
+    for wanted in (40, 40):
+        call(exact, "out/d-nano-reveal", "--samples", 4, "--json", "exact.json")
+        rows = json.loads((folder / "exact.json").read_text())["rows"]
+        assert len(rows) == len({row["key"] for row in rows}) == wanted
+    stopped = [row for row in rows if row["max_calls"]]
+    assert all(row["calls"] <= row["max_calls"] for row in stopped) and len(stopped) == 7
+    assert "full attention" not in capsys.readouterr().err
     call(train, *SHORT, "--objective", "mdlm")
     assert attention_of("out/d-nano/teacher.pt") == "full"
     flags = [*ROUNDS, "--attention", "reveal", "--teacher", "out/d-nano/teacher.pt",

@@ -3,10 +3,12 @@
     python -m tools.animate out/stories-nano/round7.pt --steps 8
     python -m tools.animate out/stories-nano --html text.html    # teacher and last student
     python -m tools.animate out/stories-nano --race              # and AR, by measured time
+    python -m tools.animate out/stories-nano-reveal/teacher.pt --steps exact
 
 A trace knows for each position its text and the frame in which it was revealed, so a frame
 is the difference to the one before, and 1,024 steps of 1,024 tokens are a few kilobytes.
-Frames are network calls; their times were measured while the text was sampled.
+Frames are network calls; their times were measured while the text was sampled. Of exact
+sampling it knows the guesses of each frame, too, which are shown faint: they may change.
 """
 import bisect
 import dataclasses
@@ -20,14 +22,15 @@ from pathlib import Path
 
 import torch
 
-from common import load_model, seed_all, start
+from common import load_checkpoint, load_model, seed_all, start
 from data.dataset import make_tokenizer
 from data.files import UserError, write
+from data.measures import in_steps
 from data.prompts import known_tokens
 from data.script import command, flag, package, parse_flags
-from diffusion import categorical, sample, sharpen
+from diffusion import categorical, sample, sample_exact, sharpen
 from model import generate
-from sample import DEFAULT_STEPS
+from sample import DEFAULT_STEPS, EXACT, refuse_exact, steps_or_exact
 
 PAGE = Path(__file__).with_name("animate.html")
 BLOCK = "░"                              # a cell of a masked token
@@ -46,9 +49,9 @@ class AnimateConfig:
     """The flags of tools.animate."""
     checkpoint: str                      # the argument without --
     # the text
-    steps: int | None = flag(
-        None, "diffusion steps [what the model was distilled for; a teacher 32; of a "
-        "folder 8, in a race the teacher's 128]", low=1)
+    steps: int | str | None = flag(
+        None, "diffusion steps, or exact, see sample.py [what the model was distilled for; "
+        "a teacher 32; of a folder 8, in a race the teacher's 128]", type=steps_or_exact)
     prompt: str = flag("", "how the text begins")
     infill: str | None = flag(None, "a text with gaps, see sample.py")
     length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
@@ -71,7 +74,10 @@ class Trace:
     texts: list              # (L,): of each position, as they follow each other
     opened: list             # (L,): the frame in which each is revealed; 0: it was given
     seconds: list            # measured, at the end of each frame; frame 0 is the beginning
-    steps: int | None        # that were asked for; None: autoregressive
+    steps: int | str | None  # that were asked for, or EXACT; None: autoregressive
+    # of exact sampling, for each frame from 1 on: the text (L,) of each position as it was
+    # then, guesses among them
+    guesses: list = dataclasses.field(default_factory=list)
 
 
 # ---- recording
@@ -92,10 +98,12 @@ def pieces(tokenizer, ids):
     return texts
 
 
-def record(model, known, length, steps, draw, tokenizer, title):
+def record(model, known, length, steps, law, tokenizer, title):
     """Sample one text of `length` tokens that keeps the known ids (n,), mask_id in its
     gaps, and write down what happened: a Trace. An AR model takes its tokens from left to
-    right. draw: logits (N, V) -> ids (N,)."""
+    right, unless steps is EXACT. law: logits (N, V) -> logits, see sample_exact."""
+    if steps == EXACT:
+        return record_exact(model, known, length, law, tokenizer, title)
     states, seconds = [], [0.0]
     began = time.perf_counter()
 
@@ -103,6 +111,9 @@ def record(model, known, length, steps, draw, tokenizer, title):
         """Write down the ids after a network call, (L,) or a scalar, and when it was."""
         states.append(ids.tolist())      # waits for a GPU, so the time comes after it
         seconds.append(time.perf_counter() - began)
+
+    def draw(logits):
+        return categorical(law(logits))
 
     if model.config.causal:
         ids = record_ar(model, known, length, draw, watch)
@@ -117,6 +128,26 @@ def record(model, known, length, steps, draw, tokenizer, title):
         ids = x[0].tolist()
         opened = revealed_at([begin.tolist(), *states], model.mask_id)
     return Trace(title, pieces(tokenizer, ids), opened, seconds, steps)
+
+
+def record_exact(model, known, length, law, tokenizer, title):
+    """record with sample_exact, all of the text guessed ahead."""
+    begin = torch.full((1, length), model.mask_id, device=known.device)
+    begin[0, :len(known)] = known
+    states, final, seconds = [], [(begin != model.mask_id)[0].tolist()], [0.0]
+    began = time.perf_counter()
+
+    def watch(z, settled):
+        """Write down the text (1, L) after a call, what of it is final, and the time."""
+        states.append(z[0].tolist())
+        final.append(settled[0].tolist())
+        seconds.append(time.perf_counter() - began)
+
+    sample_exact(model, begin, model.mask_id, law, ahead=None, watch=watch)
+    texts = [pieces(tokenizer, ids) for ids in states]
+    # the first frame in which a position is final
+    opened = [column.index(True) for column in zip(*final)]
+    return Trace(title, texts[-1], opened, seconds, EXACT, texts)
 
 
 def record_ar(model, known, length, draw, watch):
@@ -150,7 +181,7 @@ def status(trace, frame):
     when = f"{trace.seconds[frame] * 1000:.1f} ms"
     if trace.steps is None:
         return f"{trace.title}: token {frame} of {n}, {when}"
-    return f"{trace.title}, {trace.steps} steps: call {frame} of {n}, {when}"
+    return f"{trace.title}, {in_steps(trace.steps)}: call {frame} of {n}, {when}"
 
 
 def shade(trace, i, colors):
@@ -205,10 +236,11 @@ def layout(texts, width):
 
 
 def paint(lines, trace, frame, color):
-    """The lines as they are at a frame: blocks for what is masked, and, with color, each
-    token in the colour of the frame that revealed it, what was given in bold."""
+    """The lines as they are at a frame: blocks for what is masked, or its guess; and, with
+    color, each token in the colour of the frame that revealed it, what was given in
+    bold."""
     out = []
-    for line in lines:
+    for line in hidden(lines, trace, frame, BLOCK):
         text, style = "", ""
         for sign, i in line:
             # a new style, where it is another than the last sign's
@@ -216,14 +248,34 @@ def paint(lines, trace, frame, color):
             if color and new != style:
                 text += f"\x1b[0;{new}m"
                 style = new
-            # a space between tokens stays one
-            masked = trace.opened[i] > frame
-            if masked and sign != " ":
-                sign = BLOCK * cells(sign)
             text += sign
         if style:
             text += "\x1b[0m"            # back to the terminal's own
         out.append(text)
+    return out
+
+
+def hidden(lines, trace, frame, block):
+    """The lines [[(character, position), ...], ...] with what is not revealed at a frame
+    replaced: by blocks, or by its guess, cut to the room that the final token takes. A
+    space between tokens stays one."""
+    guesses = trace.guesses[frame - 1] if trace.guesses and frame > 0 else None
+    shown = {}                           # {position: its characters so far}
+    out = []
+    for line in lines:
+        out.append([])
+        for sign, i in line:
+            k = shown.get(i, 0)
+            shown[i] = k + 1
+            if trace.opened[i] > frame and sign != " ":
+                if guesses is None:
+                    sign = block * cells(sign)
+                else:
+                    # a line may begin within a token, without its space
+                    guess = clean(guesses[i]).replace("\n", " ").strip()
+                    k -= len(trace.texts[i]) - len(trace.texts[i].lstrip())
+                    sign = guess[k:k + 1].ljust(cells(sign)) if k >= 0 else " "
+            out[-1].append((sign, i))
     return out
 
 
@@ -355,19 +407,16 @@ def write_gif(traces, path, race=False, width=64, fps=8):
 def draw_trace(fig, trace, lines, frame, row):
     """A trace at a frame into a matplotlib figure, its status line in line number `row`."""
     put(fig, status(trace, frame), (0, row), "black")
-    for line in lines:
+    for line in hidden(lines, trace, frame, "\u2592"):   # a block that the font has
         row += 1
         for column, (sign, i) in enumerate(line):
-            # what is masked is grey, what was given black
-            masked = trace.opened[i] > frame
-            if masked:
-                color = "#cccccc"
+            # what is masked or guessed is grey, what was given black
+            if trace.opened[i] > frame:
+                color = "#999999" if trace.guesses and frame > 0 else "#cccccc"
             elif trace.opened[i] == 0:
                 color = "black"
             else:
                 color = shade(trace, i, VIRIDIS)
-            if masked and sign != " ":
-                sign = "\u2592"          # a block that the font has
             put(fig, sign, (column, row), color)
 
 
@@ -411,9 +460,13 @@ def racers(config):
     student = (rounds[-1], f"student ({rounds[-1].stem})", steps)
     if not config.race:
         return [(path / "teacher.pt", "teacher", steps), student]
-    return [(path / "ar.pt", "AR with KV cache", None),
-            (path / "teacher.pt", "teacher", 128),
-            student]
+    runners = [(path / "ar.pt", "AR with KV cache", None),
+               (path / "teacher.pt", "teacher", 128), student]
+    # a fourth one, where the teacher can
+    attention = load_checkpoint(path / "teacher.pt")["model_config"]["attention"]
+    if attention == "reveal":
+        runners.append((path / "teacher.pt", "teacher", EXACT))
+    return runners
 
 
 def race(recorders):
@@ -454,18 +507,20 @@ def recorder(config, procs, path, title, steps):
     length = config.length or model.config.context
     # what was asked for, or what a student was distilled for
     steps = steps or content.get("sampling_steps") or DEFAULT_STEPS
+    refuse_exact(steps, None, model, path)
 
-    def draw(logits):
-        return categorical(sharpen(logits, config.temperature, config.top_p))
+    def law(logits):
+        return sharpen(logits, config.temperature, config.top_p)
 
     def run():
         # the text that sample.py prints
         seed_all(config.seed, "samples", steps, 0)
-        trace = record(model, known, length, steps, draw, tokenizer, title)
+        trace = record(model, known, length, steps, law, tokenizer, title)
         # the model wrote on after a template, which nobody asked for
         if config.infill is not None:
             trace.texts = trace.texts[:len(known)]
             trace.opened = trace.opened[:len(known)]
+            trace.guesses = [texts[:len(known)] for texts in trace.guesses]
         return trace
     return run
 
@@ -475,7 +530,10 @@ def print_times(traces, warning):
     for trace in traces:
         end = trace.seconds[-1]
         faster = traces[0].seconds[-1] / end
-        print(f"{trace.title}: {end * 1000:.1f} ms, {faster:.2f} times AR's speed")
+        title = trace.title
+        if trace.steps == EXACT:
+            title += ", exact"
+        print(f"{title}: {end * 1000:.1f} ms, {faster:.2f} times AR's speed")
     print(f"each the best of at most {RUNS} runs in turn")
     if warning:
         print(warning)

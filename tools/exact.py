@@ -59,7 +59,7 @@ def settings(name, model):
 class Folder:
     """What distill.py left in a folder."""
     name: str
-    models: dict                 # {"data": None, "ar": model, "teacher": ..., "round 1": ...}
+    models: dict                 # {"data": None, "ar": ..., "teacher": ..., "round 1": ...}
     data: Data
     judge: Transformer
     dataset: str
