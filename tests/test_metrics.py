@@ -105,7 +105,8 @@ def test_choice_entropy_adds_up_what_each_choice_varies():
         value, se = metrics.choice_entropy(chosen)
         values.append(value)
         errors.append(se)
-    assert torch.tensor(values).std().item() == pytest.approx(torch.tensor(errors).mean(), rel=0.15)
+    assert torch.tensor(values).std().item() == pytest.approx(
+        torch.tensor(errors).mean().item(), rel=0.15)
     words = ("one sunny day tom went to the park . he took his red ball along . he met anna under a "
              "tree .").split()
     assert set(language.choices(words)) == {"opening", "WEATHER", "NAME", "PLACE", "thing", "COLOUR",
