@@ -1,7 +1,8 @@
 """What exact sampling gives beside SDTT, at nano size: quality, diversity and cost of the
 teacher and of each round in few steps, sampled exactly, cooled, and stopped early.
 
-    python -m tools.exact out/stories-nano-reveal --json results/exact-stories.json
+    python -m tools.exact out/stories-nano-reveal --json exact.json
+    python -m tools.exact out/pydoc-nano-reveal --lengths 16 32 64 --json growth.json
 
 Each folder is one that distill.py --attention reveal made. Rows that the file has already
 are kept, so a run that was stopped goes on.
@@ -32,6 +33,8 @@ ALL = 10 ** 6                            # slots ahead: all there are
 class ExactConfig:
     """The flags of tools.exact."""
     folders: list[str]                   # the arguments without --
+    lengths: list[int] | None = flag(
+        None, "only this: the calls of teacher and AR for texts of so many tokens", low=2)
     samples: int = flag(512, "texts for each row", low=2)
     seed: int = flag(0, "seed of the samples")
     json: str | None = flag(None, "file for the rows, and for those of an earlier run")
@@ -39,8 +42,14 @@ class ExactConfig:
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
 
 
-def settings(name, model):
-    """How the texts of a model are drawn, for each of its rows: fields of a Sampling."""
+def settings(name, model, lengths):
+    """How the texts of a model are drawn, for each of its rows: fields of a Sampling.
+    lengths: see ExactConfig."""
+    if lengths:
+        if name not in ("ar", "teacher"):
+            return []
+        return [dict(steps=EXACT, ahead=ahead, length=n) for n in lengths
+                for ahead in (8, ALL)]
     if model is None:
         return [dict(steps=None)]
     if name == "ar":
@@ -90,9 +99,12 @@ def measure_folder(config, folder, procs, rows, save):
     judge = make_judge(folder.judge)
     alone = Processes(procs.device)
     length = folder.judge.config.context
+    if config.lengths and max(config.lengths) > length:
+        raise UserError(f"--lengths {max(config.lengths)} is beyond the context of "
+                        f"{folder.name}, {length} tokens")
     for name, model in folder.models.items():
-        for how in settings(name, model):
-            sampling = Sampling(seed=config.seed, length=length, **how)
+        for how in settings(name, model, config.lengths):
+            sampling = Sampling(**(dict(seed=config.seed, length=length) | how))
             # what tells this row from all others
             digest = "data" if model is None else fingerprint(model)
             key = [digest, folder.data.fingerprint, config.samples,
@@ -104,7 +116,7 @@ def measure_folder(config, folder, procs, rows, save):
                                 alone)
             row |= dict(key=key, folder=folder.name, dataset=folder.dataset,
                         trained_with_seed=folder.seed, ahead=sampling.ahead,
-                        max_calls=sampling.max_calls)
+                        max_calls=sampling.max_calls, length=sampling.length)
             chosen = choices(x, folder.data)
             add_mean(row, "choices", choice_entropy(chosen) if chosen else (None, None))
             rows.append(row)
@@ -123,7 +135,7 @@ def line(row):
         title += f", T = {row['temperature']:g}"
     if row["max_calls"]:
         title += f", stopped after {row['max_calls']}"
-    text = f"{row['folder']}: {title:42}"
+    text = f"{row['folder']}, {row['length']} tokens: {title:42}"
     if row["calls"] is not None:
         text += f" {row['calls']:5.1f} calls {row['reads']:5.1f} reads"
     text += (f" {row['gen_ppl']:7.2f} ±{row['gen_ppl_se']:.2f}, entropy "
