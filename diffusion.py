@@ -396,27 +396,30 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
     Slot s is the s-th place in the order, the prompt first. The `final` slots keep their
     tokens; ahead of them others are guessed. One call reads the guesses as tokens, and says
     what is likely at each of their slots *given the guesses before it*. Each guess is moved
-    to this new law, changing as rarely as can be: see couple. Before the first slot that
-    changed all are unchanged, so its law was the right one: up to it, and with it, all are
-    final. So a call makes one slot final at least, and many where guesses are good.
-    Why this is exact: no slot looks at later ones. Whatever happened in the slots before s,
-    its guess has the law of the latest call; and for a final slot that is the right law.
+    to this new law, changing as rarely as can be: see couple. At the first one that changed
+    the call had read what still stands before it. So its law was the right one, and its new
+    token is final, as are all before it; later guesses were judged by a token that is gone.
+    A call makes one slot final at least, and many where guesses are good.
+    Why this is exact: the law of slot s, and the call that makes it final, depend on slots
+    before s only. Whatever happened there, the guess at s is a draw from its latest law,
+    which in the call that makes it final was given nothing but final tokens.
     (A fixed-point iteration, arXiv 2002.03629, with the coupling of 2211.17192.)
 
     law: logits (N, V) -> logits, a sharper law, see sharpen; None: the model's own.
-    ahead: so many slots, and as many as are final, are guessed at a time; None: all.
+    ahead: a call asks for so many slots, and as many more as are final; None: all.
     max_calls: stop there and leave the guesses as they are, which is not exact.
     watch: called after each call with z and the bool (B, L) of its final tokens.
     Returns ids (B, L) and the calls that each text took (B,); a batch takes their most.
-    Raises ValueError for full attention, for gaps in AR's texts, and for rows with unequal
-    numbers of masks; FloatingPointError where predictions are not finite numbers."""
+    Raises ValueError for full attention, for gaps in AR's texts, and for other models'
+    rows with unequal numbers of masks; FloatingPointError where predictions are not finite
+    numbers."""
     B, L = z.shape
     ask, order = exact_form(model, z, mask_id)           # order (B, L): positions of slots
     order_z = order.to(z.device)
     x = z.gather(1, order_z)                             # (B, L), by slot; a mask: no guess
     slot = torch.arange(L).expand(B, L)
     # of each text, (B, 1): slots that are final, slots that hold some token, and the first
-    # slot whose token is not in the cache yet (-1: nor is AR's start symbol)
+    # slot whose present token the cache lacks (-1: it lacks AR's start symbol, too)
     final = (x != mask_id).sum(1, keepdim=True).cpu()
     guessed, unread = final, torch.full_like(final, -1)
     cache = model.cache(B, L, spare=L)
@@ -440,10 +443,12 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
         before, x = x, x.clone()
         x[asked] = couple(model, h, before[asked], states[asked], mask_id, law)
         states[asked] = h
-        # up to the first change all is final, and up to it what was read stays in the cache
+        # up to the first change all is final, and what was read before it stays cached; the
+        # token of the last slot asked was not read in any case
         changed = (x != before).cpu()
         first = torch.where(changed, slot, end).amin(1, keepdim=True)            # (B, 1)
-        final, unread = (first + 1).minimum(end), first.minimum(end - 1)
+        final = (first + 1).minimum(end)
+        unread = first.minimum(end - 1)
         guessed = guessed.maximum(end)
         if watch:
             settled = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, slot < final)
@@ -468,11 +473,14 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
     """One call of a model with attention in the order of reveal: the states (N, C) of masks
     at the N slots `asked` (B, L). Before them it reads the tokens x (B, L) from slot
     `unread` on, each of which sees the slots before its own; a mask sees them, too, but for
-    those without a guess. A mask's key waits in slot L + its own, where only it looks."""
+    those without a guess. A slot's token and its mask are read in one call: the cache's
+    slot s is for the token's key, which later slots see, and L + s for the mask's, which
+    only the mask itself sees."""
     L = x.shape[1]
-    slot = torch.arange(L)
-    last = (slot * asked).amax(1, keepdim=True)          # (B, 1), which no other looks at
-    tokens = (slot >= unread) & (slot < last.minimum(guessed))                   # (B, L)
+    slots = torch.arange(L)
+    # the token of the last slot asked is not read: nothing that is asked comes after it
+    last = (slots * asked).amax(1, keepdim=True)                     # (B, 1)
+    tokens = (slots >= unread) & (slots < last.minimum(guessed))     # (B, L)
     token_row, token_slot = tokens.nonzero(as_tuple=True)
     mask_row, mask_slot = asked.nonzero(as_tuple=True)
     # tokens, then masks
@@ -489,14 +497,14 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
 def ask_tokens(model, cache, order, x, unread, guessed, asked):
     """ask_masks of an AR model, whose state at a token says what is likely at the next: no
     masks are needed. The cache has the start symbol in slot 0, then each token one slot
-    after its own. Behind the guesses nothing can be read: there the states are 0, from
-    which the head predicts about how frequent tokens are."""
+    after its own. Behind the guesses nothing can be read, and the states are 0. Any law
+    will do for a first guess: here about how frequent tokens are."""
     B, L = x.shape
     start = torch.full((B, 1), model.mask_id, device=x.device)
     shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
-    slot = torch.arange(L)
-    last = (slot * asked).amax(1, keepdim=True).minimum(guessed)     # (B, 1)
-    row, at = ((slot > unread) & (slot <= last)).nonzero(as_tuple=True)
+    slots = torch.arange(L)
+    last = (slots * asked).amax(1, keepdim=True).minimum(guessed)    # (B, 1)
+    row, at = ((slots > unread) & (slots <= last)).nonzero(as_tuple=True)
     new = Reading(shifted[row, at], at.to(x.device), row, slot=at, limit=at)
     h = model.read(cache, new)
     states = h.new_zeros(B, L, h.shape[1])
@@ -510,16 +518,16 @@ def nll_in_order(model, x, mask_id):
     in one call, in nats: (B,). For attention in the order of reveal.
     The same reading as in sample_exact, with the text itself as the guess: a mask at each
     slot says what the token costs given those before it. The mean over orders is at least
-    -log p(x), see nelbo, which estimates it with much more noise: here no t and no masks
-    are drawn, and every token of the text counts."""
+    -log p(x), see nelbo, which estimates it with much more noise: here no t is drawn, nor
+    what is masked, and every token of the text counts."""
     B, L = x.shape
     order = random_order(torch.full_like(x, mask_id), mask_id)       # (B, L)
     by_slot = x.gather(1, order.to(x.device))                        # (B, L)
     guessed = torch.full((B, 1), L)
+    unread = torch.zeros_like(guessed)                   # nothing is in the cache
     everything = torch.ones(B, L, dtype=torch.bool)
     cache = model.cache(B, L, spare=L)
-    h = ask_masks(model, cache, order, by_slot, -torch.ones_like(guessed), guessed,
-                  everything)                                        # (B L, C)
+    h = ask_masks(model, cache, order, by_slot, unread, guessed, everything)     # (B L, C)
     nats = []
     for states, ids in zip(h.split(HEAD_ROWS), by_slot.flatten().split(HEAD_ROWS)):
         nats.append(F.cross_entropy(model.head(states), ids, reduction="none").double())
@@ -533,7 +541,8 @@ def couple(model, h, x, was, mask_id, law=None):
     what p has more than q, (p - q)+ (speculative sampling, arXiv 2211.17192). Where x is
     mask_id there is no guess, and the draw is from p."""
     def probabilities(states):
-        """What states (n, C) predict: (n, V), float64."""
+        """What states (n, C) predict: (n, V). The softmax may be float32: as in
+        categorical, that is a relative error, 1e-7 of each probability."""
         logits = model.head(states)
         if law:
             logits = law(logits)

@@ -53,8 +53,8 @@ class SampleConfig:
         "one per token; exact: the law of one token at a time in few calls, for AR and for "
         "attention reveal", type=steps_or_exact)
     ahead: int = flag(
-        8, "with exact: tokens guessed at a time beyond twice those that are final; more: "
-        "fewer calls, each of more tokens", low=1)
+        8, "with exact: a call asks for so many tokens, and as many more as are final; a "
+        "larger number: fewer calls, each of more tokens", low=1)
     max_calls: int | None = flag(
         None, "with exact: stop after so many calls, which is not exact", low=1)
     temperature: float = flag(
@@ -82,7 +82,7 @@ class Sampling:
     seed: int = 0
     temperature: float = 1.0     # 1: the model's own distribution
     top_p: float = 1.0           # 1: any token may be drawn
-    precision: int = 64          # bits of a token draw, 32 or 64
+    precision: int = 64          # bits of a token draw, 32 or 64; of EXACT always 64
     joint: bool = False          # by diffusion.sample_joint, which ignores top_p
     length: int | None = None    # tokens of a text; None: the model's context
     ahead: int = 8               # both see diffusion.sample_exact
@@ -205,7 +205,7 @@ def calls_as_text(costs, max_calls):
     mean = sum(calls) / len(calls)
     text = f"calls of the network: {mean:.1f} a text, {max(calls)} at most"
     if max_calls and max(calls) == max_calls:
-        text += "; stopped there, so these texts are not exact"
+        text += "; texts that were stopped there are not exact"
     return text
 
 

@@ -55,7 +55,8 @@ class EvaluateConfig:
     steps: list[int | str] | None = flag(
         None, "diffusion steps [8 16 32], or exact: see sample.py", type=steps_or_exact)
     ahead: int = flag(
-        8, "with exact: tokens guessed at a time beyond twice those that are final", low=1)
+        8, "with exact: a call asks for so many tokens, and as many more as are final",
+        low=1)
     max_calls: int | None = flag(
         None, "with exact: stop after so many calls, which is not exact", low=1)
     samples: int = flag(256, "texts for each row", low=3)

@@ -338,11 +338,8 @@ def draw_latency(rows, path):
     axis.set(xscale="log", yscale="log",
              xlabel=f"seconds for {batch} x {rows[0]['length']} tokens",
              ylabel="generative perplexity (numbers: steps)")
-    for one in (axis.xaxis, axis.yaxis):
-        low, high = one.get_view_interval()
-        one.set_ticks(log_ticks(low, high))
-        one.set_ticks([], minor=True)
-        one.set_major_formatter("{x:g}")
+    few_ticks(axis.xaxis)
+    few_ticks(axis.yaxis)
     axis.legend()
     save_figure(fig, path)
 
@@ -392,9 +389,17 @@ def draw_exact(rows, path):
                  ylabel="generative perplexity (numbers: entropy of all texts)")
         axis.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
         axis.set_xticks([], minor=True)
-        plain_numbers(axis.yaxis)
+        few_ticks(axis.yaxis)
         axis.legend(fontsize=8)
     save_figure(fig, path)
+
+
+def few_ticks(axis):
+    """Numbers such as 20 on a logarithmic axis, as many as there is room for."""
+    low, high = axis.get_view_interval()
+    axis.set_ticks(log_ticks(low, high))
+    axis.set_ticks([], minor=True)
+    axis.set_major_formatter("{x:g}")
 
 
 def log_ticks(low, high):
