@@ -160,6 +160,7 @@ def main():
 
     for path in config.folders:
         measure_folder(config, open_folder(Path(path), procs), procs, rows, save)
+    save()
     if config.plot:
         figures.draw_exact(rows, config.plot)
 

@@ -376,6 +376,7 @@ def draw_exact(rows, path):
         data = next(row for row in mine if row["model"] == "data")
         axis.axhline(data["gen_ppl"], color="black", linestyle="--",
                      label=f"data ({data['pooled_entropy']:.2f})")
+        # texts above the points of the first and the third line, below those of the second
         for (title, some), above in zip(curves_of(mine).items(), (6, -12, 6)):
             x = [row["calls"] for row in some]
             y = [row["gen_ppl"] for row in some]
