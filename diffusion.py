@@ -23,6 +23,7 @@ from model import NOT_FINITE, Reading
 
 HEAD_ROWS = 512                  # states that the head is given at a time
 DRAW_ROWS = 32                   # rows of logits drawn from at a time: see draw_tokens
+COUPLED = 2 ** 20                # probabilities at a time in couple, of each law: 8 MB
 
 
 # ---- the noise schedule: for another one, change mask_share and mask_rate
@@ -414,6 +415,7 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
     rows with unequal numbers of masks; FloatingPointError where predictions are not finite
     numbers."""
     B, L = z.shape
+    ahead = L if ahead is None else min(ahead, L)
     ask, order = exact_form(model, z, mask_id)           # order (B, L): positions of slots
     order_z = order.to(z.device)
     x = z.gather(1, order_z)                             # (B, L), by slot; a mask: no guess
@@ -430,7 +432,7 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
         made += 1
         calls += final[:, 0] < L
         # what is asked: the slots from `final` to `end`
-        end = 2 * final + (L if ahead is None else ahead)
+        end = 2 * final + ahead
         if made == max_calls:
             end = end + L                                # no slot may stay without a guess
         end = end.clamp(max=L)                           # (B, 1)
@@ -549,8 +551,9 @@ def couple(model, h, x, was, mask_id, law=None):
         return logits.softmax(-1).double()
 
     ids = []
-    # some at a time, as in draw_tokens
-    for h, x, was in zip(h.split(DRAW_ROWS), x.split(DRAW_ROWS), was.split(DRAW_ROWS)):
+    # some at a time, as in draw_tokens: never all (N, V)
+    size = max(DRAW_ROWS, COUPLED // model.config.vocab)
+    for h, x, was in zip(h.split(size), x.split(size), was.split(size)):
         p, q = probabilities(h), probabilities(was)                  # (n, V) both
         guess = x != mask_id                                         # (n,)
         q[~guess] = 0
@@ -558,8 +561,10 @@ def couple(model, h, x, was, mask_id, law=None):
         at = x.where(guess, 0)[:, None]                              # (n, 1)
         u = torch.rand(at.shape, dtype=p.dtype, device=p.device)
         stays = guess & (u * q.gather(1, at) < p.gather(1, at))[:, 0]
-        # the others are drawn anew
+        # the others are drawn anew; where rounding leaves p nothing more than q, from p
+        rest = (p - q)[~stays].clamp_(min=0)
+        empty = rest.amax(1, keepdim=True) == 0
         x = x.clone()
-        x[~stays] = draw_from((p - q)[~stays].clamp_(min=0))
+        x[~stays] = draw_from(torch.where(empty, p[~stays], rest))
         ids.append(x)
     return torch.cat(ids)

@@ -53,6 +53,8 @@ def test_exact_sampling_is_recorded_with_its_guesses(attention):
     assert trace.opened[:2] == [0, 0] and trace.guesses[-1] == trace.texts
     for frame, texts in enumerate(trace.guesses, 1):
         assert all(texts[i] == trace.texts[i] for i in range(10) if trace.opened[i] <= frame)
+    whole = animate.record(model, x[0], 10, "exact", own_law, WORDS, "x")
+    assert whole.texts == trace.texts and whole.opened == [0] * 10 and not whole.guesses
     lines = animate.layout(trace.texts, 80)
     assert animate.BLOCK in animate.paint(lines, trace, 0, False)[0]
     first = animate.paint(lines, trace, 1, False)[0]
@@ -350,6 +352,19 @@ def test_a_folder_shows_teacher_and_last_student_and_a_race_ar_too(made, capsys,
     shown = capsys.readouterr().out
     assert "teacher, 128 steps: call" in shown and "AR with KV cache: token" in shown
     assert len(re.findall(r"(?m)^[\w() ]+: [\d.]+ ms, [\d.]+ times AR's speed$", shown)) == 3
+
+
+def test_a_guess_takes_the_room_of_the_final_token_also_where_a_line_begins():
+    """Letter for letter, cut or filled up with spaces; a wide character has no narrow place."""
+    trace = Trace("x", ["one", " tom", " ab"], [0, 1, 1], [0.0, 0.1, 0.2], "exact",
+                  [["one", " sam", " abc"]])
+    trace.opened[1] = trace.opened[2] = 2
+    for width in (80, 4):                # in a line, and a line each
+        shown = animate.paint(animate.layout(trace.texts, width), trace, 1, False)
+        assert "\n".join(shown).split() == ["one", "sam", "ab"]
+    trace.guesses = [["one", " \u4f60\u597d", " a"]]
+    shown = animate.paint(animate.layout(trace.texts, 80), trace, 1, False)[0]
+    assert animate.cells(shown) == animate.cells("".join(trace.texts)) and shown.split() == ["one", "a"]
 
 
 def test_a_race_has_a_fourth_runner_where_the_teacher_can_sample_exactly(made, capsys, tmp_path):

@@ -300,7 +300,7 @@ def test_exact_engines_count_their_calls(folder, monkeypatch):
         exact = row["engine"] != "ar"
         assert row["steps"] is None and row["vs_ar"] > 0 and row["roofline"] > 0
         assert 1 < row["nfe"] <= 16 and (row["nfe"] == 16 or exact)
-        assert row["reads"] > 1 if exact else row["reads"] == 1
+        assert row["reads"] >= 1 if exact else row["reads"] == 1
 
 
 def test_training_rows(folder, monkeypatch):

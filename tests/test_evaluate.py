@@ -121,6 +121,9 @@ def test_exact_samples_are_refused_where_they_cannot_be(made, capsys):
     exact = ["--steps", "exact"]
     assert "full attention" in refused(capsys, evaluate, made / "teacher.pt", *exact)
     assert "--joint" in refused(capsys, evaluate, made / "ar.pt", *exact, "--joint")
+    assert "64 bits" in refused(capsys, evaluate, made / "ar.pt", *exact, "--precision", 32)
+    assert "teacher.pt has full" in refused(capsys, evaluate, made / "ar.pt", made / "ar.pt",
+                                            made / "teacher.pt", *exact)
     assert "--max_calls" in refused(capsys, evaluate, made / "reveal.pt", "--max_calls", 2)
 
 

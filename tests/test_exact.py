@@ -69,6 +69,30 @@ def test_coupling_keeps_every_guess_whose_law_did_not_change():
     assert torch.equal(couple(Ordered(7), h, x, h, 7, likeliest), x)
 
 
+def test_coupling_never_draws_what_rounding_leaves_over(monkeypatch):
+    """Two laws whose sums differ by float32's rounding, so that p is nowhere above q, and a guess
+    that is not kept: the draw is from p, never of a token that it forbids."""
+    was = torch.tensor([[0.93980992, 0.77484882, -torch.inf]])
+    h = torch.tensor([[0.93980992, 0.77484894, -torch.inf]])
+    drawn = []
+    rand = torch.rand
+    for u in (1 - 1e-9, 1 - 1e-12, 1 - 1e-16):
+        monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full_like(rand(*a, **k), u))
+        for x in (0, 1):
+            drawn += couple(Ordered(3), h, torch.tensor([x]), was, 3).tolist()
+            drawn += couple(Ordered(3), was, torch.tensor([x]), h, 3).tolist()
+    assert set(drawn) <= {0, 1}
+
+
+def test_coupling_reaches_tokens_that_float32_does_not(monkeypatch):
+    """Draws are float64: a token of probability 1e-9 behind likelier ones is drawn where u is within
+    1e-9 of 1, which no float32 number is."""
+    h = torch.tensor([[0.0, 0.0, math.log(2e-9)]])
+    monkeypatch.setattr(torch, "rand", lambda *a, dtype=None, **k: torch.full(a[0], 1 - 1e-10,
+                                                                              dtype=dtype))
+    assert couple(Ordered(3), h, torch.tensor([3]), h, 3).tolist() == [2]
+
+
 # ---- the law, by enumeration
 
 def moves(p, q, x):
@@ -200,15 +224,16 @@ def test_samples_have_the_law_of_one_token_at_a_time(attention, given, law):
 
 
 @pytest.mark.parametrize("attention", ["reveal", "causal"])
-@pytest.mark.parametrize("prompt", [0, 4])
-@pytest.mark.parametrize("ahead", [1, 8, None])
+@pytest.mark.parametrize("prompt, positions", [(0, "both"), (4, "rope"), (11, "learned")])
+@pytest.mark.parametrize("ahead", [1, 8, 10 ** 30, None])
 def test_text_is_that_of_one_call_per_token_with_the_same_noise(monkeypatch, attention, prompt,
-                                                                ahead):
+                                                                positions, ahead):
     """Each slot has its own Gumbel noise, and takes the largest of logits plus noise: then the text
     is token for token the one that an uncached pass per token writes. And the states kept at the
     end are those of the final text, within CLOSE. (Two logits within 1e-5 of each other would
     differ: one seed in a thousand.)"""
-    model, z = model_of(attention=attention), torch.full((6, 12), 11)
+    model = model_of(attention=attention, positions=positions, context=15)
+    z = torch.full((6, 12), 11)
     z[:, :prompt] = torch.randint(11, (6, prompt))
     noise = -(-torch.rand(6, 12, 11).log()).log()
     kept, now = torch.zeros(6, 12, 16), {}
@@ -304,6 +329,29 @@ def test_stopped_early_every_token_is_a_guess_at_least():
     for calls in (1, 2, 3):
         x, made = sample_exact(model, torch.full((5, 12), 11), 11, ahead=1, max_calls=calls)
         assert (x < 11).all() and made.max() == calls
+
+
+def test_prompts_of_an_ar_batch_may_differ_in_length():
+    """One likeliest token each: what each text gives alone. Exact."""
+    def likeliest(logits):
+        return sharpen(logits, 1.0, 0.01)
+    model, z = model_of(attention="causal"), torch.full((3, 12), 11)
+    for row, prompt in zip(z, (0, 5, 12)):
+        row[:prompt] = torch.arange(prompt) % 11
+    together, calls = sample_exact(model, z, 11, likeliest)
+    alone = [sample_exact(model, row[None], 11, likeliest) for row in z]
+    assert torch.equal(together, torch.cat([x for x, _ in alone]))
+    assert calls.tolist() == [int(n) for _, n in alone] and calls[2] == 0
+
+
+def test_bfloat16_blocks_sample_and_read():
+    """As on a GPU: both attentions run, and calls stay within the number of masks."""
+    for attention in ("reveal", "causal"):
+        model = model_of(attention=attention)
+        model.bf16 = True
+        x, calls = sample_exact(model, torch.full((3, 12), 11), 11)
+        assert (x < 11).all() and calls.max() <= 12
+    assert nll_in_order(model_of(), x, 11).isfinite().all()
 
 
 def test_nothing_masked_calls_no_network():

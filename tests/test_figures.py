@@ -131,11 +131,33 @@ def test_pictures_of_frontier_and_latency_are_png_files(tmp_path):
     rows = [sample_row("data", None, 1.0, 20.0, 3.0)] + [
         sample_row("m", 8, T, 10 * T, 3 * T) for T in (0.9, 1.0)]
     figures.draw_frontier(rows, tmp_path / "frontier.png")
-    rows = [{"model": name, "steps": steps, "batch": 1, "length": 8, "seconds": 1.0, "gen_ppl": 2.0}
-            for name, steps in (("ar", None), ("m", 8), ("m", 16))]
+    rows = [{"model": name, "steps": steps, "batch": 1, "length": 8, "seconds": 1.0, "gen_ppl": 2.0,
+             "engine": engine}
+            for name, steps, engine in (("ar", None, "ar"), ("m", 8, "diffusion-kv"),
+                                        ("m", 16, "diffusion-kv"), ("m", None, "diffusion-exact"),
+                                        ("ar", None, "ar-exact"))]
+    assert [figures.is_of(row) for row in rows[2:]] == [("m", False), ("m", True), ("ar", True)]
     figures.draw_latency(rows, tmp_path / "latency.png")
     for name in ("frontier", "latency"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quality_against_calls_has_three_lines(tmp_path):
+    """Teacher and last student in steps, the exact teacher with all ahead stopped and whole; cooled
+    rows and other rounds are left out. A picture where there is matplotlib. Exact."""
+    def row(model, steps, calls, T=1.0, ahead=8, max_calls=None):
+        return sample_row(model, steps, T, 2.0 + 1 / calls, 3.0) | {
+            "calls": calls, "ahead": ahead, "max_calls": max_calls, "folder": "f"}
+    rows = [row("data", None, 1), row("ar", None, 50), row("teacher", 32, 32), row("teacher", 8, 8),
+            row("teacher", "exact", 7), row("teacher", "exact", 6, ahead=10 ** 6),
+            row("teacher", "exact", 6, T=0.5, ahead=10 ** 6),
+            row("teacher", "exact", 2, ahead=10 ** 6, max_calls=2), row("round 1", 8, 8),
+            row("round 2", 8, 8), row("round 2", "exact", 5, ahead=10 ** 6)]
+    found = {title: [one["calls"] for one in some] for title, some in figures.curves_of(rows).items()}
+    assert found == {"teacher, in steps": [8, 32], "student, in steps": [8], "teacher, exact": [2, 6]}
+    pytest.importorskip("matplotlib")
+    figures.draw_exact(rows, tmp_path / "exact.png")
+    assert (tmp_path / "exact.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("low, high", [(0.004, 0.009), (0.004, 0.03), (0.004, 1), (1.4, 3e4)])

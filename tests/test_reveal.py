@@ -242,6 +242,14 @@ def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
         call(exact, "out/d-nano-reveal", "--samples", 4, "--json", "exact.json")
         rows = json.loads((folder / "exact.json").read_text())["rows"]
         assert len(rows) == len({row["key"] for row in rows}) == wanted
+    call(exact, "out/d-nano-reveal", "--samples", 4, "--lengths", 5, 12, "--json", "grow.json")
+    grown = json.loads((folder / "grow.json").read_text())["rows"]
+    assert len(grown) == 8 and {row["length"] for row in grown} == {5, 12}
+    assert "--lengths 13" in refused(capsys, exact, "out/d-nano-reveal", "--lengths", 13)
+    assert "--plot" in refused(capsys, exact, "x", "--lengths", 5, "--plot", "p.png")
+    for content in ('{"rows"', "[]", '{"rows": [{"model": "a"}]}'):
+        (folder / "other.json").write_text(content)
+        assert "other.json" in refused(capsys, exact, "out/d-nano-reveal", "--json", "other.json")
     stopped = [row for row in rows if row["max_calls"]]
     assert all(row["calls"] <= row["max_calls"] for row in stopped) and len(stopped) == 7
     assert "full attention" not in capsys.readouterr().err

@@ -88,7 +88,8 @@ class Ordered:
 
     def __init__(self, V, causal=False, depends_on=lambda known: known):
         attention = "causal" if causal else "reveal"
-        self.config = types.SimpleNamespace(attention=attention, causal=causal, relative=False)
+        self.config = types.SimpleNamespace(attention=attention, causal=causal, relative=False,
+                                            vocab=V)
         self.V, self.mask_id, self.depends_on, self.table = V, V, depends_on, {}
 
     def conditional(self, pos, known):

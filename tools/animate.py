@@ -143,11 +143,12 @@ def record_exact(model, known, length, law, tokenizer, title):
         final.append(settled[0].tolist())
         seconds.append(time.perf_counter() - began)
 
-    sample_exact(model, begin, model.mask_id, law, ahead=None, watch=watch)
-    texts = [pieces(tokenizer, ids) for ids in states]
+    x, _ = sample_exact(model, begin, model.mask_id, law, ahead=None, watch=watch)
+    texts = pieces(tokenizer, x[0].tolist())
+    guesses = [pieces(tokenizer, ids) for ids in states]
     # the first frame in which a position is final
     opened = [column.index(True) for column in zip(*final)]
-    return Trace(title, texts[-1], opened, seconds, EXACT, texts)
+    return Trace(title, texts, opened, seconds, EXACT, guesses)
 
 
 def record_ar(model, known, length, draw, watch):
@@ -260,21 +261,21 @@ def hidden(lines, trace, frame, block):
     replaced: by blocks, or by its guess, cut to the room that the final token takes. A
     space between tokens stays one."""
     guesses = trace.guesses[frame - 1] if trace.guesses and frame > 0 else None
-    shown = {}                           # {position: its characters so far}
+    shown = {}                           # {position: its characters so far, without spaces}
     out = []
     for line in lines:
         out.append([])
         for sign, i in line:
-            k = shown.get(i, 0)
-            shown[i] = k + 1
             if trace.opened[i] > frame and sign != " ":
-                if guesses is None:
-                    sign = block * cells(sign)
-                else:
-                    # a line may begin within a token, without its space
+                k = shown.get(i, 0)
+                shown[i] = k + 1
+                room, sign = cells(sign), block * cells(sign)
+                if guesses is not None:
                     guess = clean(guesses[i]).replace("\n", " ").strip()
-                    k -= len(trace.texts[i]) - len(trace.texts[i].lstrip())
-                    sign = guess[k:k + 1].ljust(cells(sign)) if k >= 0 else " "
+                    sign = guess[k:k + 1]
+                    # a wide character has no room in the place of a narrow one
+                    if cells(sign) != room:
+                        sign = " " * room
             out[-1].append((sign, i))
     return out
 
@@ -513,7 +514,7 @@ def recorder(config, procs, path, title, steps):
         return sharpen(logits, config.temperature, config.top_p)
 
     def run():
-        # the text that sample.py prints
+        # the text that sample.py prints (exact: with a large --ahead)
         seed_all(config.seed, "samples", steps, 0)
         trace = record(model, known, length, steps, law, tokenizer, title)
         # the model wrote on after a template, which nobody asked for

@@ -249,10 +249,13 @@ def set_defaults(config, models, data):
                         f"of {config.length} tokens to write; give fewer")
 
     # flags that need others, or a package
-    for path, (model, _) in zip(config.checkpoint, models.values()):
-        refuse_exact(config.steps, config.max_calls, model, path)
+    paths = figures.names(config.checkpoint)
+    for name, (model, _) in models.items():
+        refuse_exact(config.steps, config.max_calls, model, paths[name])
     if config.joint and EXACT in config.steps:
         raise UserError(f"--joint draws in steps; leave it or --steps {EXACT} out")
+    if config.precision == 32 and EXACT in config.steps:
+        raise UserError(f"--steps {EXACT} draws in 64 bits; leave it or --precision 32 out")
     if config.mauve and not config.continuations:
         raise UserError("--mauve compares continuations; give --continuations too, such as "
                         "5")

@@ -21,6 +21,7 @@ from data.script import command, flag, parse_flags
 from model import Transformer
 from sample import EXACT, Sampling
 from tools import figures
+from tools.evaluate import with_oracle
 from tools.metrics import choice_entropy
 
 STEPS = [4, 8, 16, 32]                   # of teacher and students
@@ -88,7 +89,7 @@ def open_folder(path, procs):
     for r, file in enumerate(rounds):
         models[f"round {r + 1}"], _ = load_model(file, procs.device, ("sdtt",))
     data = load_data(content["config"]["dataset"], procs)
-    if content["data"] != data.fingerprint:
+    if content.get("data") not in (None, data.fingerprint):      # older ones do not say
         raise UserError(f"{path} was trained on other text than {data.folder} holds now")
     made_with = content["config"]
     return Folder(path.name, models, data, judge, data.folder.name, made_with["seed"])
@@ -107,17 +108,18 @@ def measure_folder(config, folder, procs, rows, save):
             sampling = Sampling(**(dict(seed=config.seed, length=length) | how))
             # what tells this row from all others
             digest = "data" if model is None else fingerprint(model)
-            key = [digest, folder.data.fingerprint, config.samples,
+            key = [folder.name, digest, folder.data.fingerprint, config.samples,
                    dataclasses.astuple(sampling)]
             key = json.dumps(key)
             if any(row["key"] == key for row in rows):
                 continue
-            row, x = sample_row(name, model, config.samples, sampling, judge, folder.data,
-                                alone)
+            # pieces of a text are no texts that an oracle could judge
+            data, _ = with_oracle(folder.data, sampling.length)
+            row, x = sample_row(name, model, config.samples, sampling, judge, data, alone)
             row |= dict(key=key, folder=folder.name, dataset=folder.dataset,
                         trained_with_seed=folder.seed, ahead=sampling.ahead,
                         max_calls=sampling.max_calls, length=sampling.length)
-            chosen = choices(x, folder.data)
+            chosen = choices(x, data)
             add_mean(row, "choices", choice_entropy(chosen) if chosen else (None, None))
             rows.append(row)
             save()
@@ -145,13 +147,27 @@ def line(row):
     return text
 
 
+def earlier_rows(path):
+    """The rows that an earlier run left in a file, or none. Raises UserError where it is
+    another program's."""
+    if path is None or not Path(path).exists():
+        return []
+    try:
+        rows = json.loads(Path(path).read_bytes())["rows"]
+        keys = [row["key"] for row in rows]              # every row of ours has one
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} cannot be read as rows of tools.exact "
+                        f"({type(e).__name__}); name another file")
+    return rows if keys else []
+
+
 def main():
     config = parse_flags(ExactConfig, __doc__, folders="of distill.py --attention reveal")
     figures.check_picture(config.plot)
+    if config.plot and config.lengths:
+        raise UserError("--plot is of quality, which --lengths leaves out; give only one")
     procs = start(config.device)
-    rows = []
-    if config.json and Path(config.json).exists():
-        rows = json.loads(Path(config.json).read_text())["rows"]
+    rows = earlier_rows(config.json)
 
     def save():
         """Write the rows, if they are wanted."""

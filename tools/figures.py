@@ -314,18 +314,27 @@ def draw_models(axis, rows, key):
                       label=name)
 
 
+def is_of(row):
+    """Which curve of draw_latency a row belongs to: its model, and whether it is exact."""
+    return row["model"], row["engine"].endswith("-exact")
+
+
 @picture
 def draw_latency(rows, path):
     """bench.py's rows as SDTT's figure: generative perplexity against latency, a point for
-    each number of steps; AR is a cross of lines. The smallest batch; needs matplotlib."""
+    each number of steps; AR is a cross of lines, what is sampled exactly a single point.
+    The smallest batch; needs matplotlib."""
     plt = pyplot()
     fig, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
     batch = min(row["batch"] for row in rows)
     rows = [row for row in rows if "gen_ppl" in row and row["batch"] == batch]
-    for name in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == name]
+    for name, exact in dict.fromkeys(map(is_of, rows)):
+        mine = [row for row in rows if is_of(row) == (name, exact)]
         x = [row["seconds"] for row in mine]
         y = [row["gen_ppl"] for row in mine]
+        if exact:
+            axis.plot(x, y, "s", label=f"{name}, exact")
+            continue
         if mine[0]["steps"] is None:
             axis.axhline(y[0], color="grey", linestyle="--", label="AR with KV cache")
             axis.axvline(x[0], color="grey", linestyle="--")
