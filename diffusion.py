@@ -411,9 +411,7 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
     max_calls: stop there and leave the guesses as they are, which is not exact.
     watch: called after each call with z and the bool (B, L) of its final tokens.
     Returns ids (B, L) and the calls that each text took (B,); a batch takes their most.
-    Raises ValueError for full attention, for gaps in AR's texts, and for other models'
-    rows with unequal numbers of masks; FloatingPointError where predictions are not finite
-    numbers."""
+    Raises ValueError (see exact_form), and FloatingPointError at predictions of NaN."""
     B, L = z.shape
     ahead = L if ahead is None else min(ahead, L)
     ask, order = exact_form(model, z, mask_id)           # order (B, L): positions of slots
@@ -427,7 +425,6 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
     cache = model.cache(B, L, spare=L)
     states = None                                        # from which guesses were drawn
     calls, made = torch.zeros(B, dtype=torch.long), 0
-
     while bool((final < L).any()) and made != max_calls:
         made += 1
         calls += final[:, 0] < L
@@ -453,14 +450,19 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
         unread = first.minimum(end - 1)
         guessed = guessed.maximum(end)
         if watch:
-            settled = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, slot < final)
-            watch(torch.empty_like(z).scatter_(1, order_z, x), settled)
-    z = torch.empty_like(z).scatter_(1, order_z, x)      # by position again
-    return without_masks(z, mask_id), calls
+            watch(by_position(x, order_z), by_position(slot < final, order))
+    return without_masks(by_position(x, order_z), mask_id), calls
+
+
+def by_position(x, order):
+    """What is in the order of slots, x (B, L), in that of positions again: (B, L)."""
+    return torch.empty_like(x).scatter_(1, order, x)
 
 
 def exact_form(model, z, mask_id):
-    """What differs between models in sample_exact: (ask, order (B, L)), see ask_masks."""
+    """What differs between models in sample_exact: (ask, order (B, L)), see ask_masks.
+    Raises ValueError for full attention, for gaps in AR's texts, and for other models' rows
+    with unequal numbers of masks."""
     B, L = z.shape
     if model.config.causal:
         if bool(((z[:, 1:] != mask_id) & (z[:, :-1] == mask_id)).any()):

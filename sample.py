@@ -38,6 +38,7 @@ def steps_or_exact(text):
     """What --steps means: a number of steps, or EXACT."""
     if text == EXACT:
         return text
+    # no sign, no fraction
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is neither 1 or more nor {EXACT!r}")
     return int(text)
@@ -92,6 +93,7 @@ class Sampling:
 def refuse_exact(steps, max_calls, model, path):
     """Raise UserError where the flags ask for exact sampling that cannot be. steps: one or
     several; path: the model's."""
+    # one value of --steps, or several
     exact = steps == EXACT or isinstance(steps, list) and EXACT in steps
     if max_calls and not exact:
         raise UserError(f"--max_calls stops exact sampling early; give --steps {EXACT} too")
@@ -147,7 +149,7 @@ def counted_calls(model):
     reads = []
 
     def embedded(module, args, output):
-        reads.append(args[0].numel())
+        reads.append(args[0].numel())    # ids of all positions that this call reads
 
     hook = model.embed.register_forward_hook(embedded)
     try:
@@ -201,7 +203,9 @@ def spread(parts, f, procs, title=None):
 
 def calls_as_text(costs, max_calls):
     """What exact sampling cost, in a line for the reader."""
-    calls = [n for cost in costs for n in cost.calls]                # of each text
+    calls = []                           # of each text
+    for cost in costs:
+        calls += cost.calls
     mean = sum(calls) / len(calls)
     text = f"calls of the network: {mean:.1f} a text, {max(calls)} at most"
     if max_calls and max(calls) == max_calls:
@@ -225,7 +229,7 @@ def main():
     sampling = Sampling(steps, config.seed, config.temperature, config.top_p,
                         length=config.length, ahead=config.ahead,
                         max_calls=config.max_calls)
-    costs = []
+    costs = []                                           # of each batch
     x = draw_samples(model, config.num_samples, sampling, procs, prompts, costs=costs)
 
     # the model filled the whole context; the template's part is wanted
@@ -235,6 +239,7 @@ def main():
         for row in x.tolist():
             # one text a line, unless it has line ends of its own
             print(tokenizer.decode(row))
+        # apart from the texts, which may go into a file
         if steps == EXACT:
             print(calls_as_text(costs, config.max_calls), file=sys.stderr)
 

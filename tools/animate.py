@@ -275,7 +275,7 @@ def hidden(lines, trace, frame, block):
                     sign = guess[k:k + 1]
                     # a wide character has no room in the place of a narrow one
                     if cells(sign) != room:
-                        sign = " " * room
+                        sign = "".ljust(room)
             out[-1].append((sign, i))
     return out
 

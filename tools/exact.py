@@ -49,8 +49,10 @@ def settings(name, model, lengths):
     if lengths:
         if name not in ("ar", "teacher"):
             return []
-        return [dict(steps=EXACT, ahead=ahead, length=n) for n in lengths
-                for ahead in (8, ALL)]
+        rows = []
+        for n in lengths:
+            rows += [dict(steps=EXACT, ahead=ahead, length=n) for ahead in (8, ALL)]
+        return rows
     if model is None:
         return [dict(steps=None)]
     if name == "ar":
