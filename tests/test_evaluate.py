@@ -64,6 +64,33 @@ def test_samples_depend_on_the_seed_alone(attention):
     assert torch.equal(one[:32], sample.draw_samples(model, 32, Sampling(3), CPU))
 
 
+@pytest.mark.parametrize("attention", ["causal", "reveal"])
+def test_exact_samples_of_two_processes_are_those_of_one(attention, monkeypatch):
+    """70 texts in three batches: texts, calls and reads, whichever process draws a batch. The two
+    processes run one after the other here, and each is then given what both have drawn. Exact."""
+    model, sampling, drawn = random_model(attention, 4, 6, scale=2), Sampling("exact"), {}
+
+    class Drawn(Exception):
+        pass
+
+    def gather(everyone, mine):
+        drawn[now.rank] = mine
+        if len(drawn) < 2:
+            raise Drawn
+        everyone[:] = [drawn[0], drawn[1]]
+    monkeypatch.setattr(sample.dist, "all_gather_object", gather)
+    costs = []
+    alone = sample.draw_samples(model, 70, sampling, CPU, costs=costs)
+    for rank in (0, 1, 0):               # the first time 0 has nobody to ask
+        now, found = Processes(torch.device("cpu"), rank, 2), []
+        try:
+            x = sample.draw_samples(model, 70, sampling, now, costs=found)
+        except Drawn:
+            continue
+        assert torch.equal(x, alone) and found == costs
+    assert len(drawn) == 2 and len(costs) == 3 and sum(len(cost.calls) for cost in costs) == 70
+
+
 def test_the_whole_table(made, tmp_path, capsys):
     """Every part that is asked for is there, in text and as JSON, with how each row was drawn; the
     data has a row of its own, and the judge its likelihood. Exact."""
