@@ -103,7 +103,8 @@ def test_no_placeholder_and_only_files_that_exist(page):
     """@NAME@ would be a number still to be filled in. Files in backticks are named from the top,
     links from where the page is."""
     text = (ROOT / page).read_text()
-    assert not re.findall(r"@[A-Z0-9]+@", text) and text.count("\n") <= 200
+    assert not re.findall(r"@[A-Z0-9]+@", text)
+    assert text.count("\n") <= (200 if page == "README.md" else 210)
     for name in re.findall(r"`(results/[\w.-]+|[\w/]+\.py)[:`]", text):
         here = (ROOT / page).parent / name
         assert "NAME" in name or (ROOT / name).exists() or here.exists(), name
@@ -134,6 +135,7 @@ ELSEWHERE = {                            # what these need, and the tests that r
     "lambada/prepare": "the network: test_data", "openwebtext": "the network: test_data",
     "--site_packages": "minutes: test_data", "torchrun": "processes: test_processes",
     "tools.experiments": "an hour: test_experiments",
+    "--lengths": "longer texts than the small dataset has: test_reveal",
     "bench_train": "seconds, in processes of their own: test_bench"}
 
 
