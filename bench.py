@@ -200,7 +200,8 @@ def begin(config, row, model, decode_step, device, machine):
     least = least_memory(row, shape, size)                           # bytes
     if name in ("ar", "transformers", "diffusion-naive"):
         times = first_run(row, run, warm_up, least, device)          # None: no room
-        # AR calls the network once for each token, and reads it
+        # AR calls the network once for each token, and reads it once; the naive sampler
+        # reads every position in every step
         row["nfe"] = steps or row["length"]
         row["reads"] = steps or 1
     else:

@@ -17,9 +17,8 @@ rank (B, L), where rank[b, l] says when position l is revealed. Randomness comes
 torch's global generators.
 """
 import torch
-import torch.nn.functional as F
 
-from model import NOT_FINITE, Reading
+from model import NOT_FINITE, Reading, cross_entropy
 
 HEAD_ROWS = 512                  # states that the head is given at a time
 DRAW_ROWS = 32                   # rows of logits drawn from at a time: see draw_tokens
@@ -103,7 +102,7 @@ def nelbo(model, x, mask_id):
 
 def weighted_nll(logits, x, weight):
     """-log p(x) of ids x (n,) under logits (n, V), times weight (n,): (n,)."""
-    return weight * F.cross_entropy(logits, x, reduction="none")
+    return weight * cross_entropy(logits, x)
 
 
 # ---- drawing tokens
@@ -532,10 +531,16 @@ def nll_in_order(model, x, mask_id):
     everything = torch.ones(B, L, dtype=torch.bool)
     cache = model.cache(B, L, spare=L)
     h = ask_masks(model, cache, order, by_slot, unread, guessed, everything)     # (B L, C)
+    return nats_of(model, h, by_slot.flatten()).view(B, L).sum(1)    # (B,)
+
+
+def nats_of(model, h, ids):
+    """-log p of ids (N,) under what the states h (N, C) predict: (N,), float64. The head is
+    given some states at a time, see draw_tokens."""
     nats = []
-    for states, ids in zip(h.split(HEAD_ROWS), by_slot.flatten().split(HEAD_ROWS)):
-        nats.append(F.cross_entropy(model.head(states), ids, reduction="none").double())
-    return torch.cat(nats).view(B, L).sum(1)
+    for states, some in zip(h.split(HEAD_ROWS), ids.split(HEAD_ROWS)):
+        nats.append(cross_entropy(model.head(states), some).double())
+    return torch.cat(nats)
 
 
 def couple(model, h, x, was, mask_id, law=None):

@@ -91,12 +91,13 @@ class Sampling:
 
 
 def refuse_exact(steps, max_calls, model, path):
-    """Raise UserError where the flags ask for exact sampling that cannot be. steps: one or
-    several; path: the model's."""
-    # one value of --steps, or several
-    exact = steps == EXACT or isinstance(steps, list) and EXACT in steps
+    """Raise UserError where the flags ask for exact sampling that cannot be. steps: a list
+    of all that --steps asks for; path: the model's."""
+    exact = EXACT in steps
+    # one flag without the other
     if max_calls and not exact:
         raise UserError(f"--max_calls stops exact sampling early; give --steps {EXACT} too")
+    # a cache that is exact is what it needs
     if exact and model.config.attention == "full":
         raise UserError(f"{path} has full attention, where all tokens see each other; "
                         "exact sampling needs the order of reveal: python distill.py "
@@ -220,7 +221,7 @@ def main():
     model, content = load_model(config.checkpoint, procs.device)     # averaged weights
     tokenizer = make_tokenizer(content["tokenizer"])
 
-    refuse_exact(config.steps, config.max_calls, model, config.checkpoint)
+    refuse_exact([config.steps], config.max_calls, model, config.checkpoint)
     # every text begins with the same known tokens
     known = known_tokens(config, model, tokenizer)                   # (P,)
     prompts = known.expand(config.num_samples, -1)                   # (n, P)

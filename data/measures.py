@@ -10,6 +10,7 @@ import torch
 
 from data.dataset import copies, make_tokenizer, oracle, retokenise
 from model import nll
+from sample import EXACT
 
 JUDGED = 32                              # texts that the judge reads at a time
 NO_VALUE = (None, None)                  # neither a mean nor an error
@@ -156,15 +157,15 @@ def measure(x, judge, data):
 # ---- as text
 
 def step_key(steps):
-    """What to sort numbers of steps by: None, of data and AR, first, "exact" last."""
+    """What to sort numbers of steps by: None, of data and AR, first, EXACT last."""
     if steps is None:
         return 0
-    return math.inf if steps == "exact" else steps
+    return math.inf if steps == EXACT else steps
 
 
 def in_steps(steps):
     """"8 steps", or "exact"."""
-    return steps if steps == "exact" else f"{steps} steps"
+    return steps if steps == EXACT else f"{steps} steps"
 
 
 def summary(row):

@@ -16,6 +16,12 @@ from data.measures import in_steps, measure, summary, table
 from sample import EXACT, Sampling, draw_samples
 
 
+def round_files(folder):
+    """The checkpoints of the rounds in a folder of distill.py, in their order."""
+    # round10.pt comes after round9.pt
+    return sorted(folder.glob("round*.pt"), key=lambda path: (len(path.name), path.name))
+
+
 @dataclasses.dataclass
 class Exam:
     """What every model of a run is measured with, and where the rows go."""

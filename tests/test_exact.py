@@ -14,9 +14,9 @@ import diffusion
 from data.measures import mean_se
 from diffusion import (categorical, couple, nelbo, nll_in_order, sample, sample_exact,
                        sharpen)
-from model import ModelConfig, Transformer, generate
+from model import generate
 from tools import likelihood
-from toy import Ordered, all_sequences, chi_square, count
+from toy import Ordered, all_sequences, chi_square, count, network
 
 CLOSE = 1e-5
 LIMIT = 1e-6                     # a chi-square test fails below this chance
@@ -27,13 +27,9 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-def model_of(scale=5.0, **options):
-    defaults = dict(vocab=11, context=12, layers=3, heads=2, width=16, attention="reveal",
-                    positions="both")
-    model = Transformer(ModelConfig(**(defaults | options))).eval().requires_grad_(False)
-    for w in model.parameters():
-        w *= scale if w.ndim == 2 else 1
-    return model
+def model_of(**options):
+    """A network that knows places and distances, unless told otherwise."""
+    return network(**(dict(positions="both") | options))
 
 
 # ---- the coupling

@@ -147,7 +147,8 @@ def test_quality_against_calls_has_three_lines(tmp_path):
     rows and other rounds are left out. A picture where there is matplotlib. Exact."""
     def row(model, steps, calls, T=1.0, ahead=8, max_calls=None):
         return sample_row(model, steps, T, 2.0 + 1 / calls, 3.0) | {
-            "calls": calls, "ahead": ahead, "max_calls": max_calls, "folder": "f"}
+            "calls": calls, "ahead": ahead, "max_calls": max_calls, "folder": "f",
+            "length": 50}
     rows = [row("data", None, 1), row("ar", None, 50), row("teacher", 32, 32), row("teacher", 8, 8),
             row("teacher", "exact", 7), row("teacher", "exact", 6, ahead=10 ** 6),
             row("teacher", "exact", 6, T=0.5, ahead=10 ** 6),

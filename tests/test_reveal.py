@@ -19,8 +19,9 @@ import sample as sample_script
 import train
 from diffusion import categorical, nelbo, plan, q_sample, sample, sample_cached
 from helpers import call, make_dataset, refused
-from model import ModelConfig, Transformer, reveal_mask
+from model import reveal_mask
 from toy import all_sequences, chi_square, count
+from toy import network as model_of
 from tools import convert, exact
 
 CLOSE = 1e-5
@@ -30,14 +31,6 @@ LIMIT = 1e-6                     # a chi-square test fails below this chance
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
-
-
-def model_of(scale=5.0, **options):
-    defaults = dict(vocab=11, context=12, layers=3, heads=2, width=16, attention="reveal")
-    model = Transformer(ModelConfig(**(defaults | options))).eval().requires_grad_(False)
-    for w in model.parameters():
-        w *= scale if w.ndim == 2 else 1
-    return model
 
 
 def uncached(model, z, order, when, draw, seen):

@@ -9,6 +9,7 @@ import types
 import torch
 
 import diffusion
+from model import ModelConfig, Transformer
 
 
 def all_sequences(V, L):
@@ -147,6 +148,15 @@ def ancestral_law(joint, steps, chance=None):
             p *= log_p.gather(1, x[at][:, None]).exp().view(len(x), -1).prod(1)
         total += p
     return total
+
+
+def network(scale=5.0, **options):
+    """A small Transformer of random weights, large enough that every token matters."""
+    defaults = dict(vocab=11, context=12, layers=3, heads=2, width=16, attention="reveal")
+    model = Transformer(ModelConfig(**(defaults | options))).eval().requires_grad_(False)
+    for w in model.parameters():
+        w *= scale if w.ndim == 2 else 1
+    return model
 
 
 def count(x, V):

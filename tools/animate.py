@@ -27,6 +27,7 @@ from data.dataset import make_tokenizer
 from data.files import UserError, write
 from data.measures import in_steps
 from data.prompts import known_tokens
+from data.results import round_files
 from data.script import command, flag, package, parse_flags
 from diffusion import categorical, sample, sample_exact, sharpen
 from model import generate
@@ -448,8 +449,7 @@ def racers(config):
     if config.race:
         needed.insert(0, "ar.pt")
     missing = [name for name in needed if not (path / name).exists()]
-    # round10 comes after round9
-    rounds = sorted(path.glob("round*.pt"), key=lambda file: (len(file.name), file.name))
+    rounds = round_files(path)
     if not rounds and not missing:
         missing = ["round file"]
     if missing:
@@ -508,7 +508,7 @@ def recorder(config, procs, path, title, steps):
     length = config.length or model.config.context
     # what was asked for, or what a student was distilled for
     steps = steps or content.get("sampling_steps") or DEFAULT_STEPS
-    refuse_exact(steps, None, model, path)
+    refuse_exact([steps], None, model, path)
 
     def law(logits):
         return sharpen(logits, config.temperature, config.top_p)

@@ -6,6 +6,7 @@ import torch
 
 from common import load_model, seed_all
 from data.files import UserError
+from data.results import round_files
 from data.script import package
 from model import PRESETS, ModelConfig, Transformer
 from tools import figures
@@ -66,8 +67,7 @@ def files(config):
     paths = [folder / "ar.pt"]
     if (folder / "teacher.pt").exists():
         paths.append(folder / "teacher.pt")
-    # round10.pt comes after round9.pt
-    rounds = sorted(folder.glob("round*.pt"), key=lambda path: (len(path.name), path.name))
+    rounds = round_files(folder)
     if rounds:
         paths.append(rounds[-1])
     if len(paths) == 1 and paths[0].exists():

@@ -16,7 +16,7 @@ from common import Processes, fingerprint, load_model, start
 from data.dataset import Data, choices, load_data
 from data.files import UserError, write_json
 from data.measures import add_mean, in_steps, make_judge
-from data.results import sample_row
+from data.results import round_files, sample_row
 from data.script import command, flag, parse_flags
 from model import Transformer
 from sample import EXACT, Sampling
@@ -86,9 +86,7 @@ def open_folder(path, procs):
         raise UserError(f"{path}/teacher.pt has {teacher.config.attention} attention; name "
                         "a folder of distill.py --attention reveal")
     models = {"data": None, "ar": judge, "teacher": teacher}
-    # round10.pt comes after round9.pt
-    rounds = sorted(path.glob("round*.pt"), key=lambda file: (len(file.name), file.name))
-    for r, file in enumerate(rounds):
+    for r, file in enumerate(round_files(path)):
         models[f"round {r + 1}"], _ = load_model(file, procs.device, ("sdtt",))
     data = load_data(content["config"]["dataset"], procs)
     if content.get("data") not in (None, data.fingerprint):      # older ones do not say
@@ -156,11 +154,12 @@ def earlier_rows(path):
         return []
     try:
         rows = json.loads(Path(path).read_bytes())["rows"]
-        keys = [row["key"] for row in rows]              # every row of ours has one
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} cannot be read as rows of tools.exact "
-                        f"({type(e).__name__}); name another file")
-    return rows if keys else []
+        ours = all("key" in row for row in rows)
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{path} does not hold rows of tools.exact; name another file")
+    return rows
 
 
 def main():

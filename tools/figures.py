@@ -14,6 +14,7 @@ from pathlib import Path
 from data.files import UserError, write
 from data.measures import add_mean, in_steps, step_key
 from data.script import command, flag, package, parse_flags
+from sample import EXACT
 
 LOW = 0.1                            # nats of entropy below its measure that are marked
 
@@ -282,7 +283,7 @@ def draw_curve(rows, path):
     plt = pyplot()
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     # exact samples take no number of steps: they are in the table only
-    rows = [row for row in rows if row["steps"] != "exact"]
+    rows = [row for row in rows if row["steps"] != EXACT]
     columns = sorted({row["steps"] for row in rows if row["steps"]})
     of_axes = (("gen_ppl", "generative perplexity"), *ENTROPIES)
     for axis, (key, label) in zip(axes, of_axes):
@@ -361,15 +362,17 @@ def curves_of(rows):
     rounds = [row["model"] for row in own if row["model"].startswith("round")]
     curves = {"teacher, in steps": [], "student, in steps": [], "teacher, exact": []}
     for row in own:
-        if row["steps"] == "exact":
-            if row["model"] == "teacher" and row["ahead"] > 1000:
+        if row["steps"] == EXACT:
+            # with the whole text guessed in every call
+            if row["model"] == "teacher" and row["ahead"] >= row["length"]:
                 curves["teacher, exact"].append(row)
         elif row["model"] == "teacher":
             curves["teacher, in steps"].append(row)
         elif rounds and row["model"] == rounds[-1]:
             curves["student, in steps"].append(row)
-    return {title: sorted(some, key=lambda row: row["calls"])
-            for title, some in curves.items() if some}
+    for some in curves.values():
+        some.sort(key=lambda row: row["calls"])
+    return {title: some for title, some in curves.items() if some}
 
 
 @picture

@@ -13,8 +13,8 @@ import torch
 from data.files import UserError
 from data.lambada.prepare import WORD
 from data.measures import NO_VALUE, add_mean, exp, mean_se
-from diffusion import HEAD_ROWS, nll_in_order, states_at
-from model import cross_entropy, nll, shifted
+from diffusion import nats_of, nll_in_order, states_at
+from model import nll, shifted
 
 LONGEST = 5                  # tokens of a word whose orders are enumerated: 120
 DRAWS = 16                   # maskings for the bound of a longer one
@@ -28,13 +28,8 @@ def token_nats(model, z, x, rank=None):
     L)."""
     at = z != x                                                      # (B, L), N of them
     h = states_at(model, z, at, rank)                                # (N, C)
-    # the head, for some of the N at a time
-    nats = []
-    for states, ids in zip(h.split(HEAD_ROWS), x[at].split(HEAD_ROWS)):
-        nats.append(cross_entropy(model.head(states), ids).double())
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    if nats:
-        out[at] = torch.cat(nats)
+    out[at] = nats_of(model, h, x[at])
     return out
 
 
