@@ -21,12 +21,13 @@ from dataclasses import dataclass
 import torch
 
 from common import Processes, start
+from data.cost import counted_calls
 from data.files import UserError, write_json
 from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
 from data.script import command, flag, parse_flags
 from diffusion import categorical, sample, sample_exact, sample_joint
 from model import PRESETS, KVCache, decode, generate
-from sample import EXACT, Sampling, counted_calls, draw_samples
+from sample import EXACT, Sampling, draw_samples
 from tools import figures
 from tools.bench_setup import checkpoints, random_weights, set_defaults
 from tools.crossover import against_ar

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (Run, agree, broadcast, fingerprint, first, load_model, make_optimizers,
-                    resume, start)
+from common import agree, broadcast, first, make_optimizers, start
+from data.checkpoints import Run, fingerprint, load_model, resume
 from data.dataset import load_data
 from data.files import UserError, hold
 from data.measures import make_judge

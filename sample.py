@@ -11,16 +11,14 @@ The checkpoint is all that is needed. Token draws are exact, in float64; --tempe
 watch a text being written, alone or as a race: python -m tools.animate.
 """
 import argparse
-import contextlib
 import sys
-import typing
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
-from common import load_model, seed_all, start
+from common import seed_all, spread, start
+from data.checkpoints import load_model
+from data.cost import Cost, calls_as_text, counted_calls
 from data.dataset import make_tokenizer
 from data.files import UserError
 from data.prompts import known_tokens
@@ -136,29 +134,6 @@ def draw_batch(model, known, sampling):
     return sample(model, z, sampling.steps, model.mask_id, draw), None
 
 
-class Cost(typing.NamedTuple):
-    """What a batch of texts cost."""
-    nfe: int                     # calls of the network (number of function evaluations)
-    calls: list                  # that each text took; the most of them is nfe
-    reads: int                   # positions that the network read, of all texts
-
-
-@contextlib.contextmanager
-def counted_calls(model):
-    """A list that gets an entry for each call of the network inside the `with`, the number
-    of positions that it read: every call embeds tokens exactly once."""
-    reads = []
-
-    def embedded(module, args, output):
-        reads.append(args[0].numel())    # ids of all positions that this call reads
-
-    hook = model.embed.register_forward_hook(embedded)
-    try:
-        yield reads
-    finally:
-        hook.remove()                                                # also after an error
-
-
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):
     """n texts (n, L) on the CPU, drawn as `sampling` says, in all processes together; each
     returns all of them. With the same seed and steps models of one shape reveal in the same
@@ -183,35 +158,6 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
     if costs is not None:
         costs.extend(cost for _, cost in results)
     return torch.cat([x for x, _ in results])                        # (n, L)
-
-
-def spread(parts, f, procs, title=None):
-    """[f(part) for part in parts], dealt out to the processes in turn; each returns all
-    results. title: of a progress bar."""
-    parts = list(parts)
-    hidden = title is None or procs.rank > 0         # only process 0 shows a bar
-    # this process does parts number rank, rank + world, rank + 2 world, ...
-    bar = tqdm(parts[procs.rank::procs.world], desc=title, leave=False, ncols=90,
-               disable=hidden)
-    mine = [f(part) for part in bar]                                 # the work is here
-    everyone = [mine]
-    if procs.world > 1:
-        everyone = [None for _ in range(procs.world)]
-        dist.all_gather_object(everyone, mine)       # everyone[rank] is mine there
-    # part i was process (i mod world)'s, as its (i div world)-th
-    return [everyone[i % procs.world][i // procs.world] for i in range(len(parts))]
-
-
-def calls_as_text(costs, max_calls):
-    """What exact sampling cost, in a line for the reader."""
-    calls = []                           # of each text
-    for cost in costs:
-        calls += cost.calls
-    mean = sum(calls) / len(calls)
-    text = f"calls of the network: {mean:.1f} a text, {max(calls)} at most"
-    if max_calls and max(calls) == max_calls:
-        text += "; texts that were stopped there are not exact"
-    return text
 
 
 def main():

@@ -6,13 +6,13 @@
 
 Interrupt it at any time: the same command goes on from the last checkpoint, and ends with
 the same weights. `fit` is the project's only training loop: distill.py's rounds use it too.
-Devices, optimizers, checkpoints and the Run that goes on are in common.py.
+Devices and optimizers are in common.py, checkpoints and the Run that goes on in
+data/checkpoints.py.
 """
 import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -22,10 +22,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (Run, agree, ema_update, fingerprint, finite, first, load_checkpoint,
-                    load_model, lr_factor, make_optimizers, resume, save, seed_all, start)
+from common import agree, ema_update, first, lr_factor, make_optimizers, seed_all, start
+from data.checkpoints import (Run, fingerprint, finite, load_checkpoint, load_model, resume,
+                              save)
 from data.dataset import load_data
-from data.files import UserError, hold, reason, remedy, to_json, write
+from data.files import UserError, hold
+from data.log import rewind_log, write_log
 from data.script import GOES_ON, command, flag, parse_flags
 from diffusion import nelbo, nll_in_order
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
@@ -320,35 +322,6 @@ def validate(model, loss, data, config, batches=4):
             x = data.batch("val", size, model.config.context, device)    # (size, L)
             total += loss(model, x).item() / batches
     return total
-
-
-def write_log(procs, run, **entry):
-    """One line for the reader, one line of JSON beside the checkpoint."""
-    if procs.rank > 0:
-        return
-    # for the reader; tqdm.write keeps the bar whole
-    tqdm.write(f"{run.path.stem}: step {run.step}, loss {entry['loss']:.4f}, validation "
-               f"{entry['val_loss']:.4f}, {entry['tokens_per_s']:,.0f} tokens/s")
-    # for programs, and for the learning curves
-    path = run.path.with_suffix(".jsonl")
-    try:
-        with open(path, "a") as f:       # a stop leaves all earlier lines
-            f.write(to_json({"step": run.step, **entry}) + "\n")
-    except OSError as e:
-        raise UserError(f"{path} cannot be written ({reason(e)}); {remedy(e)}")
-
-
-def rewind_log(run):
-    """Drop the lines after run.step: a run may have been stopped after it wrote a line and
-    before it wrote a checkpoint."""
-    path = run.path.with_suffix(".jsonl")
-    lines = []
-    if path.exists() and run.step:
-        # what no line end follows is half a line
-        lines = path.read_text().split("\n")[:-1]
-    # the log is written anew, whole or not at all
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
-    write(path, lambda f: f.write("".join(kept).encode()))
 
 
 # ---- pretraining

@@ -1,8 +1,8 @@
 """Checkpoints that today's code did not write: those of older versions, and files of
 others.
 
-common.load_checkpoint asks here what it holds in its hands, so that a mistake ends in a
-sentence which names the file's maker and the way to use it.
+load_checkpoint asks here what it holds in its hands, so that a mistake ends in a sentence
+which names the file's maker and the way to use it.
 """
 import pickle
 

@@ -13,6 +13,7 @@ import torch
 
 import common
 import sample
+from data import checkpoints
 from data.dataset import make_tokenizer
 from diffusion import categorical, sample_exact
 from diffusion import sample as diffusion_sample
@@ -322,7 +323,7 @@ def made(tmp_path_factory):
     for name, kind, attention in (("ar", "ar", "causal"), ("teacher", "mdlm", "full"),
                                   ("round1", "sdtt", "full"), ("round10", "sdtt", "full")):
         model = network(attention)
-        common.save_checkpoint(
+        checkpoints.save_checkpoint(
             top / f"{name}.pt", kind=kind, model_config=model.config.__dict__,
             model=model.state_dict(), ema=model.state_dict(), optimizer=[], step=1, steps=1,
             seconds=1.0, config={}, tokenizer=WORDS.spec)
@@ -372,7 +373,7 @@ def test_a_race_has_a_fourth_runner_where_the_teacher_can_sample_exactly(made, c
     for name in ("ar", "round1"):
         shutil.copy(made / f"{name}.pt", tmp_path)
     model = network("reveal")
-    common.save_checkpoint(
+    checkpoints.save_checkpoint(
         tmp_path / "teacher.pt", kind="mdlm", model_config=model.config.__dict__,
         model=model.state_dict(), ema=model.state_dict(), optimizer=[], step=1, steps=1,
         seconds=1.0, config={}, tokenizer=WORDS.spec)

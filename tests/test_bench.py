@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import common
 import distill
+from data import checkpoints
 from diffusion import sample
 from helpers import call, refused
 from model import PRESETS, ModelConfig, Transformer
@@ -247,7 +247,7 @@ def folder(tmp_path, monkeypatch):
 def save(path, vocab, names=("ar", "teacher", "round1", "round2")):
     for name in names:
         model = model_of(vocab=vocab, attention="causal" if name == "ar" else "full")
-        common.save_checkpoint(
+        checkpoints.save_checkpoint(
             path / f"{name}.pt", kind={"ar": "ar", "teacher": "mdlm"}.get(name, "sdtt"),
             model_config=dataclasses.asdict(model.config), model=model.state_dict(),
             ema=model.state_dict(), optimizer=[], step=0, steps=0, seconds=0.0, config={},

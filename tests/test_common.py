@@ -17,8 +17,7 @@ import threading
 import pytest
 import torch
 
-import common
-from data import files, script
+from data import checkpoints, files, script
 from model import ModelConfig, Transformer
 
 
@@ -297,7 +296,7 @@ def test_foreign_checkpoint_is_called_what_it_is(tmp_path, kind, said):
     path = tmp_path / "model.pt"
     path.write_bytes(content(kind))
     with pytest.raises(files.UserError, match=f"{path}.*({said})") as e:
-        common.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     assert "delete" not in str(e.value) and "remove" not in str(e.value)
     assert path.read_bytes() == content(kind)
 
@@ -307,7 +306,7 @@ def test_folder_given_as_a_checkpoint_is_told_apart(tmp_path, inside, said):
     """Of published weights, or of checkpoints."""
     (tmp_path / inside).touch()
     with pytest.raises(files.UserError, match=f"{tmp_path} is a folder.*{said}"):
-        common.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
 
 
 def test_checkpoint_that_may_not_be_read_says_why(tmp_path, monkeypatch):
@@ -316,7 +315,7 @@ def test_checkpoint_that_may_not_be_read_says_why(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(files.UserError, match="Permission denied"):
-        common.load_checkpoint(tmp_path / "x.pt")
+        checkpoints.load_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("spoil, said", [("nan", "not finite"), ("width", "do not fit"),
@@ -332,8 +331,8 @@ def test_checkpoint_whose_weights_cannot_be_used_is_refused(tmp_path, spoil, sai
     else:
         sizes["unknown"] = 1
     path = tmp_path / "x.pt"
-    common.save_checkpoint(path, kind="mdlm", model_config=sizes, model={}, optimizer=[], step=1,
+    checkpoints.save_checkpoint(path, kind="mdlm", model_config=sizes, model={}, optimizer=[], step=1,
                            ema=model.state_dict(), steps=1, seconds=0.0, config={},
                            tokenizer={"kind": "gpt2"})
     with pytest.raises(files.UserError, match=f"{path}.*{said}"):
-        common.load_model(path)
+        checkpoints.load_model(path)

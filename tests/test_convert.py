@@ -20,7 +20,7 @@ import common
 import distill
 import sample
 import train
-from data import measures
+from data import checkpoints, measures
 from data.dataset import write_data
 from data.files import UserError
 from helpers import call, refused
@@ -251,7 +251,7 @@ def ours(tmp_path, words=tuple(f"w{i}" for i in range(10)), **options):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     path = tmp_path / "ours.pt"
-    common.save_checkpoint(
+    checkpoints.save_checkpoint(
         path, kind="mdlm", model_config=vars(model.config), model=model.state_dict(),
         ema=model.state_dict(), optimizer=[], step=0, steps=0, seconds=0.0, config={},
         tokenizer=dict(kind="words", items=list(words)))
@@ -266,7 +266,7 @@ def test_export_and_import_give_the_same_model(tmp_path, capsys, positions):
     said = "no place for" in capsys.readouterr().out
     assert said == (positions == "both")
     call(convert, tmp_path / "out", "--out", tmp_path / "again.pt")
-    again, content = common.load_model(tmp_path / "again.pt")
+    again, content = checkpoints.load_model(tmp_path / "again.pt")
     assert again.config == model.config and content["tokenizer"]["items"][3] == "w3"
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
@@ -294,7 +294,7 @@ def test_attention_learns_no_biases_where_mdlm_has_none(tmp_path, monkeypatch):
     call(distill, "--dataset", "d", "--rounds", 1, "--teacher_steps", 4, "--steps_per_round", 2,
          "--samples", 2, "--batch", 2, "--context", 8)
     for name in ("teacher", "round1"):
-        state = common.load_checkpoint(tmp_path / "out" / "d-nano" / f"{name}.pt")["model"]
+        state = checkpoints.load_checkpoint(tmp_path / "out" / "d-nano" / f"{name}.pt")["model"]
         for key, tensor in state.items():
             bias = "qkv.bias" in key or "attn_out.bias" in key
             assert bias != bool(tensor.any()), key
@@ -312,7 +312,7 @@ def test_scripts_run_on_converted_checkpoints(tmp_path, monkeypatch, capsys, mdl
     gpt2 = publish(tmp_path / "gpt2", GPT2 | {"vocab_size": 30}, gpt2_tensors(V=30))
     for folder in (mdlm, gpt2):
         call(convert, folder)
-    assert common.load_checkpoint("out/mdlm.pt")["kind"] == "mdlm"
+    assert checkpoints.load_checkpoint("out/mdlm.pt")["kind"] == "mdlm"
     call(sample, "out/mdlm.pt", "--steps", 3, "--prompt", "5 7", "--num_samples", 2)
     call(sample, "out/gpt2.pt", "--num_samples", 1)
     lines = capsys.readouterr().out.splitlines()[-3:]
@@ -347,7 +347,7 @@ def test_a_judge_with_other_tokens_reads_text(tmp_path, monkeypatch, capsys):
     model = Transformer(ModelConfig(11, 12, 1, 2, 16, attention="causal")).eval()
     torch.nn.init.normal_(model.lm_head.weight)
     spec = dict(kind="chars", items=list("abcdefghij "))
-    common.save_checkpoint(
+    checkpoints.save_checkpoint(
         Path("judge.pt"), kind="ar", model_config=vars(model.config), model=model.state_dict(),
         ema=model.state_dict(), optimizer=[], step=0, steps=0, seconds=0.0, config={},
         tokenizer=spec)
@@ -379,7 +379,7 @@ def test_revisions_of_sdtt_say_how_many_steps_they_are_for(tmp_path, monkeypatch
                                   ("scaling_400k_sm_step_10000", "sdtt", 512),
                                   ("teacher_400k_md_step_400000", "mdlm", None)):
         convert.convert(f"owner/sdtt@{revision}", tmp_path / "c.pt")
-        content = common.load_checkpoint(tmp_path / "c.pt")
+        content = checkpoints.load_checkpoint(tmp_path / "c.pt")
         assert (content["kind"], content["sampling_steps"]) == (kind, steps)
         assert asked[-1] == ("owner/sdtt", revision)
 
@@ -542,7 +542,7 @@ def test_rows_beyond_gpt2s_tokens_are_left_out_and_it_is_said(tmp_path, capsys, 
     folder = publish(tmp_path / "m", config, gpt2_tensors(V, 4, 1, 8))
     call(convert, folder, "--out", tmp_path / "c.pt")
     assert f"last {V - 50257} of its {V:,} rows" in capsys.readouterr().out
-    model, content = common.load_model(tmp_path / "c.pt")
+    model, content = checkpoints.load_model(tmp_path / "c.pt")
     assert model.config.vocab == 50257 and content["tokenizer"] == {"kind": "gpt2"}
     whole, x = convert.load_published(folder), torch.tensor([[5, 50256, 7]])
     expected = whole(x)[..., :50257].log_softmax(-1)

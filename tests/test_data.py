@@ -30,7 +30,7 @@ import torch
 import common
 import distill
 import train
-from data import corpus, dataset, files
+from data import checkpoints, corpus, dataset, files
 from data.openwebtext import prepare as openwebtext
 from data.lambada import prepare as lambada
 from data.pydoc import prepare as pydoc
@@ -407,7 +407,7 @@ def test_a_folder_prepared_by_nanogpt_trains_and_distils(tmp_path, monkeypatch):
         call(train, *flags, "--objective", objective, "--steps", 1)
     call(distill, *flags, "--rounds", 1, "--teacher_steps", 2, "--steps_per_round", 1,
          "--samples", 2)
-    content = common.load_checkpoint("out/x-nano/round1.pt")
+    content = checkpoints.load_checkpoint("out/x-nano/round1.pt")
     assert content["tokenizer"] == {"kind": "gpt2"} and content["model_config"]["vocab"] == 50257
     assert (tmp_path / "out/x-nano/samples.txt").stat().st_size > 100
 

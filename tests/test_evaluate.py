@@ -12,7 +12,7 @@ import common
 import sample
 import toy
 from common import Processes
-from data import dataset
+from data import checkpoints, dataset
 from data.files import UserError
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
@@ -32,7 +32,7 @@ def random_model(attention="full", vocab=10, context=12, seed=0, scale=6):
 
 
 def save(path, kind, model, data, tokenizer=WORDS):
-    common.save_checkpoint(
+    checkpoints.save_checkpoint(
         path, kind=kind, model_config=model.config.__dict__, model=model.state_dict(),
         ema=model.state_dict(), optimizer=[], step=1, steps=1, seconds=1.0,
         config={"dataset": str(data)}, tokenizer=tokenizer)
@@ -78,7 +78,7 @@ def test_exact_samples_of_two_processes_are_those_of_one(attention, monkeypatch)
         if len(drawn) < 2:
             raise Drawn
         everyone[:] = [drawn[0], drawn[1]]
-    monkeypatch.setattr(sample.dist, "all_gather_object", gather)
+    monkeypatch.setattr(common.dist, "all_gather_object", gather)
     costs = []
     alone = sample.draw_samples(model, 70, sampling, CPU, costs=costs)
     for rank in (0, 1, 0):               # the first time 0 has nobody to ask

@@ -4,8 +4,8 @@ import json
 
 import torch
 
-import common
 import distill
+from data import checkpoints
 from data.stories import language
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
@@ -17,7 +17,7 @@ STORIES = dict(kind="words", items=language.VOCABULARY)
 def save(path, dataset="stories", kind="sdtt", **more):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(len(language.VOCABULARY), 50, 1, 2, 16))
-    common.save_checkpoint(
+    checkpoints.save_checkpoint(
         path, kind=kind, model_config=model.config.__dict__, model=model.state_dict(),
         ema=model.state_dict(), optimizer=[], step=1, steps=1, seconds=1.0, tokenizer=STORIES,
         config=dataclasses.asdict(distill.DistillConfig(dataset=str(dataset))), **more)

@@ -12,7 +12,7 @@ import torch
 import common
 import distill
 import train
-from data import files
+from data import checkpoints, files
 from helpers import call, make_dataset
 
 ROOT = Path(common.__file__).resolve().parent
@@ -62,8 +62,8 @@ def runs(tmp_path_factory):
                                           ("distill.py", "round2")])
 def test_two_processes_give_the_losses_and_weights_of_one(runs, script, name):
     """The micro-batches are the same; only the order of float32 sums differs: 1e-7 to 1e-6 was
-    seen, and 3e-2 where gradients are not averaged. AdamW, because Muon orthogonalises in bfloat16
-    and carries rounding further (1e-4 after four steps). No false alarm but by another rounding."""
+    seen, and 3e-2 where gradients are not averaged. AdamW, because Muon's
+    iteration carries rounding further. No false alarm but by another rounding."""
     logs = [[json.loads(line) for line in (runs[script, n] / f"{name}.jsonl").read_text()
              .splitlines()] for n in (1, 2)]
     assert len(logs[0]) == len(logs[1]) == {"teacher": 6}.get(name, 4)
@@ -100,7 +100,7 @@ def test_micro_batches_that_do_not_fill_the_batch_are_refused():
 WAY = """
 import sys, time
 import common, distill, train
-from data import files, script
+from data import checkpoints, files, script
 
 distill.COLUMNS[:] = [8]
 usual, c = train.TrainConfig.__post_init__, train.TrainConfig
@@ -111,7 +111,7 @@ def few_steps(c):
     usual(c)
 
 
-def save_late(run, save=common.save):        # by process 0, while the other one has nothing to do
+def save_late(run, save=checkpoints.save):        # by process 0, while the other one has nothing to do
     time.sleep(0.5)
     save(run)
 
@@ -153,11 +153,11 @@ def test_processes_that_train_on_the_way_distil_from_one_teacher(tmp_path):
         "--dataset", str(make_dataset(tmp_path / "data")), "--out", str(tmp_path / "out"),
         "--rounds", "2", "--teacher_steps", "8", "--steps_per_round", "2", "--samples", "2",
         "--batch", "6", "--micro_batch", "3", "--save_every", "3", "--device", "cpu"])
-    teacher = common.load_model(tmp_path / "out/teacher.pt")[0]
+    teacher = checkpoints.load_model(tmp_path / "out/teacher.pt")[0]
     held = [[line for line in output.splitlines() if line.startswith("teachers of round")]
             for output in outputs]
     assert held[0] == held[1] and len(held[0]) == 2
-    assert held[0][0] == f"teachers of round 1 {common.fingerprint(teacher)}"
+    assert held[0][0] == f"teachers of round 1 {checkpoints.fingerprint(teacher)}"
     for output in outputs:
         assert "refused: the processes hold different ranks ([0, 1])" in output
         assert "refused: by the first" in output
@@ -185,7 +185,7 @@ def test_run_keeps_its_micro_batches_where_other_processes_can_deal_them_out(cap
     """Their size decides the noise. Begun by 4 processes (8 sequences each of 32), 1 and 2 go on as
     it was, without a word; 8 cannot, and it is said; --micro_batch is what it is. Exact."""
     def run(begun):
-        return common.Run(Path("teacher.pt"), 9, None, None, [], {}, micro=begun)
+        return checkpoints.Run(Path("teacher.pt"), 9, None, None, [], {}, micro=begun)
 
     def go_on(world, begun, **flags):
         c = train.TrainConfig(batch=32, **flags)

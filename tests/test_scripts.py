@@ -19,7 +19,7 @@ import common
 import distill
 import sample
 import train
-from data import prompts, script
+from data import checkpoints, prompts, script
 from data.dataset import make_tokenizer, write_data
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
@@ -135,7 +135,7 @@ def test_without_samples_there_are_rounds_and_no_table(made, tmp_path, capsys):
     call(distill, *argv, "--samples", 0, "--out", tmp_path / "a")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["round1.jsonl", "round1.pt"]
     call(distill, *argv, "--samples", 4, "--judge", made / "out/ar.pt", "--out", tmp_path / "b")
-    one, two = (common.load_checkpoint(tmp_path / name / "round1.pt")["ema"] for name in "ab")
+    one, two = (checkpoints.load_checkpoint(tmp_path / name / "round1.pt")["ema"] for name in "ab")
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert (tmp_path / "b/results.json").exists()
 

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from common import load_checkpoint, load_model, seed_all, start
+from common import seed_all, start
+from data.checkpoints import load_checkpoint, load_model
 from data.dataset import make_tokenizer
 from data.files import UserError, write
 from data.measures import in_steps

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from common import load_model, seed_all
+from common import seed_all
+from data.checkpoints import load_model
 from data.files import UserError
 from data.results import round_files
 from data.script import package

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import load_checkpoint, save_checkpoint
+from data.checkpoints import load_checkpoint, save_checkpoint
 from data.dataset import make_tokenizer
 from data.files import UserError, reason, write
 from data.script import command, flag, package, parse_flags

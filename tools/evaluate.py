@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import Processes, load_model, seed_all, start
+from common import Processes, seed_all, spread, start
+from data.checkpoints import load_model
 from data.dataset import Data, load_data, make_tokenizer
 from data.files import UserError, read_text, write_json
 from data.lambada.prepare import parse_lambada
@@ -27,8 +28,7 @@ from data.measures import (NO_VALUE, add_mean, exp, make_judge, mean_se, perplex
 from data.results import sample_row
 from data.script import command, flag, package, parse_flags
 from model import Transformer
-from sample import (BATCH, EXACT, Sampling, draw_samples, refuse_exact, spread,
-                    steps_or_exact)
+from sample import BATCH, EXACT, Sampling, draw_samples, refuse_exact, steps_or_exact
 from tools import figures, likelihood
 from tools.metrics import diversity, mauve, self_bleu
 

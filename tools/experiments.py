@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 import distill
-from common import ROOT, Processes, fingerprint, load_model
+from common import ROOT, Processes
+from data.checkpoints import fingerprint, load_model
 from data.dataset import load_data
 from data.files import UserError, to_json, write, write_json
 from data.measures import make_judge

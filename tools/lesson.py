@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from common import Processes, load_model, seed_all
+from common import Processes, seed_all
+from data.checkpoints import load_model
 from data.dataset import load_data, make_tokenizer
 from data.files import UserError
 from data.script import command, flag, parse_flags
