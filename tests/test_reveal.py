@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import bench
-import common
 import distill
 import sample as sample_script
 import train
+from data import checkpoints
 from diffusion import categorical, nelbo, plan, q_sample, sample, sample_cached
 from helpers import call, make_dataset, refused
 from model import reveal_mask
@@ -214,7 +214,7 @@ ROUNDS = [*SHORT, "--rounds", 2, "--teacher_steps", 8, "--steps_per_round", 2, "
 
 
 def attention_of(path):
-    return common.load_model(path)[0].config.attention
+    return checkpoints.load_model(path)[0].config.attention
 
 
 def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
@@ -231,10 +231,15 @@ def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
     columns = json.loads((folder / "out/d-nano-reveal/results.json").read_text())["rows"]
     assert {row["model"] for row in columns if row["steps"] == "exact"} == {
         "teacher", "round 1", "round 2"}
-    for wanted in (40, 40):
+    for wanted in (42, 42):
         call(exact, "out/d-nano-reveal", "--samples", 4, "--json", "exact.json")
         rows = json.loads((folder / "exact.json").read_text())["rows"]
         assert len(rows) == len({row["key"] for row in rows}) == wanted
+    # other temperatures of teacher and rounds are added to the rows that are there
+    call(exact, "out/d-nano-reveal", "--samples", 4, "--what", "heat", "--json", "exact.json")
+    heated = json.loads((folder / "exact.json").read_text())["rows"]
+    assert len(heated) == 42 + 3 * len(exact.HEAT)
+    assert {row["divergence"] for row in heated if row["model"] == "round 1"} == {"kld"}
     call(exact, "out/d-nano-reveal", "--samples", 4, "--lengths", 5, 12, "--json", "grow.json")
     grown = json.loads((folder / "grow.json").read_text())["rows"]
     assert len(grown) == 8 and {row["length"] for row in grown} == {5, 12}
@@ -251,10 +256,10 @@ def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
     flags = [*ROUNDS, "--attention", "reveal", "--teacher", "out/d-nano/teacher.pt",
              "--judge", "out/d-nano-reveal/ar.pt", "--out", "out/adapted"]
     call(distill, *flags)
-    teacher = common.load_checkpoint("out/adapted/teacher.pt")
+    teacher = checkpoints.load_checkpoint("out/adapted/teacher.pt")
     assert teacher["config"]["init"] == "out/d-nano/teacher.pt"
     assert attention_of("out/adapted/round2.pt") == "reveal"
-    first = common.load_checkpoint("out/d-nano/teacher.pt")["ema"]
+    first = checkpoints.load_checkpoint("out/d-nano/teacher.pt")["ema"]
     moved = [(first[k] - teacher["model"][k]).abs().max() for k in first]
     assert 0 < max(moved) < 0.1                          # 2 small steps from the given weights
     call(distill, *flags)                                # again: nothing to do
@@ -275,7 +280,7 @@ def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
 def test_a_start_with_other_tokens_is_refused(folder, capsys):
     """One sentence. No chance involved."""
     model = model_of(vocab=10)
-    common.save_checkpoint(
+    checkpoints.save_checkpoint(
         folder / "m.pt", kind="mdlm", model_config=vars(model.config), model=model.state_dict(),
         ema=model.state_dict(), optimizer=[], step=0, steps=0, seconds=0.0, config={},
         tokenizer=dict(kind="words", items=[f"x{i}" for i in range(10)]))
@@ -288,7 +293,7 @@ def test_checkpoints_from_before_there_was_a_choice_still_load(folder):
         model = model_of(attention=attention)
         sizes = vars(model.config) | {"causal": causal}
         del sizes["attention"]
-        common.save_checkpoint(
+        checkpoints.save_checkpoint(
             folder / "m.pt", kind="mdlm", model_config=sizes, model=model.state_dict(),
             ema=model.state_dict(), optimizer=[], step=0, steps=0, seconds=0.0, config={},
             tokenizer={})
@@ -299,7 +304,7 @@ def test_reveal_cannot_be_exported_to_code_that_lacks_it(folder, capsys):
     """MDLM's. No chance involved."""
     pytest.importorskip("safetensors")
     model = model_of()
-    common.save_checkpoint(
+    checkpoints.save_checkpoint(
         folder / "m.pt", kind="mdlm", model_config=vars(model.config), model=model.state_dict(),
         ema=model.state_dict(), optimizer=[], step=0, steps=0, seconds=0.0, config={},
         tokenizer={})

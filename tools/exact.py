@@ -2,30 +2,32 @@
 teacher and of each round in few steps, sampled exactly, cooled, and stopped early.
 
     python -m tools.exact out/stories-nano-reveal --json exact.json
+    python -m tools.exact out/stories-nano-reveal --what heat --json exact.json
     python -m tools.exact out/pydoc-nano-reveal --lengths 16 32 64 --json growth.json
 
 Each folder is one that distill.py --attention reveal made. Rows that the file has already
-are kept, so a run that was stopped goes on.
+are kept, so a run that was stopped goes on. tools.envelope compares at equal diversity.
 """
 import dataclasses
 import json
 import sys
 from pathlib import Path
 
-from common import Processes, fingerprint, load_model, start
+from common import Processes, start
+from data.checkpoints import fingerprint, load_model
 from data.dataset import Data, choices, load_data
 from data.files import UserError, write_json
 from data.measures import add_mean, in_steps, make_judge
 from data.results import round_files, sample_row
 from data.script import command, flag, parse_flags
-from model import Transformer
 from sample import EXACT, Sampling
 from tools import figures
 from tools.evaluate import with_oracle
 from tools.metrics import choice_entropy
 
 STEPS = [4, 8, 16, 32]                   # of teacher and students
-COOLED = [0.5, 0.6, 0.7, 0.8, 0.9]       # temperatures of the exact teacher, and of AR
+COOLED = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]  # temperatures of the exact teacher, and of AR
+HEAT = [0.3, 0.5, 0.7, 0.85, 1.2, 1.5]   # of teacher and students in 8 steps
 STOPS = [1, 2, 3, 4, 5, 6, 8]            # calls after which the exact teacher is stopped
 ALL = 10 ** 6                            # slots ahead: all there are
 
@@ -36,6 +38,12 @@ class ExactConfig:
     folders: list[str]                   # the arguments without --
     lengths: list[int] | None = flag(
         None, "only this: the calls of teacher and AR for texts of so many tokens", low=2)
+    what: list[str] | None = flag(
+        None, "groups of rows [steps exact]; steps: teacher and rounds in few steps; exact: "
+        "they and AR sampled exactly, cooled, and stopped early; heat: teacher and rounds "
+        "in 8 steps at other temperatures", choices=["steps", "exact", "heat"])
+    judge: str | None = flag(
+        None, "AR checkpoint that reads all texts [ar.pt of the first folder]")
     samples: int = flag(512, "texts for each row", low=2)
     seed: int = flag(0, "seed of the samples")
     json: str | None = flag(None, "file for the rows, and for those of an earlier run")
@@ -43,27 +51,38 @@ class ExactConfig:
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
 
 
-def settings(name, model, lengths):
+def settings(name, model, what):
     """How the texts of a model are drawn, for each of its rows: fields of a Sampling.
-    lengths: see ExactConfig."""
-    if lengths:
-        if name not in ("ar", "teacher"):
-            return []
-        rows = []
-        for n in lengths:
-            rows += [dict(steps=EXACT, ahead=ahead, length=n) for ahead in (8, ALL)]
-        return rows
-    if model is None:
+    what: see ExactConfig."""
+    if model is None:                                    # the data
         return [dict(steps=None)]
+    rows = []
     if name == "ar":
-        rows = [dict(steps=None), dict(steps=EXACT), dict(steps=EXACT, ahead=ALL)]
-        return rows + [dict(steps=None, temperature=T) for T in COOLED]
-    rows = [dict(steps=steps) for steps in STEPS]
-    rows += [dict(steps=EXACT), dict(steps=EXACT, ahead=ALL)]
-    if name == "teacher":
+        rows.append(dict(steps=None))
+        if "exact" in what:
+            rows += [dict(steps=EXACT), dict(steps=EXACT, ahead=ALL)]
+            rows += [dict(steps=None, temperature=T) for T in COOLED]
+        return rows
+    # a diffusion model
+    if "steps" in what:
+        rows += [dict(steps=steps) for steps in STEPS]
+    if "exact" in what:
+        rows += [dict(steps=EXACT), dict(steps=EXACT, ahead=ALL)]
+    if "exact" in what and name == "teacher":
         rows.append(dict(steps=1024))
         rows += [dict(steps=EXACT, ahead=ALL, temperature=T) for T in COOLED]
         rows += [dict(steps=EXACT, ahead=ALL, max_calls=n) for n in STOPS]
+    if "heat" in what:
+        rows += [dict(steps=8, temperature=T) for T in HEAT]
+    return rows
+
+
+def of_lengths(name, lengths):
+    """settings with --lengths: teacher and AR, sampled exactly, of each length."""
+    rows = []
+    if name in ("ar", "teacher"):
+        for n in lengths:
+            rows += [dict(steps=EXACT, ahead=ahead, length=n) for ahead in (8, ALL)]
     return rows
 
 
@@ -73,42 +92,46 @@ class Folder:
     name: str
     models: dict                 # {"data": None, "ar": ..., "teacher": ..., "round 1": ...}
     data: Data
-    judge: Transformer
     dataset: str
     seed: int                    # of its training
+    divergence: str | None       # of its rounds
 
 
 def open_folder(path, procs):
     """The Folder at a path. Raises UserError where it is none, or of full attention."""
-    judge, _ = load_model(path / "ar.pt", procs.device, ("ar",))
+    ar, _ = load_model(path / "ar.pt", procs.device, ("ar",))
     teacher, content = load_model(path / "teacher.pt", procs.device, ("mdlm",))
     if teacher.config.attention != "reveal":
         raise UserError(f"{path}/teacher.pt has {teacher.config.attention} attention; name "
                         "a folder of distill.py --attention reveal")
-    models = {"data": None, "ar": judge, "teacher": teacher}
+    models, divergence = {"data": None, "ar": ar, "teacher": teacher}, None
     for r, file in enumerate(round_files(path)):
-        models[f"round {r + 1}"], _ = load_model(file, procs.device, ("sdtt",))
+        models[f"round {r + 1}"], made = load_model(file, procs.device, ("sdtt",))
+        divergence = made["config"]["divergence"]
     data = load_data(content["config"]["dataset"], procs)
     if content.get("data") not in (None, data.fingerprint):      # older ones do not say
         raise UserError(f"{path} was trained on other text than {data.folder} holds now")
-    made_with = content["config"]
-    return Folder(path.name, models, data, judge, data.folder.name, made_with["seed"])
+    seed = content["config"]["seed"]
+    return Folder(path.name, models, data, data.folder.name, seed, divergence)
 
 
-def measure_folder(config, folder, procs, rows, save):
+def measure_folder(config, folder, judge_model, procs, rows, save):
     """Fill rows with what they lack of a folder's models; save() after each."""
-    judge = make_judge(folder.judge)
+    judge, judged_by = make_judge(judge_model), fingerprint(judge_model)
     alone = Processes(procs.device)
-    length = folder.judge.config.context
+    length = folder.models["ar"].config.context
     if config.lengths and max(config.lengths) > length:
         raise UserError(f"--lengths {max(config.lengths)} is beyond the context of "
                         f"{folder.name}, {length} tokens")
     for name, model in folder.models.items():
-        for how in settings(name, model, config.lengths):
+        wanted = settings(name, model, config.what or ["steps", "exact"])
+        if config.lengths:
+            wanted = of_lengths(name, config.lengths)
+        for how in wanted:
             sampling = Sampling(**(dict(seed=config.seed, length=length) | how))
-            # what tells this row from all others
+            # what tells this row from all others; folders may share a teacher
             digest = "data" if model is None else fingerprint(model)
-            key = [folder.name, digest, folder.data.fingerprint, config.samples,
+            key = [digest, folder.data.fingerprint, judged_by, config.samples,
                    dataclasses.astuple(sampling)]
             key = json.dumps(key)
             if any(row["key"] == key for row in rows):
@@ -119,6 +142,8 @@ def measure_folder(config, folder, procs, rows, save):
             row |= dict(key=key, folder=folder.name, dataset=folder.dataset,
                         trained_with_seed=folder.seed, ahead=sampling.ahead,
                         max_calls=sampling.max_calls, length=sampling.length)
+            if name.startswith("round"):
+                row["divergence"] = folder.divergence
             chosen = choices(x, data)
             add_mean(row, "choices", choice_entropy(chosen) if chosen else (None, None))
             rows.append(row)
@@ -175,8 +200,11 @@ def main():
         if config.json:
             write_json(config.json, {"argv": sys.argv[1:], "rows": rows})
 
+    judge, _ = load_model(config.judge or Path(config.folders[0]) / "ar.pt", procs.device,
+                          ("ar",))
     for path in config.folders:
-        measure_folder(config, open_folder(Path(path), procs), procs, rows, save)
+        folder = open_folder(Path(path), procs)
+        measure_folder(config, folder, judge, procs, rows, save)
     save()
     if config.plot:
         figures.draw_exact(rows, config.plot)

@@ -456,6 +456,26 @@ def draw_frontier(rows, path):
     save_figure(fig, path)
 
 
+@picture
+def draw_envelope(panels, path):
+    """tools.envelope's curves: perplexity against a measure of diversity, a panel for each
+    of (title, name of the measure, {way: (list of diversity, list of perplexity)})."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4),
+                             layout="constrained", squeeze=False)
+    for axis, (title, measure, curves) in zip(axes[0], panels):
+        for way, (x, y) in curves.items():
+            # sampling that loses nothing stands out from few steps
+            wide = way == "AR" or way.endswith("exact")
+            axis.plot(x, y, "--" if wide else "-", linewidth=2.2 if wide else 1.4,
+                      label=way)
+        axis.set(yscale="log", title=title, xlabel=f"{measure} (nats)",
+                 ylabel="generative perplexity, the best at this diversity")
+        plain_numbers(axis.yaxis)
+        axis.legend(fontsize=8)
+    save_figure(fig, path)
+
+
 # the pictures of an experiment: (title, value, at how many steps; "last": the last round's
 # rows against their steps)
 PANELS = (("bound (nats per token)", "any_order", None),
