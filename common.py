@@ -46,11 +46,17 @@ def start(device):
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)  # for NCCL, and for plain 'cuda'
+        # cuDNN's attention makes a plan for each new shape, some 50 ms each, and here most
+        # steps of a sampler have a shape of their own; FlashAttention makes none
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    device = torch.device(device)                            # cpu, or cuda:0, cuda:1, ...
     # the others may wait for hours while process 0 trains a judge or fills a table
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl",
-                                timeout=datetime.timedelta(hours=12))
-    return Processes(torch.device(device), rank, world)      # cpu, or cuda:0, cuda:1, ...
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo",
+                                timeout=datetime.timedelta(hours=12),
+                                device_id=device if on_gpu else None)
+    return Processes(device, rank, world)
 
 
 def first(procs, f):
@@ -177,10 +183,12 @@ def make_optimizers(model, config):
     ids = {id(w) for w in matrices}      # `w in matrices` would compare numbers
     rest = [w for w in model.parameters() if id(w) not in ids]       # for AdamW
     decay = config.weight_decay
-    adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=True)
+    # on a GPU one kernel for all weights, on a CPU one operation
+    on_cpu = rest[0].device.type == "cpu"
+    adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=on_cpu,
+                              fused=not on_cpu)
     if not matrices:                                                 # --optimizer adamw
         return [adamw]
-    on_cpu = matrices[0].device.type == "cpu"
     kind = Muon if on_cpu else torch.optim.Muon                      # the same steps
     muon = kind(matrices, config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]

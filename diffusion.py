@@ -68,12 +68,15 @@ def q_sample(x, t, mask_id):
 def states_at(model, z, at, rank=None):
     """The states (N, C) at the N positions of z (B, L) where the bool `at` (B, L) is true,
     row by row. Not by hidden(z, at), whose last block is not compiled, because N changes
-    with every call. Sequences in which `at` is nowhere true are left out."""
-    rows = at.any(1)                                                 # (B,)
-    if rank is not None:
-        rank = rank[rows]
-    h = model.hidden(z[rows], rank=rank)                             # (rows, L, C)
-    return h[at[rows]]                                               # (N, C)
+    with every call. On a CPU sequences in which `at` is nowhere true are left out; on a GPU
+    batches of all sizes, of none at times, would cost more than they save."""
+    if z.device.type == "cpu":
+        rows = at.any(1)                                             # (B,)
+        z, at = z[rows], at[rows]
+        if rank is not None:
+            rank = rank[rows]
+    h = model.hidden(z, rank=rank)                                   # (rows, L, C)
+    return h[at]                                                     # (N, C)
 
 
 def nelbo(model, x, mask_id):
@@ -134,11 +137,13 @@ def draw_from(weights):
 
 def draw_tokens(model, h, draw=categorical):
     """draw(logits) at each of the states h (N, C): ids (N,).
-    To save memory, HEAD_ROWS states have their logits at a time; and DRAW_ROWS of these are
-    drawn from at a time, which is 6 times as fast where fresh memory is slow (on a CPU)."""
+    To save memory, HEAD_ROWS states have their logits at a time. On a CPU, where fresh
+    memory is slow, DRAW_ROWS of these are drawn from at a time, which is 6 times as fast; a
+    GPU would leave most of itself idle with so few."""
+    rows = DRAW_ROWS if h.device.type == "cpu" else HEAD_ROWS
     ids = []
     for states in h.split(HEAD_ROWS):
-        for logits in model.head(states).split(DRAW_ROWS):           # (DRAW_ROWS, V)
+        for logits in model.head(states).split(rows):                # (rows, V)
             ids.append(draw(logits))
     return torch.cat(ids)
 

@@ -74,7 +74,8 @@ class LoopConfig:
     # where and how it runs: device, bf16 and compile change rounding, nothing else
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
     bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
-    compile: bool = flag(False, "compile the blocks with torch.compile")
+    compile: bool | None = flag(
+        None, "compile the blocks with torch.compile [on a GPU only]")
     recompute: bool = flag(
         False, "run the blocks again in backward: less memory, a fifth slower")
     log_every: int = flag(200, "steps between log lines", low=1)
@@ -155,7 +156,8 @@ def fit(config, procs, data, run, loss, val_loss=None):
     net = ModelWithLoss(run.model, loss)                             # x (B, L) -> scalar
     if procs.world > 1:
         # the buffers are constants (cos, sin): nothing to broadcast in every step
-        net = DistributedDataParallel(net, broadcast_buffers=False)
+        net = DistributedDataParallel(net, broadcast_buffers=False,
+                                      gradient_as_bucket_view=True)  # and one copy less
     run.model.train()                    # dropout, if any, is on
     begin, clock = run.step, Clock(config, run)                      # not 0 after a stop
     bad = torch.zeros((), device=procs.device)       # the first step not finite; 0: none
@@ -335,7 +337,10 @@ def prepare_model(model, config, procs):
     if config.bf16 is None:
         model.bf16 = procs.device.type == "cuda"
     model.recompute = config.recompute   # see Transformer.run
-    if config.compile:
+    compiled = config.compile
+    if compiled is None:                 # on a CPU it takes a minute, and a C++ compiler
+        compiled = procs.device.type == "cuda"
+    if compiled:
         for block in model.blocks:       # one is compiled, all share it
             block.compile()
     return model

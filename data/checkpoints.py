@@ -69,6 +69,8 @@ def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
     if not finite(model):
         raise UserError(f"{path} holds weights that are not finite numbers: its training "
                         "diverged; train anew with a lower --lr")
+    # on a GPU the blocks run in bfloat16, as in training there
+    model.bf16 = torch.device(device).type == "cuda"
     return model.to(device).eval(), content                          # no dropout
 
 

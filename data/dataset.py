@@ -184,8 +184,11 @@ class Data:
         begins = torch.randint(choices, (B,)).numpy() * step             # (B,)
         # (B, 1) + (context,): the place of each token of each piece
         places = begins[:, None] + np.arange(context)                    # (B, context)
-        x = tokens[places].astype(np.int64)
-        return torch.from_numpy(x).to(device)
+        x = torch.from_numpy(tokens[places].astype(np.int64))
+        if torch.device(device).type == "cuda":
+            # from memory that is not paged out, so that nobody waits for the copy
+            return x.pin_memory().to(device, non_blocking=True)
+        return x.to(device)
 
     def pieces(self, n, length):
         """At most n pieces of val, evenly spread, ids (n, length), int64; rows if it has

@@ -84,7 +84,9 @@ def kilobytes(path, name):
 def free_bytes(device):
     """Memory that can still be had, or None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        # what PyTorch has taken and holds in reserve can be had, too
+        reserve = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + reserve
     try:
         return 1024 * kilobytes("/proc/meminfo", "MemAvailable")
     except OSError:
