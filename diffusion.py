@@ -393,6 +393,10 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
 
 # ---- exact sampling: the law of one token at a time, in a handful of calls
 
+# Why it is exact: the law of slot s, and the call that makes it final, depend on slots
+# before s only. Whatever happened there, the guess at s is a draw from its latest law,
+# which in the call that makes it final was given nothing but final tokens.
+
 @torch.no_grad()
 def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=None):
     """Fill every mask of z (B, L) with the law of one token at a time, in few calls: for
@@ -404,11 +408,8 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
     to this new law, changing as rarely as can be: see couple. At the first one that changed
     the call had read what still stands before it. So its law was the right one, and its new
     token is final, as are all before it; later guesses were judged by a token that is gone.
-    A call makes one slot final at least, and many where guesses are good.
-    Why this is exact: the law of slot s, and the call that makes it final, depend on slots
-    before s only. Whatever happened there, the guess at s is a draw from its latest law,
-    which in the call that makes it final was given nothing but final tokens.
-    (A fixed-point iteration, arXiv 2002.03629, with the coupling of 2211.17192.)
+    So a call makes one slot final at least. (Fixed points, arXiv 2002.03629, with the
+    coupling of 2211.17192.)
 
     law: logits (N, V) -> logits, a sharper law, see sharpen; None: the model's own.
     ahead: a call asks for so many slots, and as many more as are final; None: all.

@@ -137,6 +137,17 @@ class ModelWithLoss(torch.nn.Module):
         return self.loss(self.model, x)
 
 
+def with_loss(model, loss, procs):
+    """A function x (B, L) -> scalar whose gradient is the mean of all processes."""
+    net = ModelWithLoss(model, loss)
+    if procs.world == 1:
+        return net
+    # the buffers are constants (cos, sin): nothing to broadcast in every step; and the
+    # gradients are the very memory that is sent: no copy
+    return DistributedDataParallel(net, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
+
+
 def fit(config, procs, data, run, loss, val_loss=None):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
     config: LoopConfig; procs: Processes; loss: f(model, x (B, L)) -> scalar, in nats per
@@ -152,15 +163,10 @@ def fit(config, procs, data, run, loss, val_loss=None):
 
     # the batch of a step, `count` micro-batches in each process
     run.micro, count = micro_batches(config, procs, run)
-    # the model with its loss, in all processes
-    net = ModelWithLoss(run.model, loss)                             # x (B, L) -> scalar
-    if procs.world > 1:
-        # the buffers are constants (cos, sin): nothing to broadcast in every step
-        net = DistributedDataParallel(net, broadcast_buffers=False,
-                                      gradient_as_bucket_view=True)  # and one copy less
+    net = with_loss(run.model, loss, procs)                          # x (B, L) -> scalar
     run.model.train()                    # dropout, if any, is on
     begin, clock = run.step, Clock(config, run)                      # not 0 after a stop
-    bad = torch.zeros((), device=procs.device)       # the first step not finite; 0: none
+    guard = Guard(config, procs, run)                # against what is no finite number
     with tqdm(total=run.steps, initial=begin, desc=run.path.stem, disable=procs.rank > 0,
               mininterval=1, ncols=90) as bar:
         for step in range(begin, run.steps):
@@ -174,13 +180,11 @@ def fit(config, procs, data, run, loss, val_loss=None):
             total = backward(config, procs, data, run, net, count)
             norm = clip_gradient(run.model, config.clip)
 
-            # the first bad step is remembered. To read a number is to wait for a GPU: there
-            # it is looked at every 20 steps, and before each checkpoint, which stays sound
-            fine = total.isfinite() & norm.isfinite()
-            newly_bad = ~fine & (bad == 0)
-            bad = torch.where(newly_bad, step + 1, bad)
+            # to read a number is to wait for a GPU: there the guard is asked every 20
+            # steps, and before each checkpoint, which stays sound
+            guard.note(total, norm)
             if procs.device.type == "cpu" or shown or logged or saved:
-                stop_if_not_finite(config, procs, run, bad)
+                guard.stop_if_bad()
 
             # the step, and the averaged weights, which follow
             optimizer_step(config, run)
@@ -194,14 +198,11 @@ def fit(config, procs, data, run, loss, val_loss=None):
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
-            # the step itself may have spoiled the weights: look before saving. Weights and
-            # validation text are the same in all processes, so all go the same way
+            # the step itself may have spoiled the weights: look before saving
             if logged or saved:
                 batches = 4 if logged else 1
                 value = validate(run.ema, val_loss or loss, data, config, batches)
-                if not (math.isfinite(value) and finite(run.model)):
-                    bad.fill_(run.step)
-                    stop_if_not_finite(config, procs, run, bad)
+                guard.stop_if_spoiled(value)
             # a log line has the mean loss of all processes
             if logged:
                 if procs.world > 1:
@@ -211,6 +212,50 @@ def fit(config, procs, data, run, loss, val_loss=None):
             # process 0 saves for all: their weights are equal
             if saved and procs.rank == 0:
                 save(run)                                            # whole or not at all
+
+
+class Guard:
+    """Stops a run whose loss, gradient or weights are no finite numbers, before they are
+    saved."""
+
+    def __init__(self, config, procs, run):
+        self.config, self.procs, self.run = config, procs, run
+        self.bad = torch.zeros((), device=procs.device)      # the first bad step; 0: none
+
+    def note(self, total, norm):
+        """Remember the step that is being done if its loss or the norm of its gradient, two
+        scalars, is not finite."""
+        fine = total.isfinite() & norm.isfinite()
+        newly_bad = ~fine & (self.bad == 0)          # the first one counts
+        # no branch: nothing is read here
+        self.bad = torch.where(newly_bad, self.run.step + 1, self.bad)
+
+    def stop_if_bad(self):
+        """Raise UserError, in all processes, if any of them has noted a step."""
+        bad = self.bad
+        # of several processes, all learn of it
+        if self.procs.world > 1:
+            bad = bad.clone()
+            dist.all_reduce(bad, dist.ReduceOp.MAX)  # 0 only if it is 0 everywhere
+        if not bad:                                  # on a GPU this waits for it
+            return
+        # a sentence that says what is left, and what may help
+        config, path = self.config, self.run.path
+        kept = "no checkpoint was written yet"
+        if path.exists():
+            kept = f"{path} is as it was saved last"
+        clip = "" if config.clip else ", or with --clip 1"
+        raise UserError(f"{path.stem}: the loss or its gradient is no finite number at "
+                        f"step {int(bad)} of {self.run.steps}; {kept}; begin anew in "
+                        f"another --out with a lower --lr (it is {config.lr:g}) or a "
+                        f"longer --warmup{clip}")
+
+    def stop_if_spoiled(self, value):
+        """stop_if_bad, also if the weights or the validation loss `value` after a step are
+        not finite. Both are the same in all processes, so all go the same way."""
+        if not (math.isfinite(value) and finite(self.run.model)):
+            self.bad.fill_(self.run.step)            # which is done by now
+        self.stop_if_bad()
 
 
 class Clock:
@@ -264,25 +309,6 @@ def optimizer_step(config, run):
             group["lr"] = config.lr * factor         # one rate for Muon and AdamW
         optimizer.step()                 # see common.make_optimizers
         optimizer.zero_grad()            # the next step's gradient begins at zero
-
-
-def stop_if_not_finite(config, procs, run, bad):
-    """Raise UserError, in all processes, if `bad`, the first step of any of them whose loss
-    or gradient was not finite, is not 0."""
-    # of several processes, all learn of it
-    if procs.world > 1:
-        bad = bad.clone()
-        dist.all_reduce(bad, dist.ReduceOp.MAX)      # 0 only if it is 0 everywhere
-    if not bad:
-        return
-    # a sentence that says what is left, and what may help
-    kept = "no checkpoint was written yet"
-    if run.path.exists():
-        kept = f"{run.path} is as it was saved last"
-    clip = "" if config.clip else ", or with --clip 1"
-    raise UserError(f"{run.path.stem}: the loss or its gradient is no finite number at "
-                    f"step {int(bad)} of {run.steps}; {kept}; begin anew in another --out "
-                    f"with a lower --lr (it is {config.lr:g}) or a longer --warmup{clip}")
 
 
 def micro_batches(config, procs, run=None):
