@@ -5,6 +5,7 @@ error. No single one is enough: perplexity alone is lowest for a text that repea
 so both entropies stand beside it. tools/metrics.py has more.
 """
 import math
+from collections import Counter
 
 import torch
 
@@ -25,6 +26,20 @@ def mean_se(values):
     if n == 1:
         return values.mean().item(), None
     return values.mean().item(), (values.std() / math.sqrt(n)).item()
+
+
+def jackknife(whole, without):
+    """A statistic of n texts freed of most of its bias, and its standard error: from its
+    value of them all, and its values without (n,) one of them. What is off by c / n with n
+    texts is off by c / (n - 1) with one less, and n whole - (n - 1) without is not
+    (Quenouille, 1956; Tukey, 1958). Of a single text: its own value, without an error."""
+    without = torch.as_tensor(without, dtype=torch.float64)
+    n = len(without)
+    if n < 2:
+        return float(whole), None
+    mean = without.mean()
+    spread = (without - mean).square().sum()
+    return (n * whole - (n - 1) * mean).item(), ((n - 1) / n * spread).sqrt().item()
 
 
 def exp(x):
@@ -108,10 +123,61 @@ def entropy(x, vocab):
 
 def pooled_entropy(x, vocab):
     """Entropy of the token frequencies of all of x (n, L) together, in nats, and its SE.
-    If it is below the data's, texts resemble each other, however rich each may be."""
-    p = torch.bincount(x.flatten(), minlength=vocab) / x.numel()     # (V,)
-    # the entropy is the mean of -log p over all tokens
-    return mean_se(-p.log()[x].mean(1))
+    If it is below the data's, texts resemble each other, however rich each may be.
+    Few texts have not yet used every token that they might: the entropy of their
+    frequencies is too low, the more so the fewer they are. Leaving out each text in turn
+    corrects it, so that values of unequal numbers of texts can be compared. (A correction
+    by the number of tokens is not enough: those of one text depend on each other.)"""
+    n, L = x.shape
+    counts = torch.bincount(x.flatten(), minlength=vocab).double()   # (V,)
+    # with N tokens the entropy is log N - sum(c log c) / N
+    total = torch.special.xlogy(counts, counts).sum()
+    without = []                         # that sum without each text
+    for row in x:
+        ids, own = row.unique(return_counts=True)
+        c = counts[ids]                  # of the tokens that this text has
+        less = c - own
+        change = torch.special.xlogy(c, c) - torch.special.xlogy(less, less)
+        without.append(total - change.sum())
+    whole = math.log(n * L) - total / (n * L)
+    rest = max(1, n - 1) * L             # tokens without one text
+    return jackknife(whole, math.log(rest) - torch.stack(without) / rest)
+
+
+def tally(chosen):
+    """How often each value was chosen, {choice: Counter of values}, in a list of {choice:
+    value}, one for each text (see data.dataset.choices)."""
+    counts = {}
+    for text in chosen:
+        for choice, value in text.items():
+            counts.setdefault(choice, Counter())[value] += 1
+    return counts
+
+
+def counter_entropy(counter):
+    """Entropy of the frequencies in a Counter, in nats; 0 where there is nothing."""
+    n = torch.tensor(list(counter.values()), dtype=torch.float64)
+    return torch.special.entr(n / n.sum()).sum().item()
+
+
+def choice_entropy(chosen):
+    """How freely texts choose, from a list of {choice: value}, one for each text: the
+    entropies of all choices, each over the texts that made it, added up, in nats, and the
+    standard error; corrected as in pooled_entropy. Words that follow from others, such as a
+    name said again, do not count, as they do in the entropy of tokens."""
+    counts = tally(chosen)
+    entropies = {choice: counter_entropy(counts[choice]) for choice in counts}
+    whole = sum(entropies.values())
+    # what the sum loses with a text that chose a value
+    loss = {}
+    for choice, counter in counts.items():
+        for value in counter:
+            less = counter_entropy(counter - Counter([value]))
+            loss[choice, value] = entropies[choice] - less
+    without = []
+    for text in chosen:
+        without.append(whole - sum(loss[pair] for pair in text.items()))
+    return jackknife(whole, without)
 
 
 # ---- all of them

@@ -15,14 +15,13 @@ from pathlib import Path
 from common import Processes, fingerprint, load_model, start
 from data.dataset import Data, choices, load_data
 from data.files import UserError, write_json
-from data.measures import add_mean, in_steps, make_judge
+from data.measures import add_mean, choice_entropy, in_steps, make_judge
 from data.results import round_files, sample_row
 from data.script import command, flag, parse_flags
 from model import Transformer
 from sample import EXACT, Sampling
 from tools import figures
 from tools.evaluate import with_oracle
-from tools.metrics import choice_entropy
 
 STEPS = [4, 8, 16, 32]                   # of teacher and students
 COOLED = [0.5, 0.6, 0.7, 0.8, 0.9]       # temperatures of the exact teacher, and of AR
