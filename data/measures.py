@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 
-from data.dataset import copies, make_tokenizer, oracle, retokenise
+from data.dataset import choices, copies, make_tokenizer, oracle, retokenise
 from model import nll
 from sample import EXACT
 
@@ -186,8 +186,8 @@ def measure(x, judge, data):
     """The measures that cost next to nothing, as a row of a table: {"gen_ppl",
     "gen_ppl_se", "entropy", ..., "samples", "tokens"} of texts x (n, L). gen_ppl counts
     every token alike, text_ppl is the mean of the texts' own perplexities; judge None:
-    neither. What only some datasets can say (valid, contradictions, copies, log_p) is None
-    for the others."""
+    neither. What only some datasets can say (choices, valid, contradictions, copies, log_p)
+    is None for the others."""
     row = {"samples": len(x), "tokens": x.numel()}
     vocab = data.tokenizer.vocab
 
@@ -203,6 +203,10 @@ def measure(x, judge, data):
     x = x.cpu()
     add_mean(row, "entropy", entropy(x, vocab))
     add_mean(row, "pooled_entropy", pooled_entropy(x, vocab))
+    add_mean(row, "choices", NO_VALUE)
+    chosen = choices(x, data)            # where there is an oracle
+    if chosen:
+        add_mean(row, "choices", choice_entropy(chosen))
 
     # truth: whether a text obeys the rules of its language, or is copied from the data
     judged, copied = oracle(x, data), copies(x, data)
@@ -245,15 +249,17 @@ def summary(row):
 
 # the lines of a model in the table: (label, key, its format)
 LINES = (("perplexity", "gen_ppl", ".2f"), ("entropy", "entropy", ".2f"),
-         ("entropy of all", "pooled_entropy", ".2f"), ("valid", "valid", ".0%"),
-         ("contradictions", "contradictions", ".2f"), ("copies", "copies", ".0%"),
-         ("calls", "calls", ".1f"), ("reads a token", "reads", ".1f"))
+         ("entropy of all", "pooled_entropy", ".2f"), ("choices", "choices", ".1f"),
+         ("valid", "valid", ".0%"), ("contradictions", "contradictions", ".2f"),
+         ("copies", "copies", ".0%"), ("calls", "calls", ".1f"),
+         ("reads a token", "reads", ".1f"))
 
 
 def table(rows):
     """Rows as text: a block of labelled lines for each model, a column for each number of
     steps; data and AR, which take no steps, have one column of their own. A line is left
-    out where the model has no value of it. (Rows of older versions have no calls.)"""
+    out where the model has no value of it. (Rows of older versions have no choices, and no
+    calls.)"""
     columns = sorted({row["steps"] for row in rows if row["steps"]}, key=step_key)
     heading = f"{'sampling steps':26}{'-':>9}"
     for steps in columns:

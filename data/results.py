@@ -154,7 +154,7 @@ def conclude(config, procs, data, results, models):
     results["rows"] = sorted(known, key=lambda row: order.index(row["model"]))
     write_json(config.folder / "results.json", results)
     print(f"\nperplexity under the judge (of {results['judged']}), entropies in nats: "
-          "within a text, and of all texts together")
+          "within a text, of all texts together, and of their choices (of stories only)")
     print(table(results["rows"]))
     show_samples(config, procs, data, models)
     print(f"{config.folder}: {sum(seconds.values()):.0f} s in all; "

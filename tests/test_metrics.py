@@ -118,8 +118,9 @@ def test_pooled_entropys_standard_error_is_its_spread_over_repetitions():
 
 def test_choice_entropy_adds_up_what_each_choice_varies():
     """By hand: a choice of 2 and 1 texts has that entropy thrice, less twice the mean of what two of
-    them have; one that two of three texts made, both alike, 0. Its error, over 400 repetitions of 500 texts: within 15 %. And a story's own choices: as many as
-    there are sentences and words drawn. Seed fixed."""
+    them have; one that two of three texts made, both alike, 0. Its error, over 400 repetitions of
+    500 texts: within 15 %. And a story's own choices: as many as there are sentences and words
+    drawn. Seed fixed."""
     texts = [{"hero": "tom", "end": "x"}, {"hero": "mia", "end": "x"}, {"hero": "tom"}]
     whole = math.log(3) - 2 * math.log(2) / 3
     mean = (2 * math.log(2) + 0) / 3

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from common import Processes, fingerprint, load_model, start
-from data.dataset import Data, choices, load_data
+from data.dataset import Data, load_data
 from data.files import UserError, write_json
-from data.measures import add_mean, choice_entropy, in_steps, make_judge
+from data.measures import in_steps, make_judge
 from data.results import round_files, sample_row
 from data.script import command, flag, parse_flags
 from model import Transformer
@@ -114,12 +114,10 @@ def measure_folder(config, folder, procs, rows, save):
                 continue
             # pieces of a text are no texts that an oracle could judge
             data, _ = with_oracle(folder.data, sampling.length)
-            row, x = sample_row(name, model, config.samples, sampling, judge, data, alone)
+            row, _ = sample_row(name, model, config.samples, sampling, judge, data, alone)
             row |= dict(key=key, folder=folder.name, dataset=folder.dataset,
                         trained_with_seed=folder.seed, ahead=sampling.ahead,
                         max_calls=sampling.max_calls, length=sampling.length)
-            chosen = choices(x, data)
-            add_mean(row, "choices", choice_entropy(chosen) if chosen else (None, None))
             rows.append(row)
             save()
             print(line(row), flush=True)
