@@ -9,7 +9,8 @@ from collections import Counter
 
 import torch
 
-from data.dataset import choices, copies, make_tokenizer, oracle, retokenise
+from data.dataset import (choices, copies, copies_expected, make_tokenizer, oracle,
+                          retokenise)
 from model import nll
 from sample import EXACT
 
@@ -186,8 +187,8 @@ def measure(x, judge, data):
     """The measures that cost next to nothing, as a row of a table: {"gen_ppl",
     "gen_ppl_se", "entropy", ..., "samples", "tokens"} of texts x (n, L). gen_ppl counts
     every token alike, text_ppl is the mean of the texts' own perplexities; judge None:
-    neither. What only some datasets can say (choices, valid, contradictions, copies, log_p)
-    is None for the others."""
+    neither. What only some datasets can say (choices, valid, contradictions, copies,
+    copies_expected, log_p) is None for the others."""
     row = {"samples": len(x), "tokens": x.numel()}
     vocab = data.tokenizer.vocab
 
@@ -213,6 +214,7 @@ def measure(x, judge, data):
     add_mean(row, "valid", NO_VALUE)
     add_mean(row, "contradictions", NO_VALUE)
     add_mean(row, "copies", NO_VALUE)
+    add_mean(row, "copies_expected", NO_VALUE)
     add_mean(row, "log_p", NO_VALUE)
     if copied is not None:
         add_mean(row, "copies", mean_se(copied))
@@ -221,6 +223,10 @@ def measure(x, judge, data):
         add_mean(row, "valid", mean_se(faults == 0))
         add_mean(row, "contradictions", mean_se(faults))
         add_mean(row, "log_p", mean_se(log_p[faults == 0]))
+    if copied is not None and judged:
+        # a model that prefers likely texts meets more of them by chance: copies beyond this
+        # share are learned by heart
+        add_mean(row, "copies_expected", mean_se(copies_expected(log_p, data)))
     return row
 
 

@@ -153,6 +153,35 @@ def test_copies_are_the_texts_that_training_holds_word_for_word():
     assert datasets.copies(x, data) is None
 
 
+def test_copies_are_as_many_as_expected_where_stories_are_fresh_whether_likely_or_not():
+    """2,000 fresh stories beside 10,000 to train on; and the likeliest half of them, which has about
+    twice as many: the share of copies is within 4 standard errors of the expected one (another seed
+    fails one time in 8,000). A model that had learned a tenth of its texts by heart shows. A story
+    with a fault is expected never, a single possible one always: exact."""
+    rng = random.Random(3)
+    tokenizer = make_tokenizer(dict(kind="words", items=language.VOCABULARY))
+
+    def told(n):
+        return [tokenizer.encode(" ".join(language.generate(rng))) for _ in range(n)]
+    data = dataset(told(10_000), "stories", tokenizer)
+    fresh = torch.tensor(told(2000))
+    log_p = torch.tensor([language.log_prob(tokenizer.decode(row).split()) for row in fresh.tolist()])
+    likely = fresh[log_p.argsort(descending=True)[:1000]]
+    shares = []
+    for x in (fresh, likely):
+        row = measures.measure(x, None, data)
+        error = math.sqrt(row["copies_expected"] / len(x))
+        assert abs(row["copies"] - row["copies_expected"]) < 4 * error
+        shares.append(row["copies_expected"])
+    assert shares[1] > 1.5 * shares[0] > 0.003
+    known = torch.from_numpy(data.train.reshape(-1, 50)[:200].astype(int))
+    row = measures.measure(torch.cat((fresh[:1800], known)), None, data)
+    error = math.sqrt(row["copies_expected"] / 2000)
+    assert row["copies"] - row["copies_expected"] > 10 * error
+    law = torch.tensor([-math.inf, 0.0], dtype=torch.float64)
+    assert datasets.copies_expected(law, data).tolist() == [0, 1]
+
+
 def test_oracle_grades_stories():
     """Fresh stories are valid; one with another name in the second sentence is not. Exact."""
     stories = make_tokenizer(dict(kind="words", items=language.VOCABULARY))

@@ -149,7 +149,7 @@ DIVERSITY = (("model", "model", "s"), ("steps", "steps", ""), ("T", "temperature
              ("distinct-1", "distinct1", ".3f±"), ("distinct-2", "distinct2", ".3f±"),
              ("distinct-3", "distinct3", ".3f±"), ("distinct-4", "distinct4", ".3f±"),
              ("8-grams seen", "seen", ".1%±"), ("repeats", "repetition", ".1%±"),
-             ("copies", "copies", ".0%±"))
+             ("copies", "copies", ".1%±"), ("expected", "copies_expected", ".1%±"))
 FRONTIER = (("model", "model", "s"), ("steps", "steps", ""), ("entropy", "entropy", ".3f"),
             ("gen ppl", "at_entropy", ".2f±"), ("of all", "pooled_entropy", ".3f"),
             ("gen ppl", "at_pooled_entropy", ".2f±"))
@@ -166,7 +166,8 @@ HEADINGS = {                             # part of the results: (its heading, it
                    "perplexity by the surest bound", LIKELIHOOD),
     "samples": ("samples; too low: an entropy more than 0.1 under the data's or the "
                 "teacher's, within a text or of all together", SAMPLES),
-    "diversity": ("diversity of the same samples", DIVERSITY),
+    "diversity": ("diversity of the same samples; copies: training texts word for word, and "
+                  "as many as texts so likely would be by chance", DIVERSITY),
     "frontier": ("perplexity at the teacher's entropy (without one, the data's), within a "
                  "text and of all together; empty where the temperatures do not reach it",
                  FRONTIER),
