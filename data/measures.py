@@ -16,6 +16,7 @@ from sample import EXACT
 
 JUDGED = 32                              # texts that the judge reads at a time
 NO_VALUE = (None, None)                  # neither a mean nor an error
+VERSION = 2              # one more where texts or measures change: kept rows are then stale
 
 
 def mean_se(values):

@@ -12,7 +12,7 @@ import torch
 from common import Processes
 from data.dataset import Data
 from data.files import write, write_json
-from data.measures import in_steps, measure, summary, table
+from data.measures import VERSION, in_steps, measure, summary, table
 from sample import EXACT, Sampling, draw_samples
 
 
@@ -57,7 +57,7 @@ def fill_rows(exam, name, model, digest):
     config, results = exam.config, exam.results
     # what the rows of this model depend on; results["models"] has it of the rows there are
     key = (f"{digest} {exam.judged_by} {exam.data.fingerprint} {config.samples} "
-           f"{config.seed}")
+           f"{config.seed} {VERSION}")
     if results["models"].get(name) != key:
         # they are of other weights, text or settings, or under another judge
         results["rows"] = [row for row in results["rows"] if row["model"] != name]

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import toy
+from common import Processes
 from data import dataset as datasets
-from data import measures
+from data import measures, results
 from data.dataset import make_tokenizer, retokenise
 from data.files import write_json
 from data.stories import language
+from helpers import make_dataset
 from model import ModelConfig, Transformer, nll
 from tools import metrics
 
@@ -243,6 +245,24 @@ def test_results_are_plain_json(tmp_path):
     write_json(tmp_path / "results.json", {"rows": [row]})
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == [row]
     assert row["copies"] == 0.5 and row["valid"] is None
+
+
+def test_rows_are_kept_until_texts_or_measures_change(tmp_path, monkeypatch, capsys):
+    """What fill_rows finds of the same version stays as it is; of an older one it is measured anew.
+    Exact."""
+    data = datasets.load_data(make_dataset(tmp_path / "data"), Processes(torch.device("cpu")))
+    config = types.SimpleNamespace(samples=4, seed=0, folder=tmp_path)
+    found = {"rows": [], "models": {}}
+    exam = results.Exam(config, torch.device("cpu"), data, found, None, "nobody", 12, [8])
+    monkeypatch.setattr(results, "summary", lambda row: "")
+    results.fill_rows(exam, "data", None, "data")
+    row, = found["rows"]
+    row["entropy"] = -1.0
+    results.fill_rows(exam, "data", None, "data")
+    assert found["rows"] == [row]
+    monkeypatch.setattr(results, "VERSION", measures.VERSION + 1)
+    results.fill_rows(exam, "data", None, "data")
+    assert len(found["rows"]) == 1 and found["rows"][0]["entropy"] > 0
 
 
 # ---- diversity
