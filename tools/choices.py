@@ -48,6 +48,7 @@ def choice_row(name, x, data):
     row = {"model": name, "samples": len(x), "entropies": {}, "counts": {}}
     add_mean(row, "choices", choice_entropy(chosen))
     for choice, values in language.all_choices().items():
+        # an animal, for one, is in some stories only
         made = [{choice: text[choice]} for text in chosen if choice in text]
         row["entropies"][choice] = None
         if made:
@@ -76,7 +77,7 @@ def as_text(rows):
         for row in rows:
             entropy = row["entropies"][choice]
             line[row["model"]] = "" if entropy is None else f"{entropy:.2f}"
-            if choice in language.WORDS:
+            if choice in language.WORDS:             # a sentence would be too long
                 likeliest = favourite(row["counts"][choice])
                 line[row["model"]] = f"{likeliest}  {line[row['model']]}"
         lines.append(line)
@@ -91,6 +92,7 @@ def as_text(rows):
 def measure(config, models, data, procs):
     """The rows of the data and of every model at every number of steps."""
     length = data.stride
+    # no story of the data twice
     available = len(data.val) // length
     rows = [choice_row("data", data.pieces(min(config.samples, available), length), data)]
     for name, model in models.items():

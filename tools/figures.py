@@ -166,8 +166,8 @@ HEADINGS = {                             # part of the results: (its heading, it
                    "perplexity by the surest bound", LIKELIHOOD),
     "samples": ("samples; too low: an entropy more than 0.1 under the data's or the "
                 "teacher's, within a text or of all together", SAMPLES),
-    "diversity": ("diversity of the same samples; copies: training texts word for word, and "
-                  "as many as texts so likely would be by chance", DIVERSITY),
+    "diversity": ("diversity of the same samples; copies: training texts word for word; "
+                  "expected: as many as there would be by chance", DIVERSITY),
     "frontier": ("perplexity at the teacher's entropy (without one, the data's), within a "
                  "text and of all together; empty where the temperatures do not reach it",
                  FRONTIER),
