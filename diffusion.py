@@ -188,25 +188,22 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
 def plan(z, steps, mask_id):
     """What a sample is before the network is asked. For z (B, L) with n masks in each row:
     order (B, n), their positions shuffled, and when (B, n), ascending, the step in which
-    each of these is revealed. Steps that reveal nothing are left out. On the CPU. Raises
-    ValueError if rows have different numbers of masks.
+    each of these is revealed. On the CPU. Raises ValueError if rows have different numbers
+    of masks.
 
-    Each mask is revealed in the step that draw_steps draws for it, independently of the
-    others and of the network. With more steps than masks all sequences of a batch share one
-    draw of the steps (not of the positions): then most steps are empty and call no network,
-    and each sequence by itself has the same distribution as before. With fewer steps each
-    draws its own: a shared draw would make a whole batch good or bad together, and its mean
-    would vary much more."""
+    Each mask is revealed in the step that draw_steps draws for it, independently of all
+    others and of the network. A step that reveals nothing of a text changes nothing in it,
+    and no network is told the time: so each text leaves out its own empty steps, and its
+    others are numbered anew, 0, 1, 2, ... A batch then takes the step 0 of all its texts
+    together, which need not be at one time, and so on: as many calls as its longest text
+    has steps, at most n, and yet its texts are independent of each other."""
     order = random_order(z, mask_id)
     B, n = order.shape
-    # and the step of each
-    rows = 1 if steps > n else B
-    when = draw_steps(steps, rows, n)                                # (1 or B, n)
-    # numbered anew, 0, 1, 2, ..., without the steps that reveal nothing
-    _, when = when.unique(return_inverse=True)
     # sorted, as the positions in order are in random order already
-    when = when.sort(dim=1).values                                   # (1 or B, n)
-    return order, when.expand(B, n)
+    when = draw_steps(steps, B, n).sort(dim=1).values                # (B, n)
+    # numbered anew: one more wherever another step begins
+    begins = torch.diff(when, dim=1, prepend=when[:, :1]) != 0       # (B, n)
+    return order, begins.cumsum(1)
 
 
 def random_order(z, mask_id):

@@ -423,6 +423,15 @@ def copies(x, data):
     return torch.tensor([sample in known for sample in samples])
 
 
+def copies_expected(log_p, data):
+    """The chance of each text that one of as many stories as the training data has, drawn
+    anew from their law, is the same word for word: (n,), from the oracle's log_p (n,), the
+    log-probability of each text under that law. With N stories it is 1 - (1 - p)^N."""
+    N = len(data.train) // data.stride
+    # by logarithms: p is far below what 1 - p could hold in full
+    return -torch.expm1(N * torch.log1p(-log_p.exp()))
+
+
 def oracle(x, data):
     """What the dataset's oracle says of x (n, L): (faults in each (n,), log-probability of
     each text (n,) in nats, -inf with a fault); None without an oracle."""

@@ -5,15 +5,18 @@ error. No single one is enough: perplexity alone is lowest for a text that repea
 so both entropies stand beside it. tools/metrics.py has more.
 """
 import math
+from collections import Counter
 
 import torch
 
-from data.dataset import copies, make_tokenizer, oracle, retokenise
+from data.dataset import (choices, copies, copies_expected, make_tokenizer, oracle,
+                          retokenise)
 from model import nll
 from sample import EXACT
 
 JUDGED = 32                              # texts that the judge reads at a time
 NO_VALUE = (None, None)                  # neither a mean nor an error
+VERSION = 2              # one more where texts or measures change: kept rows are then stale
 
 
 def mean_se(values):
@@ -25,6 +28,20 @@ def mean_se(values):
     if n == 1:
         return values.mean().item(), None
     return values.mean().item(), (values.std() / math.sqrt(n)).item()
+
+
+def jackknife(whole, without):
+    """A statistic of n texts freed of most of its bias, and its standard error: from its
+    value of them all, and its values without (n,) one of them. What is off by c / n with n
+    texts is off by c / (n - 1) with one less, and n whole - (n - 1) without is not
+    (Quenouille, 1956; Tukey, 1958). Of a single text: its own value, without an error."""
+    without = torch.as_tensor(without, dtype=torch.float64)
+    n = len(without)
+    if n < 2:
+        return float(whole), None
+    mean = without.mean()
+    spread = (without - mean).square().sum()
+    return (n * whole - (n - 1) * mean).item(), ((n - 1) / n * spread).sqrt().item()
 
 
 def exp(x):
@@ -108,10 +125,61 @@ def entropy(x, vocab):
 
 def pooled_entropy(x, vocab):
     """Entropy of the token frequencies of all of x (n, L) together, in nats, and its SE.
-    If it is below the data's, texts resemble each other, however rich each may be."""
-    p = torch.bincount(x.flatten(), minlength=vocab) / x.numel()     # (V,)
-    # the entropy is the mean of -log p over all tokens
-    return mean_se(-p.log()[x].mean(1))
+    If it is below the data's, texts resemble each other, however rich each may be.
+    Few texts have not yet used every token that they might: the entropy of their
+    frequencies is too low, the more so the fewer they are. Leaving out each text in turn
+    corrects it, so that values of unequal numbers of texts can be compared. (A correction
+    by the number of tokens is not enough: those of one text depend on each other.)"""
+    n, L = x.shape
+    counts = torch.bincount(x.flatten(), minlength=vocab).double()   # (V,)
+    # with N tokens the entropy is log N - sum(c log c) / N
+    total = torch.special.xlogy(counts, counts).sum()
+    without = []                         # that sum without each text
+    for row in x:
+        ids, own = row.unique(return_counts=True)
+        c = counts[ids]                  # of the tokens that this text has
+        less = c - own
+        change = torch.special.xlogy(c, c) - torch.special.xlogy(less, less)
+        without.append(total - change.sum())
+    whole = math.log(n * L) - total / (n * L)
+    rest = max(1, n - 1) * L             # tokens without one text
+    return jackknife(whole, math.log(rest) - torch.stack(without) / rest)
+
+
+def tally(chosen):
+    """How often each value was chosen, {choice: Counter of values}, in a list of {choice:
+    value}, one for each text (see data.dataset.choices)."""
+    counts = {}
+    for text in chosen:
+        for choice, value in text.items():
+            counts.setdefault(choice, Counter())[value] += 1
+    return counts
+
+
+def counter_entropy(counter):
+    """Entropy of the frequencies in a Counter, in nats; 0 where there is nothing."""
+    n = torch.tensor(list(counter.values()), dtype=torch.float64)
+    return torch.special.entr(n / n.sum()).sum().item()
+
+
+def choice_entropy(chosen):
+    """How freely texts choose, from a list of {choice: value}, one for each text: the
+    entropies of all choices, each over the texts that made it, added up, in nats, and the
+    standard error; corrected as in pooled_entropy. Words that follow from others, such as a
+    name said again, do not count, as they do in the entropy of tokens."""
+    counts = tally(chosen)
+    entropies = {choice: counter_entropy(counts[choice]) for choice in counts}
+    whole = sum(entropies.values())
+    # what the sum loses with a text that chose a value
+    loss = {}
+    for choice, counter in counts.items():
+        for value in counter:
+            less = counter_entropy(counter - Counter([value]))
+            loss[choice, value] = entropies[choice] - less
+    without = []
+    for text in chosen:
+        without.append(whole - sum(loss[pair] for pair in text.items()))
+    return jackknife(whole, without)
 
 
 # ---- all of them
@@ -120,8 +188,8 @@ def measure(x, judge, data):
     """The measures that cost next to nothing, as a row of a table: {"gen_ppl",
     "gen_ppl_se", "entropy", ..., "samples", "tokens"} of texts x (n, L). gen_ppl counts
     every token alike, text_ppl is the mean of the texts' own perplexities; judge None:
-    neither. What only some datasets can say (valid, contradictions, copies, log_p) is None
-    for the others."""
+    neither. What only some datasets can say (choices, valid, contradictions, copies,
+    copies_expected, log_p) is None for the others."""
     row = {"samples": len(x), "tokens": x.numel()}
     vocab = data.tokenizer.vocab
 
@@ -137,12 +205,17 @@ def measure(x, judge, data):
     x = x.cpu()
     add_mean(row, "entropy", entropy(x, vocab))
     add_mean(row, "pooled_entropy", pooled_entropy(x, vocab))
+    add_mean(row, "choices", NO_VALUE)
+    chosen = choices(x, data)            # where there is an oracle
+    if chosen:
+        add_mean(row, "choices", choice_entropy(chosen))
 
     # truth: whether a text obeys the rules of its language, or is copied from the data
     judged, copied = oracle(x, data), copies(x, data)
     add_mean(row, "valid", NO_VALUE)
     add_mean(row, "contradictions", NO_VALUE)
     add_mean(row, "copies", NO_VALUE)
+    add_mean(row, "copies_expected", NO_VALUE)
     add_mean(row, "log_p", NO_VALUE)
     if copied is not None:
         add_mean(row, "copies", mean_se(copied))
@@ -151,6 +224,10 @@ def measure(x, judge, data):
         add_mean(row, "valid", mean_se(faults == 0))
         add_mean(row, "contradictions", mean_se(faults))
         add_mean(row, "log_p", mean_se(log_p[faults == 0]))
+    if copied is not None and judged:
+        # a model that prefers likely texts meets more of them by chance: copies beyond this
+        # share are learned by heart
+        add_mean(row, "copies_expected", mean_se(copies_expected(log_p, data)))
     return row
 
 
@@ -179,15 +256,17 @@ def summary(row):
 
 # the lines of a model in the table: (label, key, its format)
 LINES = (("perplexity", "gen_ppl", ".2f"), ("entropy", "entropy", ".2f"),
-         ("entropy of all", "pooled_entropy", ".2f"), ("valid", "valid", ".0%"),
-         ("contradictions", "contradictions", ".2f"), ("copies", "copies", ".0%"),
-         ("calls", "calls", ".1f"), ("reads a token", "reads", ".1f"))
+         ("entropy of all", "pooled_entropy", ".2f"), ("choices", "choices", ".1f"),
+         ("valid", "valid", ".0%"), ("contradictions", "contradictions", ".2f"),
+         ("copies", "copies", ".0%"), ("calls", "calls", ".1f"),
+         ("reads a token", "reads", ".1f"))
 
 
 def table(rows):
     """Rows as text: a block of labelled lines for each model, a column for each number of
     steps; data and AR, which take no steps, have one column of their own. A line is left
-    out where the model has no value of it. (Rows of older versions have no calls.)"""
+    out where the model has no value of it. (Rows of older versions have no choices, and no
+    calls.)"""
     columns = sorted({row["steps"] for row in rows if row["steps"]}, key=step_key)
     heading = f"{'sampling steps':26}{'-':>9}"
     for steps in columns:

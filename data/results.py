@@ -12,7 +12,7 @@ import torch
 from common import Processes
 from data.dataset import Data
 from data.files import write, write_json
-from data.measures import in_steps, measure, summary, table
+from data.measures import VERSION, in_steps, measure, summary, table
 from sample import EXACT, Sampling, draw_samples
 
 
@@ -57,7 +57,7 @@ def fill_rows(exam, name, model, digest):
     config, results = exam.config, exam.results
     # what the rows of this model depend on; results["models"] has it of the rows there are
     key = (f"{digest} {exam.judged_by} {exam.data.fingerprint} {config.samples} "
-           f"{config.seed}")
+           f"{config.seed} {VERSION}")
     if results["models"].get(name) != key:
         # they are of other weights, text or settings, or under another judge
         results["rows"] = [row for row in results["rows"] if row["model"] != name]
@@ -154,7 +154,7 @@ def conclude(config, procs, data, results, models):
     results["rows"] = sorted(known, key=lambda row: order.index(row["model"]))
     write_json(config.folder / "results.json", results)
     print(f"\nperplexity under the judge (of {results['judged']}), entropies in nats: "
-          "within a text, and of all texts together")
+          "within a text, of all texts together, and of their choices (of stories only)")
     print(table(results["rows"]))
     show_samples(config, procs, data, models)
     print(f"{config.folder}: {sum(seconds.values()):.0f} s in all; "

@@ -76,6 +76,25 @@ def test_standard_errors_of_the_bounds_cover_the_truth(estimate):
     assert 0.90 <= sum(abs(v - truth) < 1.96 * se for v, se in found) / 200 <= 0.99
 
 
+@pytest.mark.parametrize("estimate", [likelihood.bound, likelihood.any_order])
+@pytest.mark.parametrize("draws", [1, 8])
+@pytest.mark.parametrize("end", ["lowest", "highest", "lowest, then highest"])
+def test_bounds_are_numbers_at_the_ends_of_the_random_numbers(estimate, draws, end, monkeypatch):
+    """0 and the largest number below 1, for times, masks, or both: in float32 that largest number
+    rounded to a time of 0, whose weight 1/t made NaN of a text without masks. Exact."""
+    law, model, x = of_joint()
+    asked = []
+
+    def ends(*shape, dtype=torch.float32, device=None):
+        asked.append(shape)
+        if end == "lowest" or end == "lowest, then highest" and len(asked) % 2:
+            return torch.zeros(*shape, dtype=dtype)
+        return torch.full(*shape if len(shape) == 1 else (shape,),
+                          1 - torch.finfo(dtype).eps / 2, dtype=dtype)
+    monkeypatch.setattr(torch, "rand", ends)
+    assert estimate(model, x, V, draws).isfinite().all() and len(asked) == 2 * draws
+
+
 def test_any_order_of_the_end_is_the_conditional_likelihood():
     """Of the last two tokens given the first two, for the perfect model: -log p(end | begin) from
     the law. 20,000 draws, within 4 standard errors."""

@@ -4,6 +4,7 @@ id V. Also the chi-square test that compares counts with a law. All numbers are 
 """
 import hashlib
 import itertools
+import math
 import types
 
 import torch
@@ -134,19 +135,26 @@ def ancestral_law(joint, steps, chance=None):
     """Probabilities (V^L,) of the perfect model's samples, by enumeration: each position opens in
     one of the steps, with that step's chance (steps,), or all with equal ones; those of one step
     know the earlier ones only."""
-    if chance is None:
-        chance = torch.full((steps,), 1 / steps, dtype=torch.float64)
     V, L = joint.shape[0], joint.dim()
     x, model = all_sequences(V, L), exact_model(joint)               # (S, L)
+    weights = {}                         # {which positions open first, second, ...: probability}
+    if chance is None:
+        # k steps that open something, and 0 to k - 1 in their order: there are comb(steps, k) of it
+        for when in itertools.product(range(L), repeat=L):
+            k = max(when) + 1
+            if set(when) == set(range(k)):
+                weights[when] = math.comb(steps, k) / steps ** L
+    else:
+        for when in itertools.product(range(steps), repeat=L):
+            weights[when] = chance[list(when)].prod()
     total = torch.zeros(len(x), dtype=torch.float64)
-    for when in itertools.product(range(steps), repeat=L):
-        when = torch.tensor(when)
-        p = chance[when].prod().expand(len(x)).clone()
+    for when, weight in weights.items():
+        when, p = torch.tensor(when), torch.ones(len(x), dtype=torch.float64)
         for i in set(when.tolist()):
             at = (when == i).expand(x.shape)
             log_p = model(torch.where(when < i, x, V))[at]           # (S * opening, V)
             p *= log_p.gather(1, x[at][:, None]).exp().view(len(x), -1).prod(1)
-        total += p
+        total += weight * p
     return total
 
 

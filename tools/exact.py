@@ -15,15 +15,14 @@ from pathlib import Path
 
 from common import Processes, start
 from data.checkpoints import fingerprint, load_model
-from data.dataset import Data, choices, load_data
+from data.dataset import Data, load_data
 from data.files import UserError, write_json
-from data.measures import add_mean, in_steps, make_judge
+from data.measures import VERSION, in_steps, make_judge
 from data.results import round_files, sample_row
 from data.script import command, flag, parse_flags
 from sample import EXACT, Sampling
 from tools import figures
 from tools.evaluate import with_oracle
-from tools.metrics import choice_entropy
 
 STEPS = [4, 8, 16, 32]                   # of teacher and students
 COOLED = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]  # temperatures of the exact teacher, and of AR
@@ -131,21 +130,19 @@ def measure_folder(config, folder, judge_model, procs, rows, save):
             sampling = Sampling(**(dict(seed=config.seed, length=length) | how))
             # what tells this row from all others; folders may share a teacher
             digest = "data" if model is None else fingerprint(model)
-            key = [digest, folder.data.fingerprint, judged_by, config.samples,
+            key = [digest, folder.data.fingerprint, judged_by, config.samples, VERSION,
                    dataclasses.astuple(sampling)]
             key = json.dumps(key)
             if any(row["key"] == key for row in rows):
                 continue
             # pieces of a text are no texts that an oracle could judge
             data, _ = with_oracle(folder.data, sampling.length)
-            row, x = sample_row(name, model, config.samples, sampling, judge, data, alone)
+            row, _ = sample_row(name, model, config.samples, sampling, judge, data, alone)
             row |= dict(key=key, folder=folder.name, dataset=folder.dataset,
                         trained_with_seed=folder.seed, ahead=sampling.ahead,
                         max_calls=sampling.max_calls, length=sampling.length)
             if name.startswith("round"):
                 row["divergence"] = folder.divergence
-            chosen = choices(x, data)
-            add_mean(row, "choices", choice_entropy(chosen) if chosen else (None, None))
             rows.append(row)
             save()
             print(line(row), flush=True)

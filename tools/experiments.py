@@ -143,9 +143,10 @@ SAMPLES, PIECES, TASKS = 256, 320, 400
 # what results/ keeps of a row
 KEPT = ("variant", "dataset", "seed", "round", "steps", "temperature", "samples", "nfe",
         "gen_ppl", "gen_ppl_se", "entropy", "entropy_se", "pooled_entropy",
-        "pooled_entropy_se", "valid", "valid_se", "contradictions", "copies", "sequences",
-        "bound", "bound_se", "any_order", "any_order_se", "tasks", "one_pass", "confident",
-        "left", "left_se", "word_ppl", "word_ppl_se")
+        "pooled_entropy_se", "choices", "choices_se", "valid", "valid_se", "contradictions",
+        "copies", "copies_expected", "sequences", "bound", "bound_se", "any_order",
+        "any_order_se", "tasks", "one_pass", "confident", "left", "left_se", "word_ppl",
+        "word_ppl_se")
 
 
 def tasks_of(data, context):

@@ -14,6 +14,7 @@ from pathlib import Path
 from data.files import UserError, write
 from data.measures import add_mean, in_steps, step_key
 from data.script import command, flag, package, parse_flags
+from data.stories import language
 from sample import EXACT
 
 LOW = 0.1                            # nats of entropy below its measure that are marked
@@ -138,8 +139,9 @@ SAMPLES = (("model", "model", "s"), ("steps", "steps", ""), ("nfe", "nfe", ".3g"
            ("T", "temperature", ".2g"), ("bits", "precision", "d"),
            ("tokens", "tokens", ",d"), ("gen ppl", "gen_ppl", ".2f±"),
            ("per text", "text_ppl", ".2f±"), ("entropy", "entropy", ".3f±"),
-           ("of all", "pooled_entropy", ".3f±"), ("valid", "valid", ".0%±"),
-           ("faults", "contradictions", ".2f±"), ("log p", "log_p", ".1f±"),
+           ("of all", "pooled_entropy", ".3f±"), ("choices", "choices", ".1f±"),
+           ("valid", "valid", ".0%±"), ("faults", "contradictions", ".2f±"),
+           ("log p", "log_p", ".1f±"),
            ("too low", "low", "s"))
 DIVERSITY = (("model", "model", "s"), ("steps", "steps", ""), ("T", "temperature", ".2g"),
              ("self-BLEU-1", "self_bleu1", ".3f±"), ("self-BLEU-2", "self_bleu2", ".3f±"),
@@ -147,7 +149,7 @@ DIVERSITY = (("model", "model", "s"), ("steps", "steps", ""), ("T", "temperature
              ("distinct-1", "distinct1", ".3f±"), ("distinct-2", "distinct2", ".3f±"),
              ("distinct-3", "distinct3", ".3f±"), ("distinct-4", "distinct4", ".3f±"),
              ("8-grams seen", "seen", ".1%±"), ("repeats", "repetition", ".1%±"),
-             ("copies", "copies", ".0%±"))
+             ("copies", "copies", ".1%±"), ("expected", "copies_expected", ".1%±"))
 FRONTIER = (("model", "model", "s"), ("steps", "steps", ""), ("entropy", "entropy", ".3f"),
             ("gen ppl", "at_entropy", ".2f±"), ("of all", "pooled_entropy", ".3f"),
             ("gen ppl", "at_pooled_entropy", ".2f±"))
@@ -164,7 +166,8 @@ HEADINGS = {                             # part of the results: (its heading, it
                    "perplexity by the surest bound", LIKELIHOOD),
     "samples": ("samples; too low: an entropy more than 0.1 under the data's or the "
                 "teacher's, within a text or of all together", SAMPLES),
-    "diversity": ("diversity of the same samples", DIVERSITY),
+    "diversity": ("diversity of the same samples; copies: training texts word for word; "
+                  "expected: as many as there would be by chance", DIVERSITY),
     "frontier": ("perplexity at the teacher's entropy (without one, the data's), within a "
                  "text and of all together; empty where the temperatures do not reach it",
                  FRONTIER),
@@ -404,6 +407,39 @@ def draw_exact(rows, path):
         axis.set_xticks([], minor=True)
         few_ticks(axis.yaxis)
         axis.legend(fontsize=8)
+    save_figure(fig, path)
+
+
+@picture
+def draw_choices(rows, path):
+    """tools.choices' rows: for each choice, a panel with the share of each value, a bar for
+    each row, and above it the entropy of each, in the same order."""
+    plt = pyplot()
+    panels = rows[0]["counts"]
+    height = 0.8 / len(rows)             # of a bar, where values are 1 apart
+    fig, axes = plt.subplots(4, 4, figsize=(18, 13), layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    for axis, choice in zip(axes.flat, panels):
+        values = list(panels[choice])
+        for i, row in enumerate(rows):
+            counts = row["counts"][choice]
+            total = max(1, sum(counts.values()))
+            places = [j + i * height for j in range(len(values))]
+            color = "black" if row["model"] == "data" else f"C{i - 1}"
+            axis.barh(places, [counts[value] / total for value in values], height,
+                      color=color, label=row["model"])
+        middle = (len(rows) - 1) / 2 * height
+        axis.set_yticks([j + middle for j in range(len(values))], values, fontsize=8)
+        axis.invert_yaxis()              # the first value is the highest
+        entropies = []
+        for row in rows:
+            value = row["entropies"][choice]
+            entropies.append("-" if value is None else f"{value:.2f}")
+        title = language.title(choice)
+        axis.set_title(f"{title}\n{', '.join(entropies)} nats", fontsize=10)
+        axis.set_xlim(0, 1)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower right")
     save_figure(fig, path)
 
 

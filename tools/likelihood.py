@@ -39,10 +39,13 @@ def bound(model, x, mask_id, draws=1):
     of `draws` equal parts of (0, 1], t = u^2 and dt / t = 2 du / u. (With t itself uniform
     the variance is infinite: a text of one mask at t near 0 has weight 1/t.)"""
     B, L = x.shape
-    total = torch.zeros(B, dtype=torch.float64, device=x.device)
+    exact = dict(dtype=torch.float64, device=x.device)
+    total = torch.zeros(B, **exact)
     for i in range(draws):
-        u = 1 - (i + torch.rand(B, 1, device=x.device)) / draws      # (B, 1) in (0, 1]
-        z = torch.where(torch.rand(x.shape, device=x.device) < u ** 2, mask_id, x)
+        # (0, 1] by this order of operations: 1 - rand is never 0, so u is not, either
+        u = (i + (1 - torch.rand(B, 1, **exact))) / draws            # (B, 1)
+        # in float64, too: float32 draws below u^2 < 2^-24 would come too often
+        z = torch.where(torch.rand(x.shape, **exact) < u ** 2, mask_id, x)
         total += token_nats(model, z, x).sum(1) * 2 / u[:, 0]
     return total / (draws * L)
 

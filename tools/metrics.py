@@ -6,14 +6,13 @@ itself pleases the judge. Where a measure depends on how many texts there are (s
 distinct-n), its error is of the value at that number, and only values at equal numbers can
 be compared.
 """
-import math
 from collections import Counter
 
 import numpy as np
 import torch
 
 from data.dataset import retokenise
-from data.measures import add_mean, mean_se
+from data.measures import add_mean, jackknife, mean_se
 from data.script import package
 
 GRAM = 8                                 # tokens of a piece that is looked for in train.bin
@@ -21,36 +20,7 @@ SEARCHED = 10 ** 8                       # tokens of train.bin that it is looked
 BLOCK = 2 ** 20                          # of these at a time
 
 
-def jackknife(whole, without):
-    """A statistic of n texts, and its standard error from its values without (n,) one of
-    them."""
-    n = len(without)
-    without = torch.as_tensor(without, dtype=torch.float64)
-    spread = (without - without.mean()).square().sum()
-    return whole, ((n - 1) / n * spread).sqrt().item()
-
-
 # ---- diversity
-
-def choice_entropy(chosen):
-    """How freely texts choose, from a list of {choice: value}, one for each text (see
-    data.dataset.choices): the entropies of all choices, each over the texts that made it,
-    added up, in nats; and the standard error. Words that follow from others, such as a name
-    said again, do not count, as they do in the entropy of tokens."""
-    counts = {}                          # {choice: {value: texts}}
-    for text in chosen:
-        for choice, value in text.items():
-            counts.setdefault(choice, Counter())[value] += 1
-    total, variance = 0.0, 0.0
-    for counter in counts.values():
-        n = torch.tensor(list(counter.values()), dtype=torch.float64)
-        p = n / n.sum()
-        cost = -p.log()                  # of each value; its mean over texts is the entropy
-        mean = (p * cost).sum()
-        total += mean.item()
-        variance += ((p * (cost - mean).square()).sum() / n.sum()).item()
-    return total, math.sqrt(variance)
-
 
 def grams(rows, n):
     """The n-grams of each of rows (lists of ids), with their counts: a list of Counters."""
@@ -78,7 +48,9 @@ def self_bleu(x, most=4):
         bleu = (log_p / order).exp()
         # the mean without text j, for each j
         without = (bleu.sum(0) - bleu.diagonal()) / (n - 1)
-        values.append(jackknife(bleu.diagonal().mean().item(), without))
+        whole = bleu.diagonal().mean().item()
+        _, se = jackknife(whole, without)
+        values.append((whole, se))
     return values
 
 
@@ -122,7 +94,9 @@ def distinct(x, most=4):
             alone[i] = sum(holders[gram] == 1 for gram in counter)
         each = x.shape[1] - order + 1    # n-grams of a text
         without = (len(holders) - alone) / ((n - 1) * each)
-        values.append(jackknife(len(holders) / (n * each), without))
+        whole = len(holders) / (n * each)
+        _, se = jackknife(whole, without)
+        values.append((whole, se))
     return values
 
 

@@ -238,6 +238,22 @@ def choices(words):
     return chosen
 
 
+def all_choices():
+    """{beat or slot: what may be chosen there}: patterns of sentences, then words, each in
+    the order of their lists."""
+    everything = {}
+    for beat in BEATS:
+        everything[beat] = [pattern for _, _, pattern in BEATS[beat]]
+    return everything | WORDS
+
+
+def title(choice):
+    """The name of a beat or slot for the reader: a sentence, or a word."""
+    if choice in WORDS:
+        return f"the {choice.lower()}"
+    return f"sentence: {choice}"
+
+
 def log_prob(words):
     """Log-probability of a story (a list of words) in nats; -inf if impossible."""
     return read(words)[0]
