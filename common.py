@@ -59,19 +59,26 @@ def start(device):
     return Processes(device, rank, world)
 
 
+def from_first(procs, value):
+    """Process 0's value (of plain ones) in all processes."""
+    values = [value]                     # a list, as broadcasts want it
+    if procs.world > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def first(procs, f):
     """f(), in process 0 alone, for which all others wait; its UserError is raised in
     all."""
-    error = [None]                       # a list, as broadcasts want it
+    error = None
     if procs.rank == 0:
         try:
             f()
         except UserError as e:
-            error = [str(e)]             # as text: it goes to all
-    if procs.world > 1:
-        dist.broadcast_object_list(error, 0)                         # the others wait here
-    if error[0]:
-        raise UserError(error[0])                                    # in every process
+            error = str(e)               # as text: it goes to all
+    error = from_first(procs, error)                                 # the others wait here
+    if error:
+        raise UserError(error)                                       # in every process
 
 
 def agree(procs, value, what):

@@ -17,7 +17,6 @@ import functools
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from common import agree, broadcast, first, make_optimizers, start
@@ -329,14 +328,6 @@ def judge_and_teacher(config, procs, data):
 
 # ---- the whole path
 
-def report(exam, procs, name, model, digest):
-    """fill_rows in process 0, for which the others wait. exam None: nothing is measured."""
-    if exam and procs.rank == 0:
-        fill_rows(exam, name, model, digest)
-    if procs.world > 1:
-        dist.barrier()
-
-
 def announce(config, data, sampling_steps):
     """Say, before anything trains, which files are used and how much there is to do.
     sampling_steps: see schedule."""
@@ -398,15 +389,15 @@ def distill(config, procs):
         results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
         seconds["ar"] = judge_file["seconds"]
         # the same judge for all rows, whatever writes the texts
-        exam = Exam(config, procs.device, data, results,
+        exam = Exam(config, procs, data, results,
                     make_judge(judge, judge_file["tokenizer"], data.tokenizer),
                     fingerprint(judge), teacher.config.context, COLUMNS)
 
     # the rows that need no distillation
-    report(exam, procs, "data", None, "")
+    fill_rows(exam, "data", None, "")
     if judge and not foreign:
-        report(exam, procs, "ar", judge, exam.judged_by)
-    report(exam, procs, "teacher", teacher, origin)
+        fill_rows(exam, "ar", judge, exam.judged_by)
+    fill_rows(exam, "teacher", teacher, origin)
 
     # each round begins where the one before ended
     run = begin_as(teacher, config, procs)
@@ -415,7 +406,7 @@ def distill(config, procs):
             announce_round(config, sampling_steps, r, run.seconds)
         run = distill_round(config, procs, data, r, run, origin)     # trained in place
         seconds[f"round {r + 1}"] = run.seconds
-        report(exam, procs, f"round {r + 1}", run.ema, fingerprint(run.ema))
+        fill_rows(exam, f"round {r + 1}", run.ema, fingerprint(run.ema))
     # the table, and text to look at
     if judge and procs.rank == 0:
         # the first teacher beside the last student

@@ -9,7 +9,7 @@ import typing
 
 import torch
 
-from common import Processes
+from common import Processes, from_first
 from data.dataset import Data
 from data.files import write, write_json
 from data.measures import VERSION, in_steps, measure, summary, table
@@ -26,7 +26,7 @@ def round_files(folder):
 class Exam:
     """What every model of a run is measured with, and where the rows go."""
     config: typing.Any           # the flags of distill.py
-    device: torch.device
+    procs: Processes             # which draw the texts together
     data: Data
     results: dict                # what results.json holds
     judge: typing.Callable       # see data.measures.make_judge
@@ -53,8 +53,11 @@ def open_results(config):
 def fill_rows(exam, name, model, digest):
     """Measure what the results lack of one model (None: the data), and save them, row by
     row. digest: the model's fingerprint. Rows of an earlier run are kept only if they came
-    from the same weights, judge and settings."""
-    config, results = exam.config, exam.results
+    from the same weights, judge and settings. All processes draw texts together; process 0
+    keeps the rows. exam None: nothing is measured."""
+    if exam is None:
+        return
+    config, results, procs = exam.config, exam.results, exam.procs
     # what the rows of this model depend on; results["models"] has it of the rows there are
     key = (f"{digest} {exam.judged_by} {exam.data.fingerprint} {config.samples} "
            f"{config.seed} {VERSION}")
@@ -68,20 +71,21 @@ def fill_rows(exam, name, model, digest):
     columns = exam.columns if diffusion else [None]
     if diffusion and model.config.attention == "reveal":
         columns = [*columns, EXACT]
-    # what an interrupted run has measured already
+    # without what an interrupted run has measured already
     done = {row["steps"] for row in results["rows"] if row["model"] == name}
-    alone = Processes(exam.device)       # the other processes wait
-    for steps in columns:
-        if steps in done:
-            continue
+    missing = [steps for steps in columns if steps not in done]
+    for steps in from_first(procs, missing):
         n = config.samples
         if steps not in (None, EXACT) and steps > 32:            # they take long
             n = max(2, config.samples // 2)
         sampling = Sampling(steps, config.seed, length=exam.context)
         # texts and measures; the texts themselves are not kept
-        row, _ = sample_row(name, model, n, sampling, exam.judge, exam.data, alone)
+        row, _ = sample_row(name, model, n, sampling, exam.judge, exam.data, procs)
         results["rows"].append(row)
-        write_json(config.folder / "results.json", results)
+        if procs.rank == 0:
+            write_json(config.folder / "results.json", results)
+    if procs.rank > 0:
+        return
 
     # one line on the way: a diffusion model's row of 8 steps
     mine = [row for row in results["rows"] if row["model"] == name]
