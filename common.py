@@ -113,6 +113,44 @@ def lr_factor(step, steps, warmup, final):
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon with products in float32, for a CPU. The original's are in bfloat16,
+    which many CPUs only emulate: with AVX2 alone a step of it took four times as long as
+    the loss and its gradient (preset nano), and this one takes a quarter of that time."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            momentum = group["momentum"]
+            for w in group["params"]:                                # (out, in), a matrix
+                if w.grad is None:
+                    continue
+                # the average of the gradients (Nesterov's form: the newest counts more)
+                average = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                average.lerp_(w.grad, 1 - momentum)
+                update = orthogonal(w.grad.lerp(average, momentum),
+                                    group["ns_coefficients"], group["ns_steps"])
+                # of the size that AdamW's steps have, see make_optimizers
+                size = 0.2 * math.sqrt(max(w.shape))
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                w.add_(update, alpha=-group["lr"] * size)
+
+
+def orthogonal(matrix, coefficients, steps):
+    """About the orthogonal matrix U V^T that is nearest to matrix = U S V^T, by Newton and
+    Schulz' iteration: an odd polynomial, applied to the matrix, is applied to each singular
+    value, and this one brings all of them near 1 (K. Jordan et al., 2024)."""
+    a, b, c = coefficients
+    wide = len(matrix) <= matrix.shape[1]
+    x = matrix if wide else matrix.T     # the products below are then the smaller ones
+    x = x / x.norm().clamp(min=1e-7)     # no singular value is above 1
+    for _ in range(steps):
+        # a S + b S^3 + c S^5
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x if wide else x.T
+
+
 def make_optimizers(model, config):
     """[AdamW on vectors, embedding and head, Muon on the blocks' matrices], or [AdamW] for
     all. Muon's steps are scaled to AdamW's size, so that one learning rate serves both
@@ -127,8 +165,8 @@ def make_optimizers(model, config):
     adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=True)
     if not matrices:                                                 # --optimizer adamw
         return [adamw]
-    muon = torch.optim.Muon(matrices, config.lr, weight_decay=decay,
-                            adjust_lr_fn="match_rms_adamw")
+    kind = Muon if matrices[0].device.type == "cpu" else torch.optim.Muon
+    muon = kind(matrices, config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 
