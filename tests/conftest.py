@@ -19,3 +19,14 @@ def toys_are_asked_about_positions(monkeypatch):
     from tools import likelihood
     for module in (diffusion, distill, likelihood):
         monkeypatch.setattr(module, "states_at", toy.states_at)
+
+
+@pytest.fixture(scope="module")
+def small_nano():
+    """Preset nano is tiny in this process, for files whose properties do not depend on its
+    size: a step then costs a fifth."""
+    import helpers
+    import model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "nano", helpers.NANO)
+        yield
