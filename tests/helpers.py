@@ -89,4 +89,5 @@ def run_script(name, argv):
     if name.endswith(".py"):
         runpy.run_path(str(ROOT / name), run_name="__main__")
     else:
+        sys.modules.pop(name, None)      # as if nobody had imported it
         runpy.run_module(name, run_name="__main__", alter_sys=True)
