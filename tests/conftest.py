@@ -13,7 +13,7 @@ import pytest                                                        # noqa: E40
 
 @pytest.fixture(scope="session", autouse=True)
 def modules_are_no_garbage():
-    """bench.py collects garbage before each measurement: without the modules, a tenth of the time."""
+    """bench.py collects garbage before each measurement, which is quick without the modules."""
     gc.collect()
     gc.freeze()
 
