@@ -97,11 +97,17 @@ def ar_engine(model, B, L, decode_step):
                             cache)
 
 
-def diffusion_engine(sampler, model, B, L, steps):
-    """Diffusion from nothing but masks. sampler: diffusion.sample, which takes the KV cache
-    where the model's attention allows it, or diffusion.sample_joint, the papers'."""
+def diffusion_engine(model, B, L, steps):
+    """Diffusion from nothing but masks, with the KV cache where the model has one."""
     z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
-    return lambda: sampler(model, z, steps, model.mask_id)           # z stays as it is
+    return lambda: sample(model, z, steps, model.mask_id)            # z stays as it is
+
+
+def naive_engine(model, B, L, steps):
+    """The papers' sampler, not compiled, as public code runs it."""
+    z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
+    return without_compiler(lambda: sample_joint(model, z, steps, model.mask_id),
+                            "force_eager")
 
 
 def exact_engine(model, B, L):
@@ -129,8 +135,8 @@ def make_engine(row, model, decode_step, steps):
     if name.endswith("-exact"):
         return exact_engine(model, B, L)
     if name == "diffusion-naive":
-        return diffusion_engine(sample_joint, model, B, L, steps)
-    return diffusion_engine(sample, model, B, L, steps)
+        return naive_engine(model, B, L, steps)
+    return diffusion_engine(model, B, L, steps)
 
 
 # ---- the timing
@@ -160,11 +166,11 @@ def rows_of(config, models, preset, B, L):
     return rows
 
 
-def settled(run):
-    """run without compiling anything: what is new to the compiler runs as it is."""
+def without_compiler(run, stance):
+    """run() that compiles nothing: with the stance "force_eager" compiled code is not used,
+    with "eager_on_recompile" it is, and what is new to the compiler runs as it is."""
     def f():
-        # compiling in a timed run would be measured
-        with torch.compiler.set_stance("eager_on_recompile"):
+        with torch.compiler.set_stance(stance):
             return run()
     return f
 
@@ -189,7 +195,7 @@ def begin(config, row, model, decode_step, device, machine):
     if name == "diffusion-kv" or name.endswith("-exact"):
         # its shapes change from step to step and, as reveals are random, from run to run:
         # warmed up by a whole run, and what is new in a later one is not compiled then
-        warm_up, run = run, settled(run)
+        warm_up, run = run, without_compiler(run, "eager_on_recompile")
     elif steps:
         # two steps are enough, as all look alike
         warm_up = make_engine(row, model, decode_step, min(2, steps))

@@ -360,14 +360,13 @@ def without_masks(z, mask_id):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0):
     """Ancestral sampling as the papers' pseudo-code has it (MDLM, SDTT), z (B, L) -> ids
     (B, L): in each step logits everywhere and one draw from {V tokens, stay masked} by
-    Gumbel noise. The same distribution as sample's, and the yardstick of its speed; not
-    compiled, as public code runs it. In float32, as public code has it, uniform draws are
-    at most 1 - 2^-24, so Gumbel noise is at most 16.6, and a token whose chance in a step
-    is below e^-16.6 = 6e-8 is hardly ever drawn (arXiv 2409.02908)."""
+    Gumbel noise. The same distribution as sample's, and the yardstick of its speed. In
+    float32, as public code has it, uniform draws are at most 1 - 2^-24, so Gumbel noise is
+    at most 16.6, and a token whose chance in a step is below e^-16.6 = 6e-8 is hardly ever
+    drawn (arXiv 2409.02908)."""
     for i in range(steps):
         # the step from t to s, and the shares that are masked at both
         t, s = 1 - i / steps, 1 - (i + 1) / steps

@@ -405,7 +405,10 @@ class Transformer(nn.Module):
         h (N, C) and rows (N, ...) are cut into chunks of CHUNK logits; f maps a chunk's
         logits (n, V) and rows (n, ...) to (n,)."""
         h = self.norm(h.float())
-        return HeadSum.apply(f, h, self.lm_head.weight, self.lm_head.bias, *rows)
+        W, b = self.lm_head.weight, self.lm_head.bias
+        if not torch.is_grad_enabled():
+            W, b = W.detach(), b.detach()        # HeadSum would make their gradient at once
+        return HeadSum.apply(f, h, W, b, *rows)
 
 
 def reveal_mask(idx, rank, mask_id):

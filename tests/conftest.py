@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pytest                                                        # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def modules_are_no_garbage():
+    """bench.py collects garbage before each measurement, which is quick without the modules."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def toys_are_asked_about_positions(monkeypatch):
     """See toy.states_at: a toy can tell then which positions its predictions were wanted at."""
@@ -19,3 +27,14 @@ def toys_are_asked_about_positions(monkeypatch):
     from tools import likelihood
     for module in (diffusion, distill, likelihood):
         monkeypatch.setattr(module, "states_at", toy.states_at)
+
+
+@pytest.fixture(scope="module")
+def small_nano():
+    """Preset nano is tiny in this process, for files whose properties do not depend on its
+    size: a step then costs a fifth."""
+    import helpers
+    import model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "nano", helpers.NANO)
+        yield

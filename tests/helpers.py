@@ -1,11 +1,22 @@
-"""What several tests of the scripts share: a small dataset, and calls as from a command line."""
+"""What several tests of the scripts share: a small dataset, calls as from a command line, and
+processes that start quickly."""
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import distill
 from data import dataset, script
+
+ROOT = Path(distill.__file__).resolve().parent
+
+# preset nano for tests in which its size does not matter: see conftest.small_nano
+NANO = dict(layers=1, heads=2, width=16, context=64)
 
 
 def make_dataset(folder):
@@ -35,3 +46,48 @@ def refused(capsys, module, *argv):
     sentence = [line for line in error.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(sentence) == 1 and error.endswith(sentence[0] + "\n")
     return sentence[0]
+
+
+# ---- processes
+
+def start_server():
+    """Start the process that others are forked from, if it does not run yet. It imports PyTorch
+    and the scripts once and computes nothing, so that a process forked from it is as good as a
+    new one, and there in no time. tools.machine.in_new_process uses it, too."""
+    multiprocessing.set_forkserver_preload([
+        "pytest", "helpers", "train", "tools.evaluate", "tools.bench_train",
+        "data.text.prepare", "data.stories.prepare"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        multiprocessing.forkserver.ensure_running()
+
+
+def begin(out, f, *args, **environment):
+    """A new process (of multiprocessing) that has begun f(*args), with one thread, in the
+    project's folder. Its output goes into the file out."""
+    start_server()
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=in_process, args=(out, environment, f, args))
+    process.start()
+    return process
+
+
+def in_process(out, environment, f, args):
+    """What begin's process does."""
+    with open(out, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    f(*args)
+
+
+def run_script(name, argv):
+    """A script ("train.py") or module ("tools.evaluate") as `python` runs it, but in here."""
+    sys.argv = [name, *argv]
+    if name.endswith(".py"):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    else:
+        sys.modules.pop(name, None)      # as if nobody had imported it
+        runpy.run_module(name, run_name="__main__", alter_sys=True)

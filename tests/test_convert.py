@@ -28,6 +28,7 @@ from model import ModelConfig, Reading, Transformer
 from tools import convert
 
 safetensors = pytest.importorskip("safetensors.torch")
+pytestmark = pytest.mark.usefixtures("small_nano")
 
 CLOSE = 1e-4
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"

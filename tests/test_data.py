@@ -13,8 +13,6 @@ import pydoc_data.topics
 import random
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import types
 import urllib.error
@@ -29,8 +27,9 @@ import torch
 
 import common
 import distill
+import model
 import train
-from data import checkpoints, corpus, dataset, files
+from data import checkpoints, corpus, dataset, files, script
 from data.openwebtext import prepare as openwebtext
 from data.lambada import prepare as lambada
 from data.pydoc import prepare as pydoc
@@ -38,7 +37,7 @@ from data.shakespeare_char import prepare as shakespeare
 from data.stories import language
 from data.stories import prepare as stories
 from data.text import prepare as text
-from helpers import call, refused
+from helpers import NANO, begin, call, refused
 
 ALONE = types.SimpleNamespace(rank=0, world=1, device="cpu")
 GPT2_FILES = ["6d1cbeee0f20b3d9449abfede4726ed8212e3aee",        # tiktoken's names for GPT-2's
@@ -398,18 +397,20 @@ def test_gpt2_tokens_prepared_by_nanogpt_load(tmp_path):
 
 @needs_gpt2
 def test_a_folder_prepared_by_nanogpt_trains_and_distils(tmp_path, monkeypatch):
-    """GPT-2's tokens without meta, through both scripts; text comes out. No chance involved."""
+    """GPT-2's tokens without meta, through both scripts; text comes out. With preset small, which
+    validates with less text than nano, made tiny. No chance involved."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(model.PRESETS, "small", NANO)
     ids = tiktoken.get_encoding("gpt2").encode_ordinary("the cat sat on the mat, and so on. " * 30)
     nanogpt(tmp_path / "x", ids, ids)
-    flags = ["--dataset", "x", "--batch", 2, "--context", 8]
+    flags = ["--dataset", "x", "--preset", "small", "--batch", 2, "--context", 8]
     for objective in ("ar", "mdlm"):
         call(train, *flags, "--objective", objective, "--steps", 1)
     call(distill, *flags, "--rounds", 1, "--teacher_steps", 2, "--steps_per_round", 1,
          "--samples", 2)
-    content = checkpoints.load_checkpoint("out/x-nano/round1.pt")
+    content = checkpoints.load_checkpoint("out/x-small/round1.pt")
     assert content["tokenizer"] == {"kind": "gpt2"} and content["model_config"]["vocab"] == 50257
-    assert (tmp_path / "out/x-nano/samples.txt").stat().st_size > 100
+    assert (tmp_path / "out/x-small/samples.txt").stat().st_size > 100
 
 
 def bad_pickles(path):
@@ -1222,26 +1223,24 @@ def test_rows_of_openwebtext_without_a_text_are_left_out_and_counted(top, monkey
     assert "left out: 2" in capsys.readouterr().out
 
 
-TOGETHER = """
-import sys
-import common
-from data import dataset, script
-common.ROOT = dataset.ROOT = common.Path(sys.argv[1])
-import data.stories.prepare as stories
-stories.FOLDER = dataset.ROOT / "data/stories"
-script.command(lambda: print(dataset.load_data("stories", common.start("cpu")).fingerprint))
-"""
+def load_in(folder):
+    """Load stories in a fresh clone, whose root is the folder, and print their fingerprint."""
+    common.ROOT = dataset.ROOT = folder
+    stories.FOLDER = folder / "data/stories"
+    script.command(lambda: print(
+        dataset.load_data("stories", common.start("cpu")).fingerprint))
 
 
 def test_runs_started_at_once_make_a_built_in_dataset_once(tmp_path):
     """Three processes in a fresh clone: one makes it, the others wait, all read the same, and
     nothing is left. Without the lock one died in 8 of 9 tries. No false alarm."""
     (tmp_path / "data/stories").mkdir(parents=True)
-    started = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(tmp_path)], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=common.ROOT)
-               for _ in range(3)]
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0] * 3, outputs
-    assert "".join(out for out, _ in outputs).count("stories of 50 words") == 1
-    assert len({out.splitlines()[-1] for out, _ in outputs}) == 1
+    files = [tmp_path / f"{i}.txt" for i in range(3)]
+    started = [begin(file, load_in, tmp_path) for file in files]
+    for process in started:
+        process.join(120)
+    outputs = [file.read_text() for file in files]
+    assert [process.exitcode for process in started] == [0] * 3, outputs
+    assert "".join(outputs).count("stories of 50 words") == 1
+    assert len({out.splitlines()[-1] for out in outputs}) == 1
     assert sorted(os.listdir(tmp_path / "data/stories")) == ["meta.json", "train.bin", "val.bin"]

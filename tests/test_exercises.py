@@ -11,7 +11,7 @@ import toy
 from data import measures
 from data.stories import language
 from model import cross_entropy
-from tools import figures, metrics
+from tools import figures
 
 
 def test_exercise_1_the_mean_over_masked_tokens_is_not_the_bound():

@@ -57,7 +57,7 @@ def test_published_targets_agree_with_the_right_ones_where_the_grid_does_not_mat
 
 
 @pytest.mark.parametrize("name", ["rounds"])
-def test_an_experiment_from_end_to_end(name, tmp_path, monkeypatch):
+def test_an_experiment_from_end_to_end(name, tmp_path, monkeypatch, small_nano):
     """Trains, measures, and a second call measures nothing anew; the table has the shared
     teacher once, and the last student of each variant. Exact."""
     monkeypatch.chdir(tmp_path)

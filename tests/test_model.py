@@ -324,6 +324,19 @@ def test_loss_in_chunks_has_the_value_and_gradients_of_the_plain_one(monkeypatch
     assert 3 * value.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
+def test_loss_in_chunks_takes_no_gradient_where_none_is_wanted(monkeypatch):
+    """Under no_grad, as in validation, also of weights that are being trained. No false alarm."""
+    model, idx, x = model_of(), torch.randint(12, (3, 9)), torch.randint(11, (27,))
+    model.requires_grad_(True)
+    h = model.hidden(idx).flatten(0, 1)
+    expected = model.chunked_sum(h, cross_entropy, x)
+    asked = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: asked.append(True))
+    with torch.no_grad():
+        value = model.chunked_sum(h.detach(), cross_entropy, x)
+    assert value.item() == expected.item() and not asked and not value.requires_grad
+
+
 def test_dropout_is_on_in_training_and_off_otherwise():
     """In eval mode the same logits as a model without dropout. No false alarm."""
     plain, idx = model_of(), torch.randint(12, (2, 9))

@@ -1,9 +1,8 @@
 """Two processes (gloo, as torchrun would start them) train what one process trains."""
 import json
-import os
 import socket
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,36 +10,46 @@ import torch
 
 import common
 import distill
+import model
 import train
-from data import checkpoints, files
-from helpers import call, make_dataset
+from data import checkpoints, files, script
+from helpers import NANO, begin, call, make_dataset, run_script
 
-ROOT = Path(common.__file__).resolve().parent
+pytestmark = pytest.mark.usefixtures("small_nano")
+
 FLAGS = ["--batch", "8", "--micro_batch", "2", "--device", "cpu", "--log_every", "1",
          "--save_every", "3", "--warmup", "2", "--dropout", "0.1", "--optimizer", "adamw"]
 JOBS = {"train.py": ["--steps", "6"],
         "distill.py": ["--rounds", "2", "--teacher_steps", "8", "--steps_per_round", "4",
-                       "--samples", "4"]}
+                       "--samples", "34"]}                # two batches
 
 
-def together(world, script, argv):
-    """Run a script in `world` processes joined as torchrun joins them; their outputs."""
+def together(world, folder, f, *args):
+    """Run f(*args) in `world` processes joined as torchrun joins them; their outputs, which are
+    kept in the folder."""
     with socket.socket() as s:                       # a free port
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    started = [subprocess.Popen(
-        [sys.executable, *(["-m"] * (not script.endswith(".py"))), script, *argv], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                          "OMP_NUM_THREADS": "1"}) for rank in range(world)]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * world, outputs
-    return outputs
+    folder.mkdir(exist_ok=True)
+    outputs = [folder / f"output-{rank}.txt" for rank in range(world)]
+    started = [begin(out, f, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+               for rank, out in enumerate(outputs)]
+    for process in started:
+        process.join(120)
+    texts = [out.read_text() for out in outputs]
+    assert [process.exitcode for process in started] == [0] * world, texts
+    return texts
+
+
+def run_small(name, argv):
+    """A script as torchrun would run it, with a tiny preset nano."""
+    model.PRESETS["nano"] = NANO
+    run_script(name, argv)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(small_nano, tmp_path_factory):
     """{(script, processes): folder}; the distillations begin with the same judge and teacher."""
     top = tmp_path_factory.mktemp("processes")
     data = ["--dataset", str(make_dataset(top / "data"))]
@@ -53,7 +62,8 @@ def runs(tmp_path_factory):
         argv = data + FLAGS + JOBS[script] + (given if script == "distill.py" else [])
         one, two = top / f"{script}-1", top / f"{script}-2"
         call(module, *argv, "--out", one)
-        found["outputs"][script] = together(2, script, argv + ["--out", str(two)])
+        found["outputs"][script] = together(2, top / f"{script}-outputs", run_small, script,
+                                            argv + ["--out", str(two)])
         found |= {(script, 1): one, (script, 2): two}
     return found
 
@@ -62,8 +72,8 @@ def runs(tmp_path_factory):
                                           ("distill.py", "round2")])
 def test_two_processes_give_the_losses_and_weights_of_one(runs, script, name):
     """The micro-batches are the same; only the order of float32 sums differs: 1e-7 to 1e-6 was
-    seen, and 3e-2 where gradients are not averaged. AdamW, because Muon's
-    iteration carries rounding further. No false alarm but by another rounding."""
+    seen, and 3e-2 where gradients are not averaged. AdamW, because Muon, which makes all singular
+    values equal, carries rounding further. No false alarm but by another rounding."""
     logs = [[json.loads(line) for line in (runs[script, n] / f"{name}.jsonl").read_text()
              .splitlines()] for n in (1, 2)]
     assert len(logs[0]) == len(logs[1]) == {"teacher": 6}.get(name, 4)
@@ -75,6 +85,17 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs, script, name):
                 for n in (1, 2))
     for key in one:
         assert (one[key] - two[key]).abs().mean() < 1e-4, key
+
+
+def test_two_processes_fill_the_table_with_the_rows_of_one(runs):
+    """All that they have measured of the data, the judge and the teacher, whose weights are the
+    same, but for the time that it took. Exact. (Those of the rounds differ by rounding.)"""
+    found = []
+    for n in (1, 2):
+        rows = json.loads((runs["distill.py", n] / "results.json").read_text())["rows"]
+        found.append([{key: value for key, value in row.items() if key != "seconds"}
+                      for row in rows if not row["model"].startswith("round")])
+    assert found[0] == found[1] and len(found[0]) == 2 + len(distill.COLUMNS)
 
 
 @pytest.mark.parametrize("script", list(JOBS))
@@ -97,49 +118,39 @@ def test_micro_batches_that_do_not_fill_the_batch_are_refused():
     assert train.micro_batches(c, common.Processes(torch.device("cpu"), 1, 2)) == (2, 2)
 
 
-WAY = """
-import sys, time
-import common, distill, train
-from data import checkpoints, files, script
+def distil_on_the_way(argv):
+    """distill.py with few steps, in which process 0 saves late, while the other one has nothing to
+    do; then what happens where processes hold different things, and where the first is refused."""
+    model.PRESETS["nano"] = NANO
+    sys.argv = ["distill.py", *argv]
+    distill.COLUMNS[:] = [8]
+    usual, save, check = train.TrainConfig.__post_init__, train.save, distill.agree
 
-distill.COLUMNS[:] = [8]
-usual, c = train.TrainConfig.__post_init__, train.TrainConfig
+    def few_steps(config):
+        config.steps = config.steps or 5
+        usual(config)
 
+    def save_late(run):
+        time.sleep(0.5)
+        save(run)
 
-def few_steps(c):
-    c.steps = c.steps or 5
-    usual(c)
+    def agree(p, value, what):
+        print(what, value, flush=True)
+        check(p, value, what)
 
+    def refuse():
+        raise files.UserError("by the first")
 
-def save_late(run, save=checkpoints.save):        # by process 0, while the other one has nothing to do
-    time.sleep(0.5)
-    save(run)
-
-
-def agree(p, value, what, check=common.agree):
-    print(what, value, flush=True)
-    check(p, value, what)
-
-
-c.__post_init__, train.save, distill.agree = few_steps, save_late, agree
-
-
-def main():
-    distill.main()
-    p = common.start("cpu")
-    for f in (lambda: common.agree(p, p.rank, "ranks"), lambda: common.first(p, refuse)):
-        try:
-            f()
-        except files.UserError as e:
-            print("refused:", e, flush=True)
-
-
-def refuse():
-    raise files.UserError("by the first")
-
-
-script.command(main)
-"""
+    def main():
+        distill.main()
+        p = common.start("cpu")
+        for f in (lambda: common.agree(p, p.rank, "ranks"), lambda: common.first(p, refuse)):
+            try:
+                f()
+            except files.UserError as e:
+                print("refused:", e, flush=True)
+    train.TrainConfig.__post_init__, train.save, distill.agree = few_steps, save_late, agree
+    script.command(main)
 
 
 def test_processes_that_train_on_the_way_distil_from_one_teacher(tmp_path):
@@ -147,9 +158,7 @@ def test_processes_that_train_on_the_way_distil_from_one_teacher(tmp_path):
     second process waits, and holds the teacher that the first one saved, in both rounds. Processes
     that hold different things are told so, all of them, as they are where the first is refused. A
     process that did not wait would find step 3, or no file. No false alarm."""
-    script = tmp_path / "way.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + WAY)
-    outputs = together(2, str(script), [
+    outputs = together(2, tmp_path, distil_on_the_way, [
         "--dataset", str(make_dataset(tmp_path / "data")), "--out", str(tmp_path / "out"),
         "--rounds", "2", "--teacher_steps", "8", "--steps_per_round", "2", "--samples", "2",
         "--batch", "6", "--micro_batch", "3", "--save_every", "3", "--device", "cpu"])
@@ -205,7 +214,7 @@ def test_two_processes_give_the_table_of_one(runs, tmp_path):
     found = []
     for world in (1, 2):
         out = tmp_path / f"{world}.json"
-        outputs = together(world, "tools.evaluate", [
+        outputs = together(world, tmp_path / f"outputs-{world}", run_small, "tools.evaluate", [
             str(runs["train.py", 1] / "teacher.pt"), str(runs["distill.py", 1] / "round1.pt"),
             "--judge", str(runs["train.py", 1].parent / "start/ar.pt"), "--samples", "70",
             "--steps", "2", "8", "--sequences", "40", "--last_word", str(text),

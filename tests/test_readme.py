@@ -2,6 +2,7 @@
 
 No test here has a false alarm: nothing random is looked at.
 """
+import gc
 import json
 import re
 import runpy
@@ -145,6 +146,8 @@ def home(tmp_path_factory):
     dataset pydoc of random words, text for the others, out/stories-nano by the first command, and
     checkpoints where the experiments would leave them. All presets are tiny."""
     top = tmp_path_factory.mktemp("home")
+    gc.collect()
+    gc.freeze()                                          # see conftest.modules_are_no_garbage
     with pytest.MonkeyPatch.context() as patch:
         for name in model.PRESETS:
             patch.setitem(model.PRESETS, name, dict(layers=1, heads=1, width=8, context=64))

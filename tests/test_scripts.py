@@ -25,6 +25,8 @@ from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
 from tools import evaluate
 
+pytestmark = pytest.mark.usefixtures("small_nano")
+
 ROOT = Path(common.__file__).resolve().parent
 SCRIPTS = sorted(p.relative_to(ROOT).as_posix() for p in [
     *ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("data/**/*.py")])
@@ -33,7 +35,7 @@ TINY = ["--device", "cpu", "--batch", "4", "--warmup", "1"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(small_nano, tmp_path_factory):
     """A folder with a dataset ("data") and, in "out", ar.pt and teacher.pt after two steps."""
     top = tmp_path_factory.mktemp("made")
     make_dataset(top / "data")

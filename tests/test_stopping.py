@@ -1,17 +1,18 @@
 """A run that is stopped at any moment goes on as if nothing had been; files are never half there.
 
-One process imports torch once and forks a child per attempt, so that each kill is a real SIGKILL
-and costs no start-up. The children have one thread, and all comparisons are bit for bit.
+Two processes fork a child per attempt, so that each kill is a real SIGKILL and costs no start-up.
+The children have one thread, and all comparisons are bit for bit.
 """
 import errno
+import io
 import json
 import os
 import random
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,11 +20,15 @@ import pytest
 import torch
 
 import common
+import data.text.prepare as prepare
 import distill
+import model
 import train
-from helpers import call, make_dataset, refused
+from data import script
+from helpers import NANO, ROOT, begin, call, make_dataset, refused
 
-ROOT = Path(common.__file__).resolve().parent
+pytestmark = pytest.mark.usefixtures("small_nano")
+
 SMALL = ["--batch", "8", "--device", "cpu", "--log_every", "1", "--save_every", "2"]
 TRAIN = SMALL + ["--steps", "12", "--warmup", "3"]
 QUIET = TRAIN + ["--log_every", "20", "--save_every", "2"]
@@ -31,23 +36,73 @@ ROUNDS = SMALL + ["--rounds", "2", "--teacher_steps", "8", "--steps_per_round", 
                   "--samples", "4", "--warmup", "2"]
 OTHER = ["--handover", "raw", "--reset_optimizer", "--dropout", "0.2", "--micro_batch", "4"]
 
-# argv[1]: jobs as JSON, {"script", "argv", "seed"}; with a seed, each attempt is killed at a random
-# moment until one comes through; with "kill" (place, number) there is one attempt, killed there.
-# Prints a list of {"code", "places" of the kills, "out"}.
-DRIVER = """
-import io, json, os, random, signal, sys, tempfile
-import torch
-import distill, train
-from data import script
-import data.text.prepare as prepare
 
-torch.set_num_threads(1)
-distill.COLUMNS[:] = [4, 8]
-few_steps = train.TrainConfig.__post_init__
-train.TrainConfig.__post_init__ = lambda c: (setattr(c, "steps", c.steps or 5), few_steps(c))[1]
+# ---- processes that are killed
+
+PLACES = ["half written", "before replace", "in a step", "after a log line", "before fsync",
+          "after replace"]
+MAINS = {"train.py": train.main, "distill.py": distill.main, "prepare.py": prepare.main}
+
+
+def drive(jobs, path):
+    """Do jobs, dicts of "script", "argv" and "seed"; with a seed, each attempt is killed at a
+    random moment until one comes through; with "kill" (place, number) there is one attempt, killed
+    there. Writes a list of {"code", "places" of the kills, "out"} into the file path."""
+    model.PRESETS["nano"] = NANO
+    distill.COLUMNS[:] = [4, 8]
+    usual = train.TrainConfig.__post_init__
+
+    def few_steps(config):               # of judge and teacher, on the way
+        config.steps = config.steps or 5
+        usual(config)
+    train.TrainConfig.__post_init__ = few_steps
+    Path(path).write_text(json.dumps([results_of(job) for job in jobs]))
+
+
+def results_of(job):
+    """One job's results, see drive."""
+    rng, places = random.Random(job["seed"]), []
+    with tempfile.TemporaryFile("w+") as out:
+        while True:
+            kill = job.get("kill")
+            if job["seed"] is not None:
+                place = PLACES[len(places) % len(PLACES)]
+                kill = (place, rng.randint(1, 4))
+            status = attempt(job, kill, out)
+            if job.get("kill") or not os.WIFSIGNALED(status) or len(places) > 60:
+                break
+            places.append(place)
+        out.seek(0)
+        return {"code": os.waitstatus_to_exitcode(status), "places": places,
+                "out": out.read()[-3000:]}
+
+
+def attempt(job, kill, out):
+    """Run the job's script in a child, killed at (place, number); returns its status."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
+    code = 1
+    try:
+        if kill:
+            arm(*kill)
+        sys.argv = [job["script"]] + job["argv"]
+        script.command(MAINS[job["script"]], script.GOES_ON)
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    finally:
+        if code == 1:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def arm(place, n):
+    """Make this process kill itself when it comes to the place for the n-th time."""
     calls = [0]
 
     def die_at(where):
@@ -83,52 +138,8 @@ def arm(place, n):
     train.ema_update, train.write_log = ema_update, write_log
 
 
-def attempt(job, kill, out):
-    pid = os.fork()
-    if pid:
-        return os.waitpid(pid, 0)[1]
-    os.dup2(out.fileno(), 1)
-    os.dup2(out.fileno(), 2)
-    code = 1
-    try:
-        if kill:
-            arm(*kill)
-        sys.argv = [job["script"]] + job["argv"]
-        script.command({"train.py": train.main, "distill.py": distill.main,
-                        "prepare.py": prepare.main}[job["script"]], script.GOES_ON)
-        code = 0
-    except SystemExit as e:
-        code = e.code
-    finally:
-        if code == 1:
-            sys.excepthook(*sys.exc_info())
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-PLACES = ["half written", "before replace", "in a step", "after a log line", "before fsync",
-          "after replace"]
-results = []
-for job in json.loads(sys.argv[1]):
-    rng, places = random.Random(job["seed"]), []
-    with tempfile.TemporaryFile("w+") as out:
-        while True:
-            place = PLACES[len(places) % len(PLACES)]
-            kill = (place, rng.randint(1, 4)) if job["seed"] is not None else job.get("kill")
-            status = attempt(job, kill, out)
-            if job.get("kill") or not os.WIFSIGNALED(status) or len(places) > 60:
-                break
-            places.append(place)
-        out.seek(0)
-        results.append({"code": os.waitstatus_to_exitcode(status), "places": places,
-                        "out": out.read()[-3000:]})
-print(json.dumps(results))
-"""
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(small_nano, tmp_path_factory):
     """Every run of this file, whole and killed: {name: folder}, "dataset" and "reports"."""
     top = tmp_path_factory.mktemp("runs")
     data = ["--dataset", str(make_dataset(top / "data"))]
@@ -159,14 +170,12 @@ def runs(tmp_path_factory):
     found = {}
     halves = [{name: job for name, job in jobs.items() if name.startswith("distill-") == first}
               for first in (True, False)]
-    drivers = [subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(list(half.values()))],
-                                cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for half in halves]
-    for half, driver in zip(halves, drivers):
-        out, error = driver.communicate(timeout=300)
-        assert driver.returncode == 0, error
-        found |= dict(zip(half, json.loads(out)))
+    drivers = [begin(top / f"{i}.txt", drive, list(half.values()), top / f"{i}.json")
+               for i, half in enumerate(halves)]
+    for i, driver in enumerate(drivers):
+        driver.join(300)
+        assert driver.exitcode == 0, (top / f"{i}.txt").read_text()
+        found |= dict(zip(halves[i], json.loads((top / f"{i}.json").read_text())))
     return {"dataset": top / "data", "reports": found, **{name: top / name for name in jobs}}
 
 
@@ -285,7 +294,6 @@ def test_round_file_holds_the_teacher_until_the_round_is_done(runs, tmp_path):
 
 def spoilt(kind, good):
     """Bytes that are no checkpoint of this project; good: the bytes of one."""
-    import io
     if kind == "truncated":
         return good[:len(good) * 2 // 3]
     if kind in ("garbage", "empty"):
@@ -526,28 +534,29 @@ def test_clip_0_does_not_clip(runs, tmp_path):
 
 # ---- two runs at a time, and Ctrl-C in the middle of a checkpoint
 
-SLOW = """
-import os, sys, time
-import torch
-import train
-from data import script
+class Slow:
+    """A file whose first part waits until the file go is there."""
 
-class Slow:                          # a file whose first part waits until argv[1] is there
-    def __init__(self, f):
-        self.f = f
+    def __init__(self, f, go):
+        self.f, self.go = f, go
+
     def write(self, part):
         print("writing", flush=True)
-        while not os.path.exists(go):
+        while not os.path.exists(self.go):
             time.sleep(0.01)
         return self.f.write(part)
+
     def __getattr__(self, name):
         return getattr(self.f, name)
 
-go = sys.argv.pop(1)
-torch.set_num_threads(1)
-torch.save = lambda content, f, save=torch.save: save(content, Slow(f))
-script.command(train.main, script.GOES_ON)
-"""
+
+def train_slowly(go, argv):
+    """train.py with Slow checkpoints."""
+    model.PRESETS["nano"] = NANO
+    sys.argv = ["train.py", *argv]
+    save = torch.save
+    torch.save = lambda content, f: save(content, Slow(f, go))
+    script.command(train.main, script.GOES_ON)
 
 
 def test_second_run_in_a_folder_is_told_of_the_first_and_ctrl_c_waits_for_the_checkpoint(
@@ -555,18 +564,23 @@ def test_second_run_in_a_folder_is_told_of_the_first_and_ctrl_c_waits_for_the_ch
     """While the first run writes its checkpoint of step 2, a second one is refused and names its
     process; then Ctrl-C: the file is still written whole, status 130, and the second run goes on
     from it to the end. The first run waits in its first part of the file: no false alarm."""
+    def read(path):
+        return path.read_text() if path.exists() else ""
     out, go = tmp_path / "out", tmp_path / "go"
     argv = [str(word) for word in TRAIN + ["--dataset", runs["dataset"], "--out", out]]
-    first = subprocess.Popen([sys.executable, "-c", SLOW, str(go), *argv], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert any("writing" in line for line in first.stdout)
+    first = begin(tmp_path / "first.txt", train_slowly, go, argv)
+    deadline = time.monotonic() + 60
+    while "writing" not in read(tmp_path / "first.txt"):
+        assert time.monotonic() < deadline and first.is_alive()
+        time.sleep(0.01)
     message = refused(capsys, train, *argv)
     assert str(first.pid) in message and str(out / "teacher.pt") in message
-    first.send_signal(signal.SIGINT)
+    os.kill(first.pid, signal.SIGINT)
     time.sleep(0.1)
     go.touch()
-    error = first.communicate(timeout=60)[1]
-    assert first.returncode == 130 and "goes on from the last checkpoint" in error
+    first.join(60)
+    error = read(tmp_path / "first.txt")
+    assert first.exitcode == 130 and "goes on from the last checkpoint" in error
     assert "make room" not in error and "Traceback" not in error
     assert load(out / "teacher.pt")["step"] == 2
     assert sorted(os.listdir(out)) == ["teacher.jsonl", "teacher.pt"]
