@@ -1,9 +1,9 @@
 """What several scripts share: devices and processes, seeds, optimizers.
 
-Randomness: every random draw here and in diffusion.py comes from torch's global generator,
-and `seed_all(seed, step, i)` sets it before each micro-batch i of each step. So a run that
-was stopped goes on exactly as it would have. Several processes share the micro-batches of a
-step, and each micro-batch gets the same draws whichever process computes it.
+Randomness: all draws of training and sampling come from torch's global generators. Before
+each micro-batch of each step train.py calls `seed_all` with the run's seed and name, the
+step and the micro-batch's number. So a run that was stopped goes on exactly as it would
+have, and a micro-batch gets the same draws whichever process computes it.
 """
 import datetime
 import hashlib
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 class Processes(typing.NamedTuple):
     """Where this process computes, and which of how many it is."""
     device: torch.device
-    rank: int = 0                # of this process; 0 alone writes and prints
+    rank: int = 0                # this one's number; only number 0 writes and prints
     world: int = 1               # how many there are
 
 
@@ -50,17 +50,17 @@ def start(device):
         # steps of a sampler have a shape of their own; FlashAttention makes none
         torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device(device)                            # cpu, or cuda:0, cuda:1, ...
-    # the others may wait for hours while process 0 trains a judge or fills a table
     if world > 1 and not dist.is_initialized():
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo",
+                                # process 0 may take hours to make a large dataset
                                 timeout=datetime.timedelta(hours=12),
                                 device_id=device if on_gpu else None)
     return Processes(device, rank, world)
 
 
 def from_first(procs, value):
-    """Process 0's value (of plain ones) in all processes."""
+    """Returns process 0's value in every process. value: anything that can be pickled."""
     values = [value]                     # a list, as broadcasts want it
     if procs.world > 1:
         dist.broadcast_object_list(values, 0)
@@ -68,8 +68,8 @@ def from_first(procs, value):
 
 
 def first(procs, f):
-    """f(), in process 0 alone, for which all others wait; its UserError is raised in
-    all."""
+    """Call f in process 0 only, while the others wait. If it raises UserError, every
+    process raises it. Returns nothing."""
     error = None
     if procs.rank == 0:
         try:
@@ -82,9 +82,8 @@ def first(procs, f):
 
 
 def agree(procs, value, what):
-    """Check that all processes hold an equal value (of plain ones, such as a fingerprint).
-    Raises UserError in all of them where they do not. what: the value's name, for the
-    sentence."""
+    """Raises UserError in every process unless all hold the same value. value: anything
+    that can be pickled; what: a name for it, for the message."""
     if procs.world == 1:
         return
     values = [None for _ in range(procs.world)]
@@ -116,8 +115,8 @@ def spread(parts, f, procs, title=None):
     everyone = [mine]
     if procs.world > 1:
         everyone = [None for _ in range(procs.world)]
-        dist.all_gather_object(everyone, mine)       # everyone[rank] is mine there
-    # part i was process (i mod world)'s, as its (i div world)-th
+        dist.all_gather_object(everyone, mine)       # everyone[r]: the results of process r
+    # part i was number i // world of process i % world
     return [everyone[i % procs.world][i // procs.world] for i in range(len(parts))]
 
 
@@ -133,18 +132,18 @@ def seed_all(*key):
 # ---- learning rate, optimizers, averaged weights
 
 def lr_factor(step, steps, warmup, final):
-    """Linear warm-up to 1, then a cosine to `final` at the last step; final = 1 stays
-    constant."""
+    """The learning rate's factor: a linear warm-up to 1, then a cosine that would reach
+    `final` at step number `steps`; with final = 1 it stays at 1."""
     if step < warmup:
         return (step + 1) / warmup       # not 0 at the first step
-    progress = (step - warmup) / max(1, steps - warmup)              # 0 to 1
+    progress = (step - warmup) / max(1, steps - warmup)              # from 0 to below 1
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon with products in float32, for a CPU. The original's are in bfloat16,
-    which many CPUs only emulate: on one with AVX2 alone a step of it took 0.6 s (preset
-    nano), where the loss and its gradient take 0.15 s, and a step of this one 0.045 s."""
+    """torch.optim.Muon with products in float32, for a CPU. PyTorch's version multiplies in
+    bfloat16, which many CPUs only emulate: with preset nano on a CPU with AVX2 alone its
+    step takes 0.6 s, this one's 0.045 s, and the loss with its gradient 0.15 s."""
 
     @torch.no_grad()
     def step(self):
@@ -153,21 +152,23 @@ class Muon(torch.optim.Muon):
             for w in group["params"]:                                # (out, in), a matrix
                 if w.grad is None:
                     continue
-                # the average of the gradients (Nesterov's form: the newest counts more)
+                # a running average of the gradients
                 average = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
                 average.lerp_(w.grad, 1 - momentum)
+                # Nesterov's form: the newest gradient counts once more
                 update = orthogonal(w.grad.lerp(average, momentum),
                                     group["ns_coefficients"], group["ns_steps"])
-                # of the size that AdamW's steps have, see make_optimizers
+                # entries of an orthogonal matrix have a mean square of 1 / max(shape),
+                # AdamW's updates one of about 0.2^2 (arXiv 2502.16982)
                 size = 0.2 * math.sqrt(max(w.shape))
                 w.mul_(1 - rate * group["weight_decay"])             # decoupled decay
                 w.add_(update, alpha=-rate * size)
 
 
 def orthogonal(matrix, coefficients, steps):
-    """About the orthogonal matrix U V^T that is nearest to matrix = U S V^T, by Newton and
-    Schulz' iteration: an odd polynomial, applied to the matrix, is applied to each singular
-    value, and this one brings all of them near 1 (K. Jordan et al., 2024)."""
+    """Approximates U V^T, the orthogonal matrix nearest to matrix = U S V^T, by the
+    iteration of Newton and Schulz: an odd polynomial of the matrix acts on its singular
+    values S alone, and this one pushes all of them towards 1 (K. Jordan et al., 2024)."""
     a, b, c = coefficients
     wide = len(matrix) <= matrix.shape[1]
     x = matrix if wide else matrix.T     # the products below are then the smaller ones
@@ -190,7 +191,7 @@ def make_optimizers(model, config):
     ids = {id(w) for w in matrices}      # `w in matrices` would compare numbers
     rest = [w for w in model.parameters() if id(w) not in ids]       # for AdamW
     decay = config.weight_decay
-    # on a GPU one kernel for all weights, on a CPU one operation
+    # fused: one kernel for everything, on a GPU; foreach: each operation once for all
     on_cpu = rest[0].device.type == "cpu"
     adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=on_cpu,
                               fused=not on_cpu)

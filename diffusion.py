@@ -193,15 +193,15 @@ def plan(z, steps, mask_id):
 
     Each mask is revealed in the step that draw_steps draws for it, independently of all
     others and of the network. A step that reveals nothing of a text changes nothing in it,
-    and no network is told the time: so each text leaves out its own empty steps, and its
-    others are numbered anew, 0, 1, 2, ... A batch then takes the step 0 of all its texts
-    together, which need not be at one time, and so on: as many calls as its longest text
-    has steps, at most n, and yet its texts are independent of each other."""
+    and no network is told the time: so each text drops its empty steps, and numbers the
+    others 0, 1, 2, ... Call i of a batch does step i of every text, although these steps
+    may be at different times. A batch needs as many calls as its text with most steps, at
+    most n, and its texts are independent of each other."""
     order = random_order(z, mask_id)
     B, n = order.shape
     # sorted, as the positions in order are in random order already
     when = draw_steps(steps, B, n).sort(dim=1).values                # (B, n)
-    # numbered anew: one more wherever another step begins
+    # numbered anew: how many steps have begun up to here
     begins = torch.diff(when, dim=1, prepend=when[:, :1]) != 0       # (B, n)
     return order, begins.cumsum(1)
 
@@ -231,8 +231,8 @@ def draw_steps(steps, rows, n):
     """The step, 0 to steps - 1, in which each of (rows, n) masks is revealed, of equal
     steps from t = 1 to t = 0. A mask survives until t with probability mask_share(t), and
     is then revealed with reveal_share(t, s): together mask_share(t) - mask_share(s)."""
-    # where mask_share(t) = t, as a grid of times shows, all steps are equally likely: no
-    # table of them is needed, however many
+    # the log-linear schedule, as a grid of times shows: all steps are equally likely, and
+    # no table of them is needed, however many
     grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if torch.equal(mask_share(grid), grid):
         return torch.randint(steps, (rows, n))
@@ -248,9 +248,9 @@ def draw_steps(steps, rows, n):
 def sample(model, z, steps, mask_id, draw=categorical, watch=None):
     """Ancestral sampling in `steps` equal steps: fill every mask of z (B, L).
     All that does not depend on the network is drawn before it is asked, see plan. So every
-    step knows its positions: states, head and draw are computed there only, none is left
-    masked at the end, no extra pass follows, and a step that reveals nothing calls no
-    network: 1,024 steps on 64 tokens cost at most 64 calls.
+    step knows which positions it reveals: the last block, the head and the draw run there
+    only. No mask is left at the end, no extra pass follows, and a step that reveals nothing
+    calls no network: 1,024 steps on 64 tokens cost at most 64 calls.
 
     z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
     draw: logits (N, V) -> ids (N,). watch: called with z after each step that reveals
@@ -295,9 +295,10 @@ def first_states(model, z, row, pos):
 
 
 def one_for_all(model, z, row):
-    """The states (N, C) of masks in the texts row (N,) where all is masked and the network
-    knows distances only: every mask looks the same, so one is computed for all."""
-    # one position alone sees itself, whatever its rank; without one a rank would be drawn
+    """The states (N, C) of masks in the texts with numbers row (N,), where all is masked
+    and the network knows distances only: every mask looks the same, so one is computed for
+    all."""
+    # of a single position the rank does not matter, but one would be drawn
     rank = torch.zeros(1, 1, device=z.device)
     return model.hidden(z[:1, :1], rank=rank)[0].expand(len(row), -1)
 
@@ -353,7 +354,8 @@ def steps_of(when):
 
 
 def without_masks(z, mask_id):
-    """z, in which no mask is left. One is left where draws met NaN: FloatingPointError."""
+    """z itself. Raises FloatingPointError if a mask is left in it, which draws leave only
+    where predictions are NaN."""
     if bool((z == mask_id).any()):
         raise FloatingPointError(NOT_FINITE)
     return z
@@ -368,7 +370,7 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
     at most 16.6, and a token whose chance in a step is below e^-16.6 = 6e-8 is hardly ever
     drawn (arXiv 2409.02908)."""
     for i in range(steps):
-        # the step from t to s, and the shares that are masked at both
+        # the step from t to s, the share that is masked at t, and at s
         t, s = 1 - i / steps, 1 - (i + 1) / steps
         times = torch.tensor([t, s], dtype=torch.float64)
         masked_t, masked_s = mask_share(times).tolist()
@@ -389,38 +391,39 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
 
 # ---- exact sampling: the law of one token at a time, in a handful of calls
 
-# Why it is exact: the law of slot s, and the call that makes it final, depend on slots
-# before s only. Whatever happened there, the guess at s is a draw from its latest law,
-# which in the call that makes it final was given nothing but final tokens.
 
 @torch.no_grad()
 def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=None):
-    """Fill every mask of z (B, L) with the law of one token at a time, in few calls: for
-    attention in the order of reveal, and for AR models, whose order is left to right.
+    """Fill every mask of z (B, L) with the law (the probability distribution) of one token
+    at a time, in few calls: for attention in the order of reveal, and for AR models, whose
+    order is left to right.
 
-    Slot s is the s-th place in the order, the prompt first. The `final` slots keep their
-    tokens; ahead of them others are guessed. One call reads the guesses as tokens, and says
-    what is likely at each of their slots *given the guesses before it*. Each guess is moved
-    to this new law, changing as rarely as can be: see couple. At the first one that changed
-    the call had read what still stands before it. So its law was the right one, and its new
-    token is final, as are all before it; later guesses were judged by a token that is gone.
-    So a call makes one slot final at least. (Fixed points, arXiv 2002.03629, with the
-    coupling of 2211.17192.)
+    Slot s is the s-th place in the order, the prompt first. The first `final` slots keep
+    their tokens; in the next ones tokens are guessed. One call reads the guesses, and
+    predicts each of them again *given the guesses before it*. Each guess is moved to its
+    new law, changing as rarely as can be: see couple. Let c be the first slot whose guess
+    changed. All before c kept their tokens, so the call predicted c from the right ones:
+    the new token of c is final, like all before it. What comes after was predicted from the
+    old token of c, and stays a guess. So each call makes one slot final at least.
+    (Fixed points, arXiv 2002.03629, with the coupling of 2211.17192.)
 
     law: logits (N, V) -> logits, a sharper law, see sharpen; None: the model's own.
-    ahead: a call asks for so many slots, and as many more as are final; None: all.
+    ahead: a call asks for ahead slots, and as many more as are final; None: all.
     max_calls: stop there and leave the guesses as they are, which is not exact.
     watch: called after each call with z and the bool (B, L) of its final tokens.
     Returns ids (B, L) and the calls that each text took (B,); a batch takes their most.
     Raises ValueError (see exact_form), and FloatingPointError at predictions of NaN."""
+    # Why it is exact: in the call that makes slot s final its token is a draw from its law
+    # given final tokens, which couple keeps true in every call; and which call that is
+    # depends on the slots before s only
     B, L = z.shape
     ahead = L if ahead is None else min(ahead, L)
     ask, order = exact_form(model, z, mask_id)           # order (B, L): positions of slots
     order_z = order.to(z.device)
     x = z.gather(1, order_z)                             # (B, L), by slot; a mask: no guess
     slot = torch.arange(L).expand(B, L)
-    # of each text, (B, 1): slots that are final, slots that hold some token, and the first
-    # slot whose present token the cache lacks (-1: it lacks AR's start symbol, too)
+    # of each text, (B, 1): slots [0, final) are done, [final, guessed) hold guesses, and
+    # the rest masks; the cache has the tokens of [0, unread) (-1: nor AR's start symbol)
     final = (x != mask_id).sum(1, keepdim=True).cpu()
     guessed, unread = final, torch.full_like(final, -1)
     cache = model.cache(B, L, spare=L)
@@ -429,8 +432,8 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
     while bool((final < L).any()) and made != max_calls:
         made += 1
         calls += final[:, 0] < L
-        # what is asked: the slots from `final` to `end`
-        end = 2 * final + ahead
+        # what is asked: the slots from `final` to `end`, more as more are final
+        end = final + (ahead + final)
         if made == max_calls:
             end = end + L                                # no slot may stay without a guess
         end = end.clamp(max=L)                           # (B, 1)
@@ -440,15 +443,15 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
             states = h.new_zeros(B, L, h.shape[1])
 
         # guesses move to their new law
-        before, x = x, x.clone()
-        x[asked] = couple(model, h, before[asked], states[asked], mask_id, law)
+        old, x = x, x.clone()
+        x[asked] = couple(model, h, states[asked], old[asked], mask_id, law)
         states[asked] = h
-        # up to the first change all is final, and what was read before it stays cached; the
-        # token of the last slot asked was not read in any case
-        changed = (x != before).cpu()
-        first = torch.where(changed, slot, end).amin(1, keepdim=True)            # (B, 1)
-        final = (first + 1).minimum(end)
-        unread = first.minimum(end - 1)
+        # up to the first change all is final; what was read before it stays in the cache,
+        # and the token of the last slot asked is never read
+        changed = (x != old).cpu()
+        change = torch.where(changed, slot, end).amin(1, keepdim=True)           # (B, 1)
+        final = (change + 1).minimum(end)
+        unread = change.minimum(end - 1)
         guessed = guessed.maximum(end)
         if watch:
             watch(by_position(x, order_z), by_position(slot < final, order))
@@ -476,11 +479,10 @@ def exact_form(model, z, mask_id):
 
 def ask_masks(model, cache, order, x, unread, guessed, asked):
     """One call of a model with attention in the order of reveal: the states (N, C) of masks
-    at the N slots `asked` (B, L). Before them it reads the tokens x (B, L) from slot
-    `unread` on, each of which sees the slots before its own; a mask sees them, too, but for
-    those without a guess. A slot's token and its mask are read in one call: the cache's
-    slot s is for the token's key, which later slots see, and L + s for the mask's, which
-    only the mask itself sees."""
+    at the N slots `asked` (B, L). It reads, first, the tokens of x (B, L) that the cache
+    lacks, from slot `unread` on; then the masks. Both the token of slot s and its mask see
+    the tokens of the slots before s that have one. The cache keeps the token of slot s in
+    place s, and its mask in place L + s, which nothing else sees."""
     L = x.shape[1]
     slots = torch.arange(L)
     # the token of the last slot asked is not read: nothing that is asked comes after it
@@ -500,10 +502,10 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
 
 
 def ask_tokens(model, cache, order, x, unread, guessed, asked):
-    """ask_masks of an AR model, whose state at a token says what is likely at the next: no
-    masks are needed. The cache has the start symbol in slot 0, then each token one slot
-    after its own. Behind the guesses nothing can be read, and the states are 0. Any law
-    will do for a first guess: here about how frequent tokens are."""
+    """ask_masks of an AR model, which predicts slot s at the token of slot s - 1: no masks
+    are needed. Place 0 of the cache has the start symbol, place s the token of slot s - 1.
+    Slots beyond the guesses cannot be predicted yet, and their states are 0: the head then
+    says about how frequent tokens are, and any law will do for a first guess."""
     B, L = x.shape
     start = torch.full((B, 1), model.mask_id, device=x.device)
     shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
@@ -545,12 +547,12 @@ def nats_of(model, h, ids):
     return torch.cat(nats)
 
 
-def couple(model, h, x, was, mask_id, law=None):
-    """Guesses x (N,), drawn from what the states `was` (N, C) predict, moved to draws from
-    what h (N, C) predicts, so that as many stay as any rule can keep: with q the old law
-    and p the new one, x stays with probability min(1, p(x) / q(x)), and is else drawn from
-    what p has more than q, (p - q)+ (speculative sampling, arXiv 2211.17192). Where x is
-    mask_id there is no guess, and the draw is from p."""
+def couple(model, h, h_old, x, mask_id, law=None):
+    """Guesses x (N,) are draws from q, which the states h_old (N, C) predict. Returns draws
+    from p, which h (N, C) predicts, that equal x as often as any rule can have it: x stays
+    with probability min(1, p(x) / q(x)), and is else drawn from what p has more than q,
+    (p - q)+ (speculative sampling, arXiv 2211.17192). Where x is mask_id there is no guess,
+    and the draw is from p."""
     def probabilities(states):
         """What states (n, C) predict: (n, V). The softmax may be float32: as in
         categorical, that is a relative error, 1e-7 of each probability."""
@@ -562,8 +564,8 @@ def couple(model, h, x, was, mask_id, law=None):
     ids = []
     # some at a time, as in draw_tokens: never all (N, V)
     size = max(DRAW_ROWS, COUPLED // model.config.vocab)
-    for h, x, was in zip(h.split(size), x.split(size), was.split(size)):
-        p, q = probabilities(h), probabilities(was)                  # (n, V) both
+    for new, old, x in zip(h.split(size), h_old.split(size), x.split(size)):
+        p, q = probabilities(new), probabilities(old)                # (n, V) both
         guess = x != mask_id                                         # (n,)
         q[~guess] = 0
         # p and q of the guess itself; where there is none any token will do

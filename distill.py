@@ -4,7 +4,8 @@
 
 makes the dataset and trains the AR judge and the teacher where they are missing, then
 distils: in every round the student learns to do in one step what its teacher, a frozen copy
-of itself, does in k = 2 steps of size dt; then dt doubles. It ends with a table, text, and
+of itself, does in k steps of size dt (k = 2 unless --k says otherwise); then dt is k times
+as large. It ends with a table, text, and
 a folder of results. Interrupt it at any time: the same command goes on where it was.
 
 The method is in `sdtt_targets`, `sdtt_loss` and `distill_round`; what comes before is
@@ -33,12 +34,13 @@ from train import FREE, LoopConfig, TrainConfig, fit, prepare_model, train
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
 # flags that may change between a run and its continuation
 ANYTIME = FREE | {"rounds", "samples", "judge", "teacher"}
-# flags that hold for what is trained on the way, too
+# flags that are handed on to the training of teacher and judge
 SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batch",
           "micro_batch", "seed", "device", "bf16", "compile", "recompute")
 
 
-# ---- divergences: f(student, target), log-probabilities (N, V) both -> (N,), in nats
+# ---- divergences: f(student, target), log-probabilities (N, V) both -> (N,); the KLs and
+# Jensen-Shannon in nats
 
 def reverse_kl(student, target):
     """KL(student || target), the paper's choice (section 3.2)."""
@@ -95,8 +97,9 @@ class DistillConfig(LoopConfig):
         low=2)
     k: int = flag(2, "teacher steps that the student learns to do at once", low=1)
     divergence: str = flag(
-        "kld", "from the student's to the teacher's prediction: reverse KL, forward KL, "
-        "Jensen-Shannon, total variation, squared log-probability",
+        "kld", "between the student's and the teacher's predictions: kld is KL(student || "
+        "teacher), fkl KL(teacher || student), jsd Jensen-Shannon, tvd total variation, "
+        "mse the squared difference of log-probabilities",
         choices=list(DIVERGENCES))
     steps_per_round: int | None = flag(
         None, "optimizer steps in a round [stories 150, real text 600]", low=1)
@@ -118,10 +121,11 @@ class DistillConfig(LoopConfig):
 
     def __post_init__(self):
         if self.teacher_steps is None:
-            # a story has 50 tokens: in 256 steps few of them share a step already
+            # nano is for stories of 50 tokens, which rarely share one of 256 steps: more
+            # would not help
             self.teacher_steps = 256 if self.preset == "nano" else 1024
         if self.steps_per_round is None:
-            # the paper: 10,000
+            # optimizer steps; the paper takes 10,000
             self.steps_per_round = 150 if self.dataset == "stories" else 600
         # the mean of one text has no error to show
         if self.samples == 1:
@@ -147,33 +151,35 @@ def schedule(teacher_steps, rounds, k=2):
 @torch.no_grad()
 def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     """What the student learns to predict at each mask of z_t (SDTT, algorithm 1).
-    The teacher takes k reverse steps of size dt from t; a position revealed in a step keeps
-    that step's prediction, and those still masked at the end take the last step's. So the
-    last step draws nothing: revealed in it or not, a position takes its prediction.
-    z (B, L), t (B,); rank (B, L), numbers below 1: when the tokens of z were revealed, see
-    model.reveal_mask. Returns the teacher's states (N, C) in the order of z[z == mask_id],
-    from which teacher.head makes the N predictions: states (N, C), because predictions
-    (N, V) take V / C, 65 times as much memory with GPT-2's tokens."""
+    The teacher takes k reverse steps of size dt from t. The target at a mask is the
+    teacher's prediction in the step that reveals it; masks that no step reveals get that of
+    the last. So the first k - 1 steps draw tokens, and the last one only predicts, at all
+    masks that are left.
+    z (B, L), t (B,); rank (B, L) in [0, 1): the order in which the tokens of z were
+    revealed, for attention "reveal", see model.reveal_mask. Returns the teacher's states
+    (N, C) in the order of z[z == mask_id], and not the predictions (N, V) that teacher.head
+    makes of them: these take V / C, with GPT-2's tokens 65 times as much memory."""
     masked = z == mask_id                # (B, L), the N masks of z_t; z changes below
-    predictions = []                     # (where they hold, states) of each step
+    parts = []                           # of each step: where (B, L), the states there
     for i in range(k - 1):
-        # a step from t_i to s_i, not below 0, where no mask is left
+        # the times of step i; at 0 no mask is left
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
         # revealed (B, L) bool, n of them; h (n, C), the states of these alone
         z, revealed, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
-        predictions.append((revealed, h))
+        parts.append((revealed, h))
         if rank is not None:
-            # ranks begin in [0, 1); those of step i go to [i + 1, i + 2), after all others
+            # ranks begin in [0, 1). What step i reveals comes after everything before it:
+            # in [i + 1, i + 2)
             rank = rank + (i + 1) * revealed
     # the last step: revealed in it or not, the rest takes its prediction
     rest = z == mask_id
     h_rest = states_at(teacher, z, rest, rank)
-    predictions.append((rest, h_rest))
+    parts.append((rest, h_rest))
 
     # each mask of z_t is in one of them: all together in the order of z_t[masked]
     target_h = h_rest.new_empty(int(masked.sum()), h_rest.shape[1])  # (N, C)
-    for where, h in predictions:
+    for where, h in parts:
         mine = where[masked]             # (N,) bool, which of the N are this step's
         target_h[mine] = h
     return target_h
@@ -201,16 +207,17 @@ def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
             target = F.log_softmax(teacher.head(target_h), dim=-1)   # (n, V)
         return divergence(F.log_softmax(logits, dim=-1), target, kind)
     # in chunks of n rows: the student's head makes logits of h, compare sums them up, and
-    # the N x V logits never exist at once. N = 0 where noise left every token
+    # the N x V logits never exist at once. N is 0 if the noise masked nothing
     return student.chunked_sum(h, compare, target_h) / max(1, len(target_h))
 
 
 # ---- the rounds
 
 def distill_round(config, procs, data, r, before, origin):
-    """Round r (from 0), or what is left of it. before: the Run of the round before, or what
-    the first round begins from; its model and ema are trained in place. origin: fingerprint
-    of the first teacher. Returns this round's Run, for the next one to begin from."""
+    """Round r (from 0), or what is left of it. before: the Run of the round before, or
+    begin_as's for the first one; its model and ema are not copied, this round trains the
+    same tensors on. origin: fingerprint of the first teacher. Returns this round's Run, for
+    the next one to begin from."""
     student, ema = before.model, before.ema
     dt = 1 / schedule(config.teacher_steps, config.rounds, config.k)[r]
     # processes may have rounded differently
@@ -233,7 +240,8 @@ def distill_round(config, procs, data, r, before, origin):
     # the average goes on from round to round
     run.averaged = r * config.steps_per_round
 
-    # a round that goes on has the teacher that it began with: student has moved since
+    # a round that goes on takes the very teacher that it began with, whatever has become of
+    # the file of the round before
     saved = resume(run, config, ANYTIME)
     if saved and saved["teacher"]:
         teacher.load_state_dict(saved["teacher"])
@@ -241,11 +249,10 @@ def distill_round(config, procs, data, r, before, origin):
     # on the device, compiled where the student is
     teacher = prepare_model(teacher, config, procs)
 
-    # the student learns one step of k * dt
-    # the round is in the loss alone: the loop is train.py's
+    # train.py's loop; only the loss knows of the round: the student learns a step of k * dt
     loss = functools.partial(sdtt_loss, teacher=teacher, dt=dt, k=config.k,
                              kind=config.divergence, mask_id=student.mask_id)
-    fit(config, procs, data, run, loss)                              # the loop of train.py
+    fit(config, procs, data, run, loss)
     if config.handover == "ema":
         student.load_state_dict(ema.state_dict())                    # also the next teacher
     return run
@@ -272,15 +279,17 @@ def load_fitting(path, procs, data, kinds):
 
 
 def train_on_the_way(config, procs, objective, init=None):
-    """Train what is missing in --out, or what is left of it, with the config's own flags
-    where they are SHARED; returns the checkpoint's path. init: see TrainConfig."""
+    """Train the teacher or the judge that --out lacks, or finish an interrupted one, with
+    the config's flags that are SHARED, and train.py's defaults for the rest. Returns the
+    checkpoint's path. init: see TrainConfig."""
     shared = {name: getattr(config, name) for name in SHARED}
     wanted = TrainConfig(objective=objective, init=init, **shared)   # else its defaults
     if procs.rank == 0 and not wanted.path.exists():
         # the user may want to do this alone, or otherwise
         same = as_command("train.py", wanted)
         print(f"no {wanted.path} yet; the same as: {same}", flush=True)
-    return train(wanted, procs, as_saved=init is None)               # or what is left of it
+    # an unfinished one keeps the flags it began with, unless it is being adapted
+    return train(wanted, procs, as_saved=init is None)
 
 
 def get_teacher(config, procs, data):
@@ -308,9 +317,9 @@ def get_judge(config, procs, data):
 
 
 def judge_and_teacher(config, procs, data):
-    """Both, see get_judge and get_teacher. Raises UserError where the judge cannot read
-    what the teacher writes."""
-    # a given teacher comes first, so that a mistake shows before anything trains
+    """(judge, its checkpoint), (teacher, its checkpoint). Raises UserError if the judge
+    cannot read what the teacher writes."""
+    # a wrong --teacher is to show before a judge is trained
     if config.teacher:
         teacher = get_teacher(config, procs, data)
         judge = get_judge(config, procs, data)
@@ -354,8 +363,8 @@ def announce_round(config, sampling_steps, r, seconds):
 
 
 def begin_as(teacher, config, procs):
-    """What the first round begins from: a student with the teacher's weights, in a Run
-    without path and steps, a round 0 that is finished."""
+    """What stands for the Run of a round 0, for the first round to begin from: the student
+    has the teacher's weights."""
     student = Transformer(dataclasses.replace(teacher.config, dropout=config.dropout))
     student = prepare_model(student, config, procs)
     student.load_state_dict(teacher.state_dict())    # its averaged weights
@@ -380,7 +389,8 @@ def distill(config, procs):
     broadcast(teacher, procs)            # one set of weights for all
     origin = fingerprint(teacher)        # all rounds belong to this one
 
-    # what models are measured with: nothing without a judge
+    # what models are measured with; without a judge exam stays None, and fill_rows does
+    # nothing
     results, exam = open_results(config), None
     seconds = results["seconds"]
     seconds["teacher"] = teacher_file["seconds"]
@@ -393,7 +403,8 @@ def distill(config, procs):
                     make_judge(judge, judge_file["tokenizer"], data.tokenizer),
                     fingerprint(judge), teacher.config.context, COLUMNS)
 
-    # the rows that need no distillation
+    # each model is measured once: a row that results.json has is kept. First those that
+    # need no distillation
     fill_rows(exam, "data", None, "")
     if judge and not foreign:
         fill_rows(exam, "ar", judge, exam.judged_by)

@@ -6,8 +6,8 @@
 
 Interrupt it at any time: the same command goes on from the last checkpoint, and ends with
 the same weights. `fit` is the project's only training loop: distill.py's rounds use it too.
-Devices and optimizers are in common.py, checkpoints and the Run that goes on in
-data/checkpoints.py.
+Devices and optimizers are in common.py. Checkpoints, and the class Run, which is a training
+run that can be resumed, are in data/checkpoints.py.
 """
 import contextlib
 import copy
@@ -42,7 +42,7 @@ class LoopConfig:
     dataset: str = flag("stories", "a folder under data/, or the path of one")
     preset: str = flag("nano", "size of the model", choices=list(PRESETS))
     context: int | None = flag(
-        None, "positions [the preset's, or a row of the dataset]", low=2)
+        None, "tokens of a sequence [the preset's, or a row of the dataset]", low=2)
     positions: str | None = flag(
         None, "rope, learned or both [rope; both where each row of the dataset begins a "
         "text]",
@@ -71,7 +71,8 @@ class LoopConfig:
         0.99, "decay of the averaged weights, which are evaluated", low=0, high=1)
     seed: int = flag(0, "seed of everything random")
 
-    # where and how it runs: device, bf16 and compile change rounding, nothing else
+    # where and how it runs: bf16 and compile change rounding only; another kind of device
+    # also draws other noise
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
     bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
     compile: bool | None = flag(
@@ -90,9 +91,9 @@ class LoopConfig:
 
 
 DEFAULT_STEPS = {"mdlm": (1500, 6000), "ar": (300, 1000)}        # on stories, on real text
-# where distill.py looks for them, in the folder of results
+# names of the checkpoints, in the folder of results
 FILES = {"mdlm": "teacher.pt", "ar": "ar.pt"}
-# flags that may change between a run and its continuation: they change rounding at most
+# flags that may change between a run and its continuation
 FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}
 
 
@@ -139,7 +140,7 @@ class ModelWithLoss(torch.nn.Module):
 
 def with_loss(model, loss, procs):
     """A function x (B, L) -> scalar whose gradient is the mean of all processes."""
-    net = ModelWithLoss(model, loss)
+    net = ModelWithLoss(model, loss)                                 # x (B, L) -> scalar
     if procs.world == 1:
         return net
     # the buffers are constants (cos, sin): nothing to broadcast in every step; and the
@@ -150,10 +151,12 @@ def with_loss(model, loss, procs):
 
 def fit(config, procs, data, run, loss, val_loss=None):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
-    config: LoopConfig; procs: Processes; loss: f(model, x (B, L)) -> scalar, in nats per
-    token (distill.py's per mask); val_loss: the same for validation, where it is another.
-    Raises UserError at the first loss or gradient that is not a finite number; the last
-    checkpoint stays as it was."""
+    config: LoopConfig; procs: Processes. run: a Run (data/checkpoints.py), all that a
+    checkpoint keeps: model, ema (its averaged copy), optimizers, step, micro, ...
+    loss: f(model, x (B, L)) -> scalar, in nats per token (distill.py's per mask); val_loss:
+    the loss of validation, if it is another.
+    Raises UserError if a loss or gradient becomes NaN or infinite (on a GPU up to 20 steps
+    later), and always before such weights are saved."""
     # every process reads the checkpoint: is it the same file for all?
     agree(procs, (run.step, run.steps), "steps of " + run.path.name)
     if run.step == run.steps:
@@ -163,10 +166,11 @@ def fit(config, procs, data, run, loss, val_loss=None):
 
     # the batch of a step, `count` micro-batches in each process
     run.micro, count = micro_batches(config, procs, run)
+    # the model with its loss; of several processes, one that shares its gradients
     net = with_loss(run.model, loss, procs)                          # x (B, L) -> scalar
     run.model.train()                    # dropout, if any, is on
-    begin, clock = run.step, Clock(config, run)                      # not 0 after a stop
-    guard = Guard(config, procs, run)                # against what is no finite number
+    begin = run.step                     # not 0 if the run was stopped
+    clock, guard = Clock(config, run), Guard(config, procs, run)
     with tqdm(total=run.steps, initial=begin, desc=run.path.stem, disable=procs.rank > 0,
               mininterval=1, ncols=90) as bar:
         for step in range(begin, run.steps):
@@ -176,13 +180,13 @@ def fit(config, procs, data, run, loss, val_loss=None):
             logged = last or (step + 1) % config.log_every == 0
             saved = last or (step + 1) % config.save_every == 0
 
-            # the gradient of the global batch, clipped; total is this process's loss
-            total = backward(config, procs, data, run, net, count)
+            # the gradient of the global batch, clipped; and the loss of this process's part
+            mine = backward(config, procs, data, run, net, count)
             norm = clip_gradient(run.model, config.clip)
 
-            # to read a number is to wait for a GPU: there the guard is asked every 20
-            # steps, and before each checkpoint, which stays sound
-            guard.note(total, norm)
+            # reading a number makes the CPU wait for a GPU, so there it is looked at every
+            # 20 steps only, and before each log line and checkpoint
+            guard.note(mine, norm)
             if procs.device.type == "cpu" or shown or logged or saved:
                 guard.stop_if_bad()
 
@@ -194,7 +198,7 @@ def fit(config, procs, data, run, loss, val_loss=None):
             # the clock and the bar
             speed = clock.tick()
             if shown:
-                text = f"loss {total.item():.3f}, {speed:,.0f} tokens/s"
+                text = f"loss {mine.item():.3f}, {speed:,.0f} tokens/s"
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
@@ -206,8 +210,8 @@ def fit(config, procs, data, run, loss, val_loss=None):
             # a log line has the mean loss of all processes
             if logged:
                 if procs.world > 1:
-                    dist.all_reduce(total)
-                write_log(procs, run, loss=total.item() / procs.world, tokens_per_s=speed,
+                    dist.all_reduce(mine)            # now the sum of all
+                write_log(procs, run, loss=mine.item() / procs.world, tokens_per_s=speed,
                           val_loss=value)
             # process 0 saves for all: their weights are equal
             if saved and procs.rank == 0:
@@ -215,24 +219,25 @@ def fit(config, procs, data, run, loss, val_loss=None):
 
 
 class Guard:
-    """Stops a run whose loss, gradient or weights are no finite numbers, before they are
-    saved."""
+    """Stops a run when its loss, gradient or weights become NaN or infinite, before they
+    are saved."""
 
     def __init__(self, config, procs, run):
         self.config, self.procs, self.run = config, procs, run
-        self.bad = torch.zeros((), device=procs.device)      # the first bad step; 0: none
+        # the number of the first step that was not finite; 0: none yet
+        self.bad_step = torch.zeros((), device=procs.device)
 
-    def note(self, total, norm):
-        """Remember the step that is being done if its loss or the norm of its gradient, two
-        scalars, is not finite."""
-        fine = total.isfinite() & norm.isfinite()
-        newly_bad = ~fine & (self.bad == 0)          # the first one counts
-        # no branch: nothing is read here
-        self.bad = torch.where(newly_bad, self.run.step + 1, self.bad)
+    def note(self, loss, norm):
+        """Remember the present step if its loss or the norm of its gradient, two scalars,
+        is not finite."""
+        fine = loss.isfinite() & norm.isfinite()     # a scalar, on the device
+        newly_bad = ~fine & (self.bad_step == 0)
+        # torch.where, because an if would wait for a GPU
+        self.bad_step = torch.where(newly_bad, self.run.step + 1, self.bad_step)
 
     def stop_if_bad(self):
-        """Raise UserError, in all processes, if any of them has noted a step."""
-        bad = self.bad
+        """Raises UserError, in all processes, if any of them has noted a step."""
+        bad = self.bad_step
         # of several processes, all learn of it
         if self.procs.world > 1:
             bad = bad.clone()
@@ -251,10 +256,10 @@ class Guard:
                         f"longer --warmup{clip}")
 
     def stop_if_spoiled(self, value):
-        """stop_if_bad, also if the weights or the validation loss `value` after a step are
-        not finite. Both are the same in all processes, so all go the same way."""
+        """Call it after a step: this step, too, is bad if the weights or the validation
+        loss `value` have become NaN or infinite."""
         if not (math.isfinite(value) and finite(self.run.model)):
-            self.bad.fill_(self.run.step)            # which is done by now
+            self.bad_step.fill_(self.run.step)       # the step is done by now
         self.stop_if_bad()
 
 
@@ -295,7 +300,7 @@ def backward(config, procs, data, run, net, count):
 
 
 def clip_gradient(model, largest):
-    """Scale the gradient down to the norm `largest`, if it is not 0; returns the norm that
+    """Scale the gradient down to the norm `largest` at most (0: any); returns the norm that
     it had."""
     return torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
 
@@ -313,10 +318,10 @@ def optimizer_step(config, run):
 
 def micro_batches(config, procs, run=None):
     """(micro, count): sequences of a micro-batch, micro-batches of each process in a step.
-    micro is --micro_batch; without that flag the size that the run began with; and batch /
-    processes in a new run, or where the old size no longer divides the batch. Each
-    micro-batch has a seed of its own, so another size means other noise. Raises UserError
-    where the batch cannot be divided."""
+    micro is the first of these: --micro_batch; the size that the run has used so far, if it
+    still divides the batch; batch / processes. Each micro-batch has a seed of its own, so
+    another size means other noise: a run that must change it says so. Raises UserError if
+    the batch cannot be divided."""
     share = max(1, config.batch // procs.world)          # sequences of each process
     begun = run.micro if run else None                               # None in a new run
     micro = config.micro_batch or begun or share
@@ -339,8 +344,8 @@ def micro_batches(config, procs, run=None):
 
 @torch.no_grad()
 def validate(model, loss, data, config, batches=4):
-    """Mean loss on validation text, in nats per token. Always with the same text and noise,
-    which leave the run's own random numbers alone."""
+    """Mean loss on validation text, in nats per token. Always with the same text and noise;
+    the generators' states are restored afterwards."""
     device = model.embed.weight.device
     size = 128 if config.preset == "nano" else 16        # sequences of a batch
     total = 0.0
@@ -381,8 +386,9 @@ def ar_loss(model, x, mask_id):
 
 
 def order_loss(model, x, mask_id):
-    """nelbo's bound of x (B, L), a scalar in nats per token, by one exact reading of each
-    text in a random order of reveal: it has much less noise, but no gradient."""
+    """What nelbo estimates, a scalar in nats per token of x (B, L), computed exactly for
+    one random order of reveal of each text: the loss of validation where the attention
+    allows it. It has much less noise than nelbo, and no gradient to train with."""
     return nll_in_order(model, x, mask_id).mean() / x.shape[1]
 
 
@@ -390,7 +396,7 @@ def with_saved_flags(config):
     """The config with the flags that its checkpoint, finished or not, was made with. Raises
     UserError where train.py did not make it."""
     saved = load_checkpoint(config.path, kinds=(config.objective,))
-    # only train.py's have an objective
+    # those of tools.convert have no objective
     if "objective" not in saved["config"]:
         name = "judge" if config.causal else "teacher"
         raise UserError(f"{config.path} was made by tools.convert, not by train.py; move "
@@ -410,11 +416,11 @@ def new_model(config, data):
     sizes = dict(PRESETS[config.preset])
     sizes["context"] = data.context(config.context or sizes["context"])
     sizes["attention"] = "causal" if config.causal else config.attention or "full"
-    # where every row begins a text, its place counts beside the distances
+    # if every row of the data begins a text, the place in the text means something, too
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # with rope positions alone it is an MDLM, whose attention has no biases: otherwise
-    # tools.convert could not export it. All others have biases, as GPT-2 does
+    # the published MDLM has rope positions alone and no biases in attention: such a model
+    # keeps to that, so that tools.convert can export it. All others are as GPT-2
     model_config.attention_bias = not model_config.relative
     return Transformer(model_config)     # random weights
 
@@ -440,8 +446,8 @@ def model_from(config, data):
 
 
 def train(config, procs, as_saved=False):
-    """Train what a TrainConfig says, or what is left of it; returns the checkpoint's path,
-    where the whole file is when this returns, in all processes.
+    """Train what a TrainConfig says, or what is left of it. Returns the checkpoint's path;
+    by then the file is complete, for all processes.
     as_saved: a checkpoint that was made with other flags goes on with its own, instead of
     being refused."""
     if as_saved and config.path.exists():
@@ -467,7 +473,7 @@ def train(config, procs, as_saved=False):
     if saved and run.step == run.steps and procs.rank == 0:
         print(f"{config.path} is there: {run.steps} steps, {run.seconds:.0f} s")
 
-    # the bound of a diffusion model, the log-likelihood of an AR one
+    # the bound of a diffusion model, minus the log-likelihood of an AR one
     loss, val_loss = nelbo, None
     if config.causal:
         loss = ar_loss

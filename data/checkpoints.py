@@ -1,4 +1,4 @@
-"""Checkpoints, and runs of training that can be stopped and go on from theirs.
+"""Checkpoints, and training runs that can be stopped and resumed from one.
 
 A checkpoint is one file of plain values and tensors, which says all that is needed to use
 its model: sizes, tokens, and the flags that it was made with.
@@ -15,6 +15,8 @@ from model import ModelConfig, Transformer
 
 # ---- checkpoints
 
+# teacher, student of a round, autoregressive model
+KINDS = ("mdlm", "sdtt", "ar")
 # what every checkpoint has
 KEYS = {"kind", "model_config", "model", "ema", "optimizer", "step", "steps", "seconds",
         "config", "tokenizer"}
@@ -25,7 +27,7 @@ def save_checkpoint(path, **content):
     write(path, lambda f: torch.save({"format": 1, **content}, f))
 
 
-def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
+def load_checkpoint(path, kinds=KINDS):
     """Read a checkpoint onto the CPU. Raises UserError on a missing, foreign or wrong
     one."""
     makers = "train.py, distill.py or tools.convert"                 # for the sentences
@@ -54,7 +56,7 @@ def load_checkpoint(path, kinds=("mdlm", "sdtt", "ar")):
     return content
 
 
-def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
+def load_model(path, device="cpu", kinds=KINDS):
     """The averaged (EMA) model of a checkpoint in eval mode, and the checkpoint's content.
     Raises UserError, also for weights that are not finite numbers."""
     content = load_checkpoint(path, kinds)
@@ -65,7 +67,7 @@ def load_model(path, device="cpu", kinds=("mdlm", "sdtt", "ar")):
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise UserError(f"{path}: its weights do not fit its model_config ({in_short(e)}); "
                         "make it again, or name another")
-    # a diverged run cannot have saved such weights, but other programs can
+    # train.py never saves such weights, but other programs may have
     if not finite(model):
         raise UserError(f"{path} holds weights that are not finite numbers: its training "
                         "diverged; train anew with a lower --lr")
@@ -104,18 +106,18 @@ class Run:
     ema: Transformer             # the averaged weights, which are what is evaluated
     optimizers: list
     content: dict             # what else the checkpoint holds: kind, config, tokenizer, ...
-    averaged: int = 0            # steps behind the ema that step 0 began with
+    averaged: int = 0            # updates that ema has had before step 0; not saved
     step: int = 0                # steps done
     seconds: float = 0.0         # time they took
-    micro: int | None = None    # sequences of a micro-batch so far: the noise depends on it
+    micro: int | None = None     # sequences of a micro-batch, on which the noise depends
 
 
 def save(run):
     """Write run's checkpoint."""
     content = dict(run.content)          # a copy: run keeps its teacher
-    # the frozen teacher of a round is kept only as long as the round needs it
+    # the frozen teacher of a round is needed only until the round is done
     if run.step == run.steps:
-        content["teacher"] = None  # half of the file's size
+        content["teacher"] = None
     save_checkpoint(run.path, **content, step=run.step, steps=run.steps,
                     seconds=run.seconds, micro=run.micro,
                     model_config=dataclasses.asdict(run.model.config),
@@ -123,13 +125,14 @@ def save(run):
                     optimizer=[optimizer.state_dict() for optimizer in run.optimizers])
 
 
-# what a run's weights come from beside its flags: keys of its checkpoint, each with what is
-# said if now there is another one
-BOUND = (("tokenizer", "was made with other tokens than {dataset} has now"),
+# what a run depends on besides its flags: (key of its checkpoint, what is said if its value
+# is another one now)
+ORIGINS = (("tokenizer", "was made with other tokens than {dataset} has now"),
          ("data", "was made from other text than {dataset} holds now"),
          ("origin", "was distilled from another teacher"),
          ("init", "began with other weights than --init holds now"))
-# flags that are paths, by the key of what is compared instead: a folder may have moved
+# {key of a checkpoint that tells what a path holds: flag that is the path}: not the paths
+# are compared, but what they hold, as a folder may have moved
 PATH_FLAGS = {"data": "dataset", "init": "init"}
 
 
@@ -146,14 +149,14 @@ def flags_of(saved, Config):
 
 
 def resume(run, config, free):
-    """Put run where its checkpoint stands, if there is one; returns the checkpoint, or
-    None. Raises UserError where it was made with other flags than config, but for those
-    named in `free`, or from other things than run's, whatever their names: see BOUND."""
+    """Load run's checkpoint into it, if there is one; returns the checkpoint, or None.
+    Raises UserError if a flag that is not in `free` has changed since, or the tokens, the
+    text, the teacher or the first weights have, see ORIGINS."""
     if not run.path.exists():
         return None
     saved = load_checkpoint(run.path, kinds=(run.content["kind"],))
 
-    # the same flags, but for paths whose content the checkpoint knows: see below
+    # the same flags; of paths the loop over ORIGINS compares what they hold
     paths = {name for key, name in PATH_FLAGS.items() if saved.get(key)}
     made_with = flags_of(saved["config"], type(config))
     for name, value in dataclasses.asdict(config).items():           # the flags of now
@@ -163,7 +166,7 @@ def resume(run, config, free):
                         f"{value}; give the same flag, move the file away, or choose "
                         "another --out")
     # the same tokens, text and weights to begin from
-    for key, what in BOUND:
+    for key, what in ORIGINS:
         known = saved.get(key)           # older checkpoints do not have all
         if known is not None and known != run.content.get(key):
             raise UserError(f"{run.path} {what.format(dataset=config.dataset)}; move it "

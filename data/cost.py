@@ -6,20 +6,21 @@ import typing
 class Cost(typing.NamedTuple):
     """What a batch of texts cost."""
     nfe: int                     # calls of the network (number of function evaluations)
-    calls: list                  # that each text took; the most of them is nfe
+    calls: list                  # until each text was finished; the most of them is nfe
     reads: int                   # positions that the network read, of all texts
 
 
 @contextlib.contextmanager
 def counted_calls(model):
-    """A list that gets an entry for each call of the network inside the `with`, the number
-    of positions that it read: every call embeds tokens exactly once."""
+    """Yields a list, to which each call of the network inside the `with` appends the number
+    of positions that it read."""
     reads = []
 
-    def embedded(module, args, output):
+    # every call embeds its tokens exactly once
+    def on_embed(module, args, output):
         reads.append(args[0].numel())    # ids of all positions that this call reads
 
-    hook = model.embed.register_forward_hook(embedded)
+    hook = model.embed.register_forward_hook(on_embed)
     try:
         yield reads
     finally:
@@ -27,12 +28,13 @@ def counted_calls(model):
 
 
 def calls_as_text(costs, max_calls):
-    """What exact sampling cost, in a line for the reader."""
+    """What exact sampling cost, as a line of text. max_calls: where it was stopped, or
+    None."""
     calls = []                           # of each text
     for cost in costs:
         calls += cost.calls
     mean = sum(calls) / len(calls)
     text = f"calls of the network: {mean:.1f} a text, {max(calls)} at most"
     if max_calls and max(calls) == max_calls:
-        text += "; texts that were stopped there are not exact"
+        text += "; a text that was cut off there is not exact"
     return text

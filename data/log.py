@@ -23,13 +23,12 @@ def write_log(procs, run, **entry):
 
 
 def rewind_log(run):
-    """Drop the lines after run.step: a run may have been stopped after it wrote a line and
-    before it wrote a checkpoint."""
+    """Drop the lines after run.step (all of them if it is 0): a run may have been stopped
+    after it wrote a line and before it wrote a checkpoint. For process 0 only."""
     path = run.path.with_suffix(".jsonl")
     lines = []
     if path.exists() and run.step:
-        # what no line end follows is half a line
+        # the last part has no newline at its end: nothing, or a line that was cut off
         lines = path.read_text().split("\n")[:-1]
-    # the log is written anew, whole or not at all
     kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
     write(path, lambda f: f.write("".join(kept).encode()))

@@ -14,7 +14,7 @@ from data.dataset import (choices, copies, copies_expected, make_tokenizer, orac
 from model import nll
 from sample import EXACT
 
-JUDGED = 32                              # texts that the judge reads at a time
+JUDGE_BATCH = 32                         # texts that the judge reads at a time
 NO_VALUE = (None, None)                  # neither a mean nor an error
 VERSION = 2              # one more where texts or measures change: kept rows are then stale
 
@@ -30,17 +30,17 @@ def mean_se(values):
     return values.mean().item(), (values.std() / math.sqrt(n)).item()
 
 
-def jackknife(whole, without):
-    """A statistic of n texts freed of most of its bias, and its standard error: from its
-    value of them all, and its values without (n,) one of them. What is off by c / n with n
-    texts is off by c / (n - 1) with one less, and n whole - (n - 1) without is not
+def jackknife(whole, left_out):
+    """A statistic of n texts freed of most of its bias, and its standard error. whole: its
+    value of all texts; left_out (n,): its values with one text left out. If the bias is c/n
+    with n texts, so c/(n-1) with one less, then n whole - (n-1) mean(left_out) has none
     (Quenouille, 1956; Tukey, 1958). Of a single text: its own value, without an error."""
-    without = torch.as_tensor(without, dtype=torch.float64)
-    n = len(without)
+    left_out = torch.as_tensor(left_out, dtype=torch.float64)
+    n = len(left_out)
     if n < 2:
         return float(whole), None
-    mean = without.mean()
-    spread = (without - mean).square().sum()
+    mean = left_out.mean()
+    spread = (left_out - mean).square().sum()
     return (n * whole - (n - 1) * mean).item(), ((n - 1) / n * spread).sqrt().item()
 
 
@@ -84,14 +84,15 @@ def make_judge(model, spec=None, tokenizer=None):
         begin = torch.tensor(begin, device=x.device)                 # (n,)
         end = torch.tensor([len(row) for row in rows], device=x.device)
 
-        # rows of one width W: what stands beyond a text's end is not seen from within it
+        # rows of one width W: the judge looks back only, so what stands beyond a text's end
+        # does not change its cost
         width = max(1, int(end.max()))
         rows = [row + [0] * (width - len(row)) for row in rows]
         y = torch.tensor(rows, device=x.device)                      # (n, W)
         place = torch.arange(width, device=x.device)
         counts = (place >= begin[:, None]) & (place < end[:, None])  # (n, W)
 
-        batches = [nll(model, batch, model.mask_id) for batch in y.split(JUDGED)]
+        batches = [nll(model, batch, model.mask_id) for batch in y.split(JUDGE_BATCH)]
         nats = torch.cat(batches)                                    # (n, W)
         return (nats * counts).sum(1).double(), counts.sum(1)
     return judge
@@ -103,6 +104,8 @@ def perplexity(nats, tokens):
     mean = (nats.sum() / tokens.sum()).item()
     # the error of a ratio of two sums, to first order
     _, se = mean_se((nats - mean * tokens) / tokens.double().mean())
+    if se is None:                       # of a single text
+        return exp(mean), None
     return exp(mean), exp(mean) * se
 
 
@@ -166,7 +169,7 @@ def choice_entropy(chosen):
     """How freely texts choose, from a list of {choice: value}, one for each text: the
     entropies of all choices, each over the texts that made it, added up, in nats, and the
     standard error; corrected as in pooled_entropy. Words that follow from others, such as a
-    name said again, do not count, as they do in the entropy of tokens."""
+    name said again, do not count here, although they do in the entropy of tokens."""
     counts = tally(chosen)
     entropies = {choice: counter_entropy(counts[choice]) for choice in counts}
     whole = sum(entropies.values())
@@ -211,7 +214,7 @@ def measure(x, judge, data):
         add_mean(row, "choices", choice_entropy(chosen))
 
     # truth: whether a text obeys the rules of its language, or is copied from the data
-    judged, copied = oracle(x, data), copies(x, data)
+    verdict, copied = oracle(x, data), copies(x, data)
     add_mean(row, "valid", NO_VALUE)
     add_mean(row, "contradictions", NO_VALUE)
     add_mean(row, "copies", NO_VALUE)
@@ -219,12 +222,12 @@ def measure(x, judge, data):
     add_mean(row, "log_p", NO_VALUE)
     if copied is not None:
         add_mean(row, "copies", mean_se(copied))
-    if judged:
-        faults, log_p = judged                                       # (n,) both
+    if verdict:
+        faults, log_p = verdict                                       # (n,) both
         add_mean(row, "valid", mean_se(faults == 0))
         add_mean(row, "contradictions", mean_se(faults))
         add_mean(row, "log_p", mean_se(log_p[faults == 0]))
-    if copied is not None and judged:
+    if copied is not None and verdict:
         # a model that prefers likely texts meets more of them by chance: copies beyond this
         # share are learned by heart
         add_mean(row, "copies_expected", mean_se(copies_expected(log_p, data)))

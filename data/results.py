@@ -32,7 +32,8 @@ class Exam:
     judge: typing.Callable       # see data.measures.make_judge
     judged_by: str               # the judge's fingerprint
     context: int                 # tokens of a text
-    columns: list                # numbers of sampling steps, 8 among them: the table's
+    columns: list                # numbers of steps in the table; 8, which is shown on the
+                                 # way, must be among them
 
 
 def open_results(config):
@@ -58,7 +59,8 @@ def fill_rows(exam, name, model, digest):
     if exam is None:
         return
     config, results, procs = exam.config, exam.results, exam.procs
-    # what the rows of this model depend on; results["models"] has it of the rows there are
+    # all that the rows of this model depend on; results["models"] says what those that are
+    # there were made with
     key = (f"{digest} {exam.judged_by} {exam.data.fingerprint} {config.samples} "
            f"{config.seed} {VERSION}")
     if results["models"].get(name) != key:
@@ -71,7 +73,8 @@ def fill_rows(exam, name, model, digest):
     columns = exam.columns if diffusion else [None]
     if diffusion and model.config.attention == "reveal":
         columns = [*columns, EXACT]
-    # without what an interrupted run has measured already
+    # without what an interrupted run has measured already; process 0's list holds for all,
+    # which draw the texts together
     done = {row["steps"] for row in results["rows"] if row["model"] == name}
     missing = [steps for steps in columns if steps not in done]
     for steps in from_first(procs, missing):
@@ -101,7 +104,7 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     began = time.time()                                              # measuring counts, too
     costs = []
     if model is None:
-        # no row twice: repeats would raise self-BLEU
+        # n different texts, or as many as there are
         x = data.pieces(n, sampling.length)                          # (n, L)
     else:
         title = name
@@ -113,8 +116,9 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     row = {"model": name, "steps": sampling.steps, "nfe": None, "calls": None,
            "reads": None, "temperature": sampling.temperature,
            "precision": sampling.precision, "joint": sampling.joint, "seed": sampling.seed}
-    # nfe: number of function evaluations, the mean of batches; calls: the mean of texts,
-    # some of which end before others; reads: of positions, for each token
+    # nfe: calls of the network for a batch (number of function evaluations), the mean;
+    # calls: until a text was finished, the mean of texts; reads: positions that the network
+    # read for each token
     if costs:
         row["nfe"] = sum(cost.nfe for cost in costs) / len(costs)
         row["calls"] = sum(sum(cost.calls) for cost in costs) / n
@@ -129,8 +133,8 @@ def sample_row(name, model, n, sampling, judge, data, procs):
 
 
 def show_samples(config, procs, data, models):
-    """Three texts of each diffusion model in 8 and in 32 steps, one under the other, also
-    in samples.txt. models: {name: model}."""
+    """Print three texts of each diffusion model in 8 and in 32 steps, and write them to
+    samples.txt. models: {name: model}."""
     text = ""
     alone = Processes(procs.device)      # the other processes have finished
     for steps in (8, 32):
@@ -140,7 +144,7 @@ def show_samples(config, procs, data, models):
             x = draw_samples(model, 3, Sampling(steps, config.seed), alone)
             for row in x.tolist():
                 one = data.tokenizer.decode(row).strip().replace("\n", "\n    ")
-                # a line for each text
+                # further lines of a text are indented
                 text += f"  * {one}\n"
     write(config.folder / "samples.txt", lambda f: f.write(text.encode()))
     print(text)
@@ -150,12 +154,12 @@ def conclude(config, procs, data, results, models):
     """Put the rows in order, and write and print everything that there is to see.
     results["judged"] says in words what the judge reads; models: see show_samples."""
     seconds = results["seconds"]
-    # rows of an earlier run count with the time that they took then
-    seconds["evaluation"] = round(sum(row["seconds"] for row in results["rows"]), 1)
-    # rounds of an earlier run beyond this one's are left out
+    # rows of rounds that an earlier run had beyond this one's are dropped
     order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(config.rounds)]
     known = [row for row in results["rows"] if row["model"] in order]
     results["rows"] = sorted(known, key=lambda row: order.index(row["model"]))
+    # rows of an earlier run count with the time that they took then
+    seconds["evaluation"] = round(sum(row["seconds"] for row in known), 1)
     write_json(config.folder / "results.json", results)
     print(f"\nperplexity under the judge (of {results['judged']}), entropies in nats: "
           "within a text, of all texts together, and of their choices (of stories only)")

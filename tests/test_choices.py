@@ -88,7 +88,7 @@ def test_the_command_shows_the_data_first_and_writes_all_counts(folder, capsys):
     call(choices, folder / "teacher.pt", folder / "round1.pt", "--steps", 2, 4, "--samples", 24,
          "--json", folder / "choices.json")
     shown = capsys.readouterr().out
-    assert "choice" in shown and "sentence: opening" in shown and "all, added up" in shown
+    assert "choice" in shown and "sentence: opening" in shown and "all choices" in shown
     rows = json.loads((folder / "choices.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["data", "teacher, 2 steps", "teacher, 4 steps",
                                               "round1, 2 steps", "round1, 4 steps"]

@@ -14,7 +14,7 @@ def row(model, temperature, diversity, ppl, steps=8, **more):
     return dict(model=model, steps=steps, temperature=temperature, gen_ppl=ppl, gen_ppl_se=0.0,
                 pooled_entropy=diversity, pooled_entropy_se=0.0, choices=10 * diversity,
                 choices_se=0.0, divergence="kld", dataset="stories", trained_with_seed=0,
-                folder="f", length=50, ahead=8, max_calls=None) | more
+                folder="f", length=50, ahead=8, max_calls=None, key="k") | more
 
 
 def rows():
@@ -30,26 +30,26 @@ def rows():
 @pytest.mark.parametrize("key, scale", [("pooled_entropy", 1), ("choices", 10)])
 def test_of_several_rounds_the_best_counts_at_equal_diversity(key, scale):
     """Log-perplexity is linear between neighbours, so these values are exact: 1e-9."""
-    ways = envelope.ways_of(rows())
-    assert list(ways) == ["AR", "teacher, 8 steps", "kld, 8 steps"]
-    ppl, _, line = envelope.best_at(ways["teacher, 8 steps"], key, 3 * scale)
-    assert ppl == pytest.approx(math.e, abs=1e-9) and line == "teacher"
+    methods = envelope.curves_of(rows())
+    assert list(methods) == ["AR", "teacher, 8 steps", "kld, 8 steps"]
+    ppl, _, model = envelope.best_at(methods["teacher, 8 steps"], key, 3 * scale)
+    assert ppl == pytest.approx(math.e, abs=1e-9) and model == "teacher"
     for wanted, best, by in ((3.5, math.exp(0.5), "round 1"), (2.5, 1.0, "round 2"),
                              (3.0, 1.0, "round 2")):
-        ppl, _, line = envelope.best_at(ways["kld, 8 steps"], key, wanted * scale)
-        assert ppl == pytest.approx(best, abs=1e-9) and line == by
-    assert envelope.best_at(ways["kld, 8 steps"], key, 4.5 * scale) == (None, None, None)
+        ppl, _, model = envelope.best_at(methods["kld, 8 steps"], key, wanted * scale)
+        assert ppl == pytest.approx(best, abs=1e-9) and model == by
+    assert envelope.best_at(methods["kld, 8 steps"], key, 4.5 * scale) == (None, None, None)
 
 
-def test_exact_sampling_that_was_stopped_or_looks_less_far_is_no_way_of_its_own():
+def test_exact_sampling_that_was_stopped_or_looks_less_far_is_not_compared():
     """Nor are rows of other numbers of steps."""
     exact = dict(steps="exact", model="teacher")
-    assert envelope.way_of(row(**exact, temperature=1, diversity=4, ppl=2,
-                               ahead=1000)) == ("teacher, exact", "teacher")
+    assert envelope.method_of(row(**exact, temperature=1, diversity=4, ppl=2,
+                               ahead=1000)) == "teacher, exact"
     for more in (dict(ahead=8), dict(ahead=1000, max_calls=2)):
-        assert envelope.way_of(row(**exact, temperature=1, diversity=4, ppl=2,
-                                   **more)) == (None, None)
-    assert envelope.way_of(row("teacher", 1, 4, 2, steps=16)) == (None, None)
+        assert envelope.method_of(row(**exact, temperature=1, diversity=4, ppl=2,
+                                   **more)) is None
+    assert envelope.method_of(row("teacher", 1, 4, 2, steps=16)) is None
 
 
 def test_the_table_has_a_line_for_each_way_and_the_round_in_brackets(tmp_path, capsys):
@@ -59,7 +59,7 @@ def test_the_table_has_a_line_for_each_way_and_the_round_in_brackets(tmp_path, c
     path.write_text(json.dumps({"rows": rows()}))
     call(envelope, path)
     text = capsys.readouterr().out
-    assert "stories, seed 0, perplexity at entropy of all texts" in text and "at choices" in text
+    assert "stories, seed 0: perplexity\nat entropy of all texts" in text and "at choices" in text
     line = next(line for line in text.splitlines() if line.startswith("kld, 8 steps"))
     assert line.count("(1)") == 3 and line.count("(2)") == 3
     assert f"{4 - 2 * 3 / 7:.2f}" in text
@@ -82,5 +82,15 @@ def test_other_files_are_refused_in_one_sentence(tmp_path, capsys, content):
     path = tmp_path / "other.json"
     path.write_text(content)
     assert "other.json" in refused(capsys, envelope, path)
-    path.write_text(json.dumps({"rows": [row("data", None, 4, 1.0, None)]}))
-    assert "heat" in refused(capsys, envelope, path)
+    for some in (rows()[:2], rows()[1:]):                # one temperature; no data
+        path.write_text(json.dumps({"rows": some}))
+        assert "heat" in refused(capsys, envelope, path)
+
+
+def test_each_dataset_and_seed_is_compared_by_itself_without_shorter_texts(tmp_path, capsys):
+    """A second seed has its own data; rows of 16 tokens beside those of 50 are left out."""
+    other = [dict(one, trained_with_seed=1) for one in rows()]
+    short = [dict(one, length=16, pooled_entropy=1.0) for one in rows()[1:]]
+    groups = envelope.groups_of(rows() + other + short)
+    assert list(groups) == [("stories", 0), ("stories", 1)]
+    assert groups["stories", 0] == rows() and groups["stories", 1] == other

@@ -43,13 +43,13 @@ def test_coupling_has_the_new_law_and_keeps_all_that_can_be_kept():
     q, p = logits.softmax(-1)
     h, was = logits[1].expand(n, 5), logits[0].expand(n, 5)
     x = categorical(was)
-    y = couple(model, h, x, was, mask_id=5)
+    y = couple(model, h, was, x, mask_id=5)
     assert chi_square(torch.bincount(y, minlength=5), p) > LIMIT
     most = torch.minimum(p, q).sum().item()
     error = math.sqrt(most * (1 - most) / n)
     assert abs((y == x).double().mean().item() - most) < 5 * error
     # without a guess
-    y = couple(model, h, torch.full_like(x, 5), was, mask_id=5)
+    y = couple(model, h, was, torch.full_like(x, 5), mask_id=5)
     assert chi_square(torch.bincount(y, minlength=5), p) > LIMIT
 
 
@@ -57,12 +57,12 @@ def test_coupling_keeps_every_guess_whose_law_did_not_change():
     """Also one that a sharper law makes certain. No chance involved."""
     h = torch.randn(200, 7)
     x = categorical(h)
-    assert torch.equal(couple(Ordered(7), h, x, h, 7), x)
+    assert torch.equal(couple(Ordered(7), h, h, x, 7), x)
 
     def likeliest(logits):
         return sharpen(logits, 1.0, 0.01)
     x = h.argmax(-1)
-    assert torch.equal(couple(Ordered(7), h, x, h, 7, likeliest), x)
+    assert torch.equal(couple(Ordered(7), h, h, x, 7, likeliest), x)
 
 
 def test_coupling_never_draws_what_rounding_leaves_over(monkeypatch):
@@ -75,8 +75,8 @@ def test_coupling_never_draws_what_rounding_leaves_over(monkeypatch):
     for u in (1 - 1e-9, 1 - 1e-12, 1 - 1e-16):
         monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full_like(rand(*a, **k), u))
         for x in (0, 1):
-            drawn += couple(Ordered(3), h, torch.tensor([x]), was, 3).tolist()
-            drawn += couple(Ordered(3), was, torch.tensor([x]), h, 3).tolist()
+            drawn += couple(Ordered(3), h, was, torch.tensor([x]), 3).tolist()
+            drawn += couple(Ordered(3), was, h, torch.tensor([x]), 3).tolist()
     assert set(drawn) <= {0, 1}
 
 
@@ -86,7 +86,7 @@ def test_coupling_reaches_tokens_that_float32_does_not(monkeypatch):
     h = torch.tensor([[0.0, 0.0, math.log(2e-9)]])
     monkeypatch.setattr(torch, "rand", lambda *a, dtype=None, **k: torch.full(a[0], 1 - 1e-10,
                                                                               dtype=dtype))
-    assert couple(Ordered(3), h, torch.tensor([3]), h, 3).tolist() == [2]
+    assert couple(Ordered(3), h, h, torch.tensor([3]), 3).tolist() == [2]
 
 
 # ---- the law, by enumeration
@@ -111,7 +111,7 @@ def all_runs(model, L, ahead, patch):
     found, most, path = {}, 0, []
     state = {}
 
-    def scripted(model, h, x, was, mask_id, law=None):
+    def scripted(model, h, was, x, mask_id, law=None):
         """couple, whose draws follow the path; a draw beyond its end takes the first branch."""
         ids = []
         for i in range(len(x)):
@@ -241,7 +241,7 @@ def test_text_is_that_of_one_call_per_token_with_the_same_noise(monkeypatch, att
         kept[asked] = h
         return h
 
-    def largest(model, h, x, was, mask_id, law=None):
+    def largest(model, h, was, x, mask_id, law=None):
         return (model.head(h) + noise[now["asked"]]).argmax(-1)
     monkeypatch.setattr(diffusion, ask_name, ask)
     monkeypatch.setattr(diffusion, "couple", largest)

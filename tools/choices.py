@@ -1,4 +1,4 @@
-"""What stories choose: which sentences, and which word for each slot; data, then models.
+"""Which sentences and words a model chooses for its stories, beside those of the data.
 
     python -m tools.choices out/stories-nano/teacher.pt out/stories-nano/round7.pt --steps 8
     python -m tools.choices out/stories-nano/round7.pt --steps 8 --plot choices.png
@@ -48,7 +48,7 @@ def choice_row(name, x, data):
     row = {"model": name, "samples": len(x), "entropies": {}, "counts": {}}
     add_mean(row, "choices", choice_entropy(chosen))
     for choice, values in language.all_choices().items():
-        # an animal, for one, is in some stories only
+        # only texts that made this choice: not every story has an animal
         made = [{choice: text[choice]} for text in chosen if choice in text]
         row["entropies"][choice] = None
         if made:
@@ -59,8 +59,8 @@ def choice_row(name, x, data):
 
 
 def favourite(counts):
-    """The likeliest word of {word: texts} with its share, or nothing where there is no
-    text."""
+    """The most frequent word of {word: number of texts} and its share, or nothing where
+    there is no text."""
     total = sum(counts.values())
     if not total:
         return ""
@@ -81,17 +81,18 @@ def as_text(rows):
                 likeliest = favourite(row["counts"][choice])
                 line[row["model"]] = f"{likeliest}  {line[row['model']]}"
         lines.append(line)
-    total = {"choice": "all, added up"}
+    # corrected over all texts at once, so not quite the sum of the lines above
+    total = {"choice": "all choices"}
     for row in rows:
-        total[row["model"]] = f"±{row['choices_se']:.2f}  {row['choices']:.2f}"
+        total[row["model"]] = f"{row['choices']:.2f} ±{row['choices_se']:.2f}"
     columns = [("choice", "choice", "s")]
     columns += [(row["model"], row["model"], "s") for row in rows]
     return figures.rows_as_text([*lines, total], columns)
 
 
-def measure(config, models, data, procs):
+def measure_all(config, models, data, procs):
     """The rows of the data and of every model at every number of steps."""
-    length = data.stride
+    length = data.stride                 # tokens of a story
     # no story of the data twice
     available = len(data.val) // length
     rows = [choice_row("data", data.pieces(min(config.samples, available), length), data)]
@@ -122,7 +123,7 @@ def main():
         raise UserError("what texts choose is known of the dataset stories only; "
                         f"{data.folder} is another")
     models = {}
-    paths = figures.names(config.checkpoint)
+    paths = figures.names(config.checkpoint)         # {short name: path}
     for name, (model, _) in opened.items():
         refuse_exact(config.steps, None, model, paths[name])
         if model.config.context < data.stride:
@@ -130,10 +131,10 @@ def main():
                             f"a story has {data.stride}")
         models[name] = model
 
-    rows = measure(config, models, data, procs)
+    rows = measure_all(config, models, data, procs)
     if procs.rank > 0:
         return
-    print(f"entropies in nats, of {config.samples} texts a model; of words also the "
+    print(f"entropies in nats, of {rows[-1]['samples']} texts a model; of words also the "
           f"likeliest\n\n{as_text(rows)}")
     if config.json:
         write_json(config.json, {"argv": sys.argv[1:], "data": data.folder.name,

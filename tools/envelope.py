@@ -17,8 +17,8 @@ from data.script import command, flag, parse_flags
 from sample import EXACT
 from tools import figures
 
-# what diversity is measured by: the title, and the key of a row
-MEASURES = {"entropy of all texts": "pooled_entropy", "choices": "choices"}
+# what diversity is measured by: {key of a row: its name}; only stories have choices
+MEASURES = {"pooled_entropy": "entropy of all texts", "choices": "choices"}
 LEVELS = 6                               # of diversity, at which the table compares
 POINTS = 60                              # of a curve in the picture
 
@@ -27,112 +27,130 @@ POINTS = 60                              # of a curve in the picture
 class EnvelopeConfig:
     """The flags of tools.envelope."""
     rows: str                            # the argument without --
-    plot: str | None = flag(None, "picture of the lines (needs matplotlib)")
+    plot: str | None = flag(None, "picture of the curves (needs matplotlib)")
 
 
 def read_rows(path):
-    """The rows of a file of tools.exact. Raises UserError where it is none."""
+    """The rows of a file of tools.exact. Raises UserError if it is another's."""
     try:
         rows = json.loads(Path(path).read_bytes())["rows"]
-        return [row for row in rows if row["length"] and row["folder"]]
+        ours = all("key" in row for row in rows)
     except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
         raise UserError(f"{path} does not hold rows of tools.exact; name a file that its "
                         "--json made")
+    return rows
 
 
-def way_of(row):
-    """What a row is compared as: (way, line). Of the lines of a way, those of its rounds,
-    the best counts. (None, None) for rows that no temperature is tried for."""
-    whole = row["steps"] == EXACT and row["ahead"] >= row["length"]
+# ---- what is compared: methods, each with a curve over the temperatures for each model
+
+def method_of(row):
+    """What a row is compared as, such as "teacher, exact"; None for rows that are not
+    compared: the data, other numbers of steps, what was stopped or looks less far ahead."""
     if row["model"] == "ar" and row["steps"] is None:
-        return "AR", "ar"
-    if row["model"] == "teacher" and whole and not row["max_calls"]:
-        return "teacher, exact", "teacher"
-    if row["steps"] == 8:
-        if row["model"] == "teacher":
-            return "teacher, 8 steps", "teacher"
-        return f"{row['divergence']}, 8 steps", row["model"]
-    return None, None
+        return "AR"
+    all_ahead = row["steps"] == EXACT and row["ahead"] >= row["length"]
+    if row["model"] == "teacher" and all_ahead and not row["max_calls"]:
+        return "teacher, exact"
+    if row["steps"] == 8 and row["model"] == "teacher":
+        return "teacher, 8 steps"
+    if row["steps"] == 8 and row["model"].startswith("round"):
+        return f"{row['divergence']}, 8 steps"
+    return None
 
 
-def ways_of(rows):
-    """{way: {line: its rows}} of one dataset and one seed."""
-    ways = {}
+def curves_of(rows):
+    """{method: {model: its rows}}: of a divergence the models are its rounds."""
+    curves = {}
     for row in rows:
-        way, line = way_of(row)
-        if way:
-            ways.setdefault(way, {}).setdefault(line, []).append(row)
-    return ways
+        method = method_of(row)
+        if method:
+            curves.setdefault(method, {}).setdefault(row["model"], []).append(row)
+    return curves
 
 
-def best_at(lines, key, wanted):
-    """Of a way's lines {line: rows} the lowest perplexity where the diversity row[key] is
-    `wanted`: (perplexity, its standard error, the line), or (None, None, None) where none
-    comes there."""
+def best_at(models, key, wanted):
+    """Of {model: rows} the lowest perplexity where diversity, row[key], is `wanted`:
+    (perplexity, its standard error, the model), or (None, None, None) where no curve comes
+    there. Between two temperatures whose diversities enclose it, log-perplexity is
+    interpolated."""
     best = None, None, None
-    for line, rows in lines.items():
+    for model, rows in models.items():
         value, se = figures.at_entropy(rows, key, wanted)
         if value is not None and (best[0] is None or value < best[0]):
-            best = value, se, line
+            best = value, se, model
     return best
 
 
 def levels(rows, key, n):
-    """n values of diversity to compare at, evenly from the data's down to the least of any
-    row with temperature 1, without these two, which a line may just miss."""
+    """n evenly spaced diversities between the data's and the lowest of any row at
+    temperature 1. The ends are left out: a curve may just miss them."""
     top = next(row[key] for row in rows if row["model"] == "data")
     low = min(row[key] for row in rows if row["temperature"] == 1)
     step = (top - low) / (n + 1)
     return [top - step * (i + 1) for i in range(n)]
 
 
-def table(rows, key):
-    """Perplexity at equal diversity, as text: a line for each way, a column for each level,
-    and in brackets the round. rows: of one dataset and seed."""
-    columns = levels(rows, key, LEVELS)
-    title = "at " + next(name for name, k in MEASURES.items() if k == key)
-    text = f"{title:24}" + "".join(f"{level:>16.2f}" for level in columns)
-    for way, lines in ways_of(rows).items():
-        cells = ""
-        for level in columns:
-            value, se, line = best_at(lines, key, level)
-            cell = "-"
-            if value is not None:
-                cell = f"{value:.2f} ±{se:.2f}"
-                if line.startswith("round"):
-                    cell += f" ({line.removeprefix('round ')})"
-            cells += f"{cell:>16}"
-        text += f"\n{way:24}{cells}"
-    return text
-
-
-def curves(rows, key):
-    """The lowest perplexity of each way against diversity: {way: (diversity, perplexity)},
-    two lists."""
-    found = {}
-    for way, lines in ways_of(rows).items():
-        points = []
-        for level in levels(rows, key, POINTS):
-            value, _, _ = best_at(lines, key, level)
-            if value is not None:
-                points.append((level, value))
-        if points:
-            found[way] = tuple(zip(*points))
-    return found
-
-
 def groups_of(rows):
-    """{(dataset, seed of training): its rows}, with at least one way to compare."""
+    """{(dataset, seed of training): its rows}, of those that can be compared: with a row of
+    the data and some at several temperatures. Texts shorter than the data's rows are left
+    out."""
     groups = {}
     for row in rows:
         groups.setdefault((row["dataset"], row["trained_with_seed"]), []).append(row)
-    return {name: some for name, some in groups.items() if ways_of(some)}
+    comparable = {}
+    for name, group in groups.items():
+        lengths = [row["length"] for row in group if row["model"] == "data"]
+        if not lengths:
+            continue
+        group = [row for row in group if row["length"] == max(lengths)]
+        temperatures = {row["temperature"] for row in group if method_of(row)}
+        if len(temperatures) > 1:
+            comparable[name] = group
+    return comparable
 
 
 def measures_of(rows):
-    """The keys of MEASURES that the rows have values of: only stories have choices."""
-    return [key for key in MEASURES.values() if all(row.get(key) is not None
-                                                    for row in rows)]
+    """The keys of MEASURES that all rows have values of."""
+    return [key for key in MEASURES if all(row.get(key) is not None for row in rows)]
+
+
+# ---- a table and a picture
+
+def table(rows, key):
+    """Perplexity at equal diversity, as text: a line for each method, a column for each
+    level, and in brackets the round. rows: of one dataset and seed."""
+    columns = levels(rows, key, LEVELS)
+    text = f"{'at ' + MEASURES[key]:24}" + "".join(f"{level:>16.2f}" for level in columns)
+    for method, models in curves_of(rows).items():
+        cells = ""
+        for level in columns:
+            value, se, model = best_at(models, key, level)
+            cell = "-"
+            if value is not None:
+                cell = f"{value:.2f} ±{se:.2f}"
+                if model.startswith("round"):
+                    cell += f" ({model.removeprefix('round ')})"
+            cells += f"{cell:>16}"
+        text += f"\n{method:24}{cells}"
+    return text
+
+
+def points_of(rows, key):
+    """The lowest perplexity of each method against diversity: {method: (diversities,
+    perplexities)}."""
+    found = {}
+    for method, models in curves_of(rows).items():
+        x, y = [], []
+        for level in levels(rows, key, POINTS):
+            value, _, _ = best_at(models, key, level)
+            if value is not None:
+                x.append(level)
+                y.append(value)
+        if x:
+            found[method] = x, y
+    return found
 
 
 def main():
@@ -140,18 +158,15 @@ def main():
     figures.check_picture(config.plot)
     groups = groups_of(read_rows(config.rows))
     if not groups:
-        raise UserError(f"{config.rows} has nothing at several temperatures; make it with "
-                        "tools.exact --what exact heat")
+        raise UserError(f"{config.rows} has no rows of data with texts at several "
+                        "temperatures beside them; tools.exact --what exact heat makes "
+                        "them")
+    panels = []
     for (dataset, seed), rows in groups.items():
         for key in measures_of(rows):
-            print(f"\n{dataset}, seed {seed}, perplexity {table(rows, key)}")
+            print(f"\n{dataset}, seed {seed}: perplexity\n{table(rows, key)}")
+            panels.append((f"{dataset}, seed {seed}", MEASURES[key], points_of(rows, key)))
     if config.plot:
-        panels = []
-        for (dataset, seed), rows in groups.items():
-            for name, key in MEASURES.items():
-                if key in measures_of(rows):
-                    title = f"{dataset}, seed {seed}"
-                    panels.append((title, name, curves(rows, key)))
         figures.draw_envelope(panels, config.plot)
 
 

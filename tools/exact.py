@@ -28,7 +28,7 @@ STEPS = [4, 8, 16, 32]                   # of teacher and students
 COOLED = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]  # temperatures of the exact teacher, and of AR
 HEAT = [0.3, 0.5, 0.7, 0.85, 1.2, 1.5]   # of teacher and students in 8 steps
 STOPS = [1, 2, 3, 4, 5, 6, 8]            # calls after which the exact teacher is stopped
-ALL = 10 ** 6                            # slots ahead: all there are
+ALL = 10 ** 6            # ahead, see diffusion.sample_exact: more than any text has
 
 
 @dataclasses.dataclass
@@ -39,8 +39,9 @@ class ExactConfig:
         None, "only this: the calls of teacher and AR for texts of so many tokens", low=2)
     what: list[str] | None = flag(
         None, "groups of rows [steps exact]; steps: teacher and rounds in few steps; exact: "
-        "they and AR sampled exactly, cooled, and stopped early; heat: teacher and rounds "
-        "in 8 steps at other temperatures", choices=["steps", "exact", "heat"])
+        "all sampled exactly, AR and teacher cooled too, the teacher stopped early and in "
+        "1,024 steps; heat: teacher and rounds in 8 steps at other temperatures",
+        choices=["steps", "exact", "heat"])
     judge: str | None = flag(
         None, "AR checkpoint that reads all texts [ar.pt of the first folder]")
     samples: int = flag(512, "texts for each row", low=2)
@@ -58,6 +59,7 @@ def settings(name, model, what):
     rows = []
     if name == "ar":
         rows.append(dict(steps=None))
+        # AR can guess and check, too: the same law in fewer calls
         if "exact" in what:
             rows += [dict(steps=EXACT), dict(steps=EXACT, ahead=ALL)]
             rows += [dict(steps=None, temperature=T) for T in COOLED]
@@ -104,9 +106,10 @@ def open_folder(path, procs):
         raise UserError(f"{path}/teacher.pt has {teacher.config.attention} attention; name "
                         "a folder of distill.py --attention reveal")
     models, divergence = {"data": None, "ar": ar, "teacher": teacher}, None
-    for r, file in enumerate(round_files(path)):
-        models[f"round {r + 1}"], made = load_model(file, procs.device, ("sdtt",))
-        divergence = made["config"]["divergence"]
+    for file in round_files(path):
+        model, made = load_model(file, procs.device, ("sdtt",))
+        models[f"round {made['round']}"] = model
+        divergence = made["config"]["divergence"]        # of all rounds the same
     data = load_data(content["config"]["dataset"], procs)
     if content.get("data") not in (None, data.fingerprint):      # older ones do not say
         raise UserError(f"{path} was trained on other text than {data.folder} holds now")
@@ -114,28 +117,33 @@ def open_folder(path, procs):
     return Folder(path.name, models, data, data.folder.name, seed, divergence)
 
 
-def measure_folder(config, folder, judge_model, procs, rows, save):
-    """Fill rows with what they lack of a folder's models; save() after each."""
-    judge, judged_by = make_judge(judge_model), fingerprint(judge_model)
+def measure_folder(config, folder, judge_file, procs, rows, save):
+    """Measure what rows lack of a folder's models; each new row is appended, then save()
+    called. judge_file: the judge and its checkpoint's content."""
+    judge_model, content = judge_file
+    judge = make_judge(judge_model, content["tokenizer"], folder.data.tokenizer)
+    judged_by = fingerprint(judge_model)
     alone = Processes(procs.device)
     length = folder.models["ar"].config.context
     if config.lengths and max(config.lengths) > length:
         raise UserError(f"--lengths {max(config.lengths)} is beyond the context of "
                         f"{folder.name}, {length} tokens")
     for name, model in folder.models.items():
-        wanted = settings(name, model, config.what or ["steps", "exact"])
         if config.lengths:
             wanted = of_lengths(name, config.lengths)
+        else:
+            wanted = settings(name, model, config.what or ["steps", "exact"])
         for how in wanted:
             sampling = Sampling(**(dict(seed=config.seed, length=length) | how))
-            # what tells this row from all others; folders may share a teacher
+            # what tells this row from all others. Folders of one seed may share a teacher,
+            # of which there is then one row
             digest = "data" if model is None else fingerprint(model)
-            key = [digest, folder.data.fingerprint, judged_by, config.samples, VERSION,
-                   dataclasses.astuple(sampling)]
+            key = [digest, folder.seed, folder.data.fingerprint, judged_by, config.samples,
+                   VERSION, dataclasses.astuple(sampling)]
             key = json.dumps(key)
             if any(row["key"] == key for row in rows):
                 continue
-            # pieces of a text are no texts that an oracle could judge
+            # the oracle judges whole texts only: without it at any other length
             data, _ = with_oracle(folder.data, sampling.length)
             row, _ = sample_row(name, model, config.samples, sampling, judge, data, alone)
             row |= dict(key=key, folder=folder.name, dataset=folder.dataset,
@@ -149,7 +157,7 @@ def measure_folder(config, folder, judge_model, procs, rows, save):
 
 
 def line(row):
-    """A row for the reader."""
+    """A row as a line of text."""
     title = row["model"]
     if row["steps"]:
         title += ", " + in_steps(row["steps"])
@@ -197,11 +205,11 @@ def main():
         if config.json:
             write_json(config.json, {"argv": sys.argv[1:], "rows": rows})
 
-    judge, _ = load_model(config.judge or Path(config.folders[0]) / "ar.pt", procs.device,
-                          ("ar",))
+    judge_path = config.judge or Path(config.folders[0]) / "ar.pt"
+    judge_file = load_model(judge_path, procs.device, ("ar",))
     for path in config.folders:
         folder = open_folder(Path(path), procs)
-        measure_folder(config, folder, judge, procs, rows, save)
+        measure_folder(config, folder, judge_file, procs, rows, save)
     save()
     if config.plot:
         figures.draw_exact(rows, config.plot)

@@ -380,10 +380,11 @@ def curves_of(rows):
 
 @picture
 def draw_exact(rows, path):
-    """tools.exact's rows: perplexity against calls of the network, a panel for each folder;
-    beside each point the entropy of all texts; the data's perplexity as a level line."""
+    """tools.exact's rows: perplexity against calls of the network, a panel for each folder
+    with rows of the data; beside each point the entropy of all texts; the data's perplexity
+    as a level line."""
     plt = pyplot()
-    folders = list(dict.fromkeys(row["folder"] for row in rows))
+    folders = [row["folder"] for row in rows if row["model"] == "data"]
     fig, axes = plt.subplots(1, len(folders), figsize=(6.4 * len(folders), 4.6),
                              layout="constrained", squeeze=False)
     for axis, folder in zip(axes[0], folders):
