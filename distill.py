@@ -403,8 +403,7 @@ def distill(config, procs):
                     make_judge(judge, judge_file["tokenizer"], data.tokenizer),
                     fingerprint(judge), teacher.config.context, COLUMNS)
 
-    # each model is measured once: a row that results.json has is kept. First those that
-    # need no distillation
+    # a row that results.json has is kept. First those that need no distillation
     fill_rows(exam, "data", None, "")
     if judge and not foreign:
         fill_rows(exam, "ar", judge, exam.judged_by)

@@ -113,7 +113,9 @@ def groups_of(rows):
 
 def measures_of(rows):
     """The keys of MEASURES that all rows have values of."""
-    return [key for key in MEASURES if all(row.get(key) is not None for row in rows)]
+    def complete(key):
+        return all(row.get(key) is not None for row in rows)
+    return [key for key in MEASURES if complete(key)]
 
 
 # ---- a table and a picture

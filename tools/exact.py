@@ -38,9 +38,9 @@ class ExactConfig:
     lengths: list[int] | None = flag(
         None, "only this: the calls of teacher and AR for texts of so many tokens", low=2)
     what: list[str] | None = flag(
-        None, "groups of rows [steps exact]; steps: teacher and rounds in few steps; exact: "
-        "all sampled exactly, AR and teacher cooled too, the teacher stopped early and in "
-        "1,024 steps; heat: teacher and rounds in 8 steps at other temperatures",
+        None, "groups of rows [steps exact]; steps: teacher and rounds in few steps; "
+        "exact: all sampled exactly, AR and teacher cooled too, the teacher stopped early "
+        "and in 1,024 steps; heat: teacher and rounds in 8 steps at other temperatures",
         choices=["steps", "exact", "heat"])
     judge: str | None = flag(
         None, "AR checkpoint that reads all texts [ar.pt of the first folder]")
