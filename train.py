@@ -7,14 +7,13 @@
 Interrupt it at any time: the same command goes on from the last checkpoint, and ends with
 the same weights. `fit` is the project's only training loop: distill.py's rounds use it too.
 Devices and optimizers are in common.py. Checkpoints, and the class Run, which is a training
-run that can be resumed, are in data/checkpoints.py.
+run that can be resumed, are in data/checkpoints.py, the guard against NaN in data/watch.py.
 """
 import contextlib
 import copy
 import dataclasses
 import functools
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -23,12 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import agree, ema_update, first, lr_factor, make_optimizers, seed_all, start
-from data.checkpoints import (Run, fingerprint, finite, load_checkpoint, load_model, resume,
-                              save)
+from data.checkpoints import Run, fingerprint, load_checkpoint, load_model, resume, save
 from data.dataset import load_data
 from data.files import UserError, hold
 from data.log import rewind_log, write_log
 from data.script import GOES_ON, command, flag, parse_flags
+from data.watch import Clock, Guard
 from diffusion import nelbo, nll_in_order
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 
@@ -216,67 +215,6 @@ def fit(config, procs, data, run, loss, val_loss=None):
             # process 0 saves for all: their weights are equal
             if saved and procs.rank == 0:
                 save(run)                                            # whole or not at all
-
-
-class Guard:
-    """Stops a run when its loss, gradient or weights become NaN or infinite, before they
-    are saved."""
-
-    def __init__(self, config, procs, run):
-        self.config, self.procs, self.run = config, procs, run
-        # the number of the first step that was not finite; 0: none yet
-        self.bad_step = torch.zeros((), device=procs.device)
-
-    def note(self, loss, norm):
-        """Remember the present step if its loss or the norm of its gradient, two scalars,
-        is not finite."""
-        fine = loss.isfinite() & norm.isfinite()     # a scalar, on the device
-        newly_bad = ~fine & (self.bad_step == 0)
-        # torch.where, because an if would wait for a GPU
-        self.bad_step = torch.where(newly_bad, self.run.step + 1, self.bad_step)
-
-    def stop_if_bad(self):
-        """Raises UserError, in all processes, if any of them has noted a step."""
-        bad = self.bad_step
-        # of several processes, all learn of it
-        if self.procs.world > 1:
-            bad = bad.clone()
-            dist.all_reduce(bad, dist.ReduceOp.MAX)  # 0 only if it is 0 everywhere
-        if not bad:                                  # on a GPU this waits for it
-            return
-        # a sentence that says what is left, and what may help
-        config, path = self.config, self.run.path
-        kept = "no checkpoint was written yet"
-        if path.exists():
-            kept = f"{path} is as it was saved last"
-        clip = "" if config.clip else ", or with --clip 1"
-        raise UserError(f"{path.stem}: the loss or its gradient is no finite number at "
-                        f"step {int(bad)} of {self.run.steps}; {kept}; begin anew in "
-                        f"another --out with a lower --lr (it is {config.lr:g}) or a "
-                        f"longer --warmup{clip}")
-
-    def stop_if_spoiled(self, value):
-        """Call it after a step: this step, too, is bad if the weights or the validation
-        loss `value` have become NaN or infinite."""
-        if not (math.isfinite(value) and finite(self.run.model)):
-            self.bad_step.fill_(self.run.step)       # the step is done by now
-        self.stop_if_bad()
-
-
-class Clock:
-    """The seconds that a run takes, over all its continuations, and its speed."""
-
-    def __init__(self, config, run):
-        self.run, self.first_step, self.spent = run, run.step, run.seconds
-        # a step reads so many tokens
-        self.tokens = config.batch * run.model.config.context
-        self.began = time.time()
-
-    def tick(self):
-        """Put the time up to now into run.seconds; returns tokens per second."""
-        seconds = time.time() - self.began                           # of this continuation
-        self.run.seconds = self.spent + seconds                      # of all of them
-        return (self.run.step - self.first_step) * self.tokens / seconds
 
 
 def backward(config, procs, data, run, net, count):

@@ -11,7 +11,7 @@ import torch
 
 import common
 import train
-from data import script
+from data import muon, script
 from diffusion import nelbo
 from model import ModelConfig, Transformer
 
@@ -53,8 +53,8 @@ def test_every_weight_is_in_one_optimizer_and_muon_has_the_blocks_matrices(optim
     ids = [id(w) for o in made for group in o.param_groups for w in group["params"]]
     assert sorted(ids) == sorted(id(w) for w in model.parameters())
     if optimizer == "muon":
-        muon = {id(w) for group in made[1].param_groups for w in group["params"]}
-        assert muon == {id(w) for b in model.blocks for w in b.parameters() if w.ndim == 2}
+        theirs = {id(w) for group in made[1].param_groups for w in group["params"]}
+        assert theirs == {id(w) for b in model.blocks for w in b.parameters() if w.ndim == 2}
     else:
         assert len(made) == 1
 
@@ -67,7 +67,7 @@ def test_muon_in_float32_takes_the_steps_of_pytorchs_muon():
     theirs = copy.deepcopy(mine)
     begin = copy.deepcopy(mine)
     how = dict(lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    optimizers = common.Muon(mine, **how), torch.optim.Muon(theirs, **how)
+    optimizers = muon.Muon(mine, **how), torch.optim.Muon(theirs, **how)
     for _ in range(3):
         for w, v in zip(mine, theirs):
             w.grad = torch.randn_like(w)
@@ -88,7 +88,7 @@ def test_orthogonal_brings_all_singular_values_near_one(shape):
     torch.manual_seed(0)
     U, S, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     S = torch.linspace(0.05, 1, len(S), dtype=torch.float64)
-    made = common.orthogonal(U * S @ Vh, (3.4445, -4.7750, 2.0315), 5)
+    made = muon.orthogonal(U * S @ Vh, (3.4445, -4.7750, 2.0315), 5)
     core = U.T @ made @ Vh.T
     assert core.diagonal().min() > 0.6 and core.diagonal().max() < 1.25
     assert (core - core.diagonal().diag()).abs().max() < 1e-8
