@@ -142,10 +142,12 @@ def with_loss(model, loss, procs):
     net = ModelWithLoss(model, loss)                                 # x (B, L) -> scalar
     if procs.world == 1:
         return net
-    # the buffers are constants (cos, sin): nothing to broadcast in every step; and the
-    # gradients are the very memory that is sent: no copy
-    return DistributedDataParallel(net, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)
+    # the gradients are the very memory that is sent: no copy
+    net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    # the buffers are constants (cos, sin): nothing to broadcast in every step. (The
+    # argument of this name is deprecated in some versions, the attribute is in all.)
+    net.broadcast_buffers = False
+    return net
 
 
 def fit(config, procs, data, run, loss, val_loss=None):
