@@ -297,7 +297,7 @@ def test_exact_samples_say_what_they_cost(made, capsys):
     assert out.count("\n") == 3 and all(line.startswith("w1 w2 w") for line in out.splitlines())
     assert "calls of the network" in error and "not exact" not in error
     call(sample, made / "out/ar.pt", *argv, "--max_calls", 1)
-    assert "1 at most; texts that were stopped there are not exact" in capsys.readouterr().err
+    assert "1 at most; a text that was cut off there is not exact" in capsys.readouterr().err
 
 
 def test_a_checkpoint_alone_is_enough_to_sample(made, tmp_path, capsys):
