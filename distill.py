@@ -5,8 +5,8 @@
 makes the dataset and trains the AR judge and the teacher where they are missing, then
 distils: in every round the student learns to do in one step what its teacher, a frozen copy
 of itself, does in k steps of size dt (k = 2 unless --k says otherwise); then dt is k times
-as large. It ends with a table, text, and
-a folder of results. Interrupt it at any time: the same command goes on where it was.
+as large. It ends with a table, text, and a folder of results. Interrupt it at any time: the
+same command goes on where it was.
 
 The method is in `sdtt_targets`, `sdtt_loss` and `distill_round`; what comes before is
 divergences and flags, what comes after is the path from nothing to a table. What is
@@ -260,10 +260,12 @@ def distill_round(config, procs, data, r, before, origin):
 
 # ---- judge and teacher: given, there, or trained now
 
-def load_fitting(path, procs, data, kinds):
+def load_fitting(path, config, procs, data, kinds):
     """The model of a checkpoint and the checkpoint: (model, content). Raises UserError
     where it does not fit the data."""
     model, content = load_model(path, procs.device, kinds)
+    if config.bf16 is not None:          # otherwise load_model has chosen
+        model.bf16 = config.bf16
     context = model.config.context
     # the same tokens, of the same length, as the data have
     known = content["tokenizer"] == data.tokenizer.spec
@@ -304,7 +306,7 @@ def get_teacher(config, procs, data):
         given, _ = load_model(path, kinds=kinds)
         if given.config.attention != config.attention:
             path = train_on_the_way(config, procs, "mdlm", init=path)
-    return load_fitting(path, procs, data, kinds)
+    return load_fitting(path, config, procs, data, kinds)
 
 
 def get_judge(config, procs, data):
@@ -313,7 +315,7 @@ def get_judge(config, procs, data):
         return None, None                                            # --samples 0
     # a given one, that of an earlier run, or a new one
     path = config.judge or train_on_the_way(config, procs, "ar")
-    return load_fitting(path, procs, data, ("ar",))
+    return load_fitting(path, config, procs, data, ("ar",))
 
 
 def judge_and_teacher(config, procs, data):

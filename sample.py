@@ -130,8 +130,18 @@ def draw_batch(model, known, sampling):
         x = sample_joint(model, z, sampling.steps, model.mask_id, dtype,
                          sampling.temperature)
         return x, None
+    calls = torch.zeros(len(z), dtype=torch.long)
+    before = z
+
+    def watch(now):
+        """Count a call for each text in which it has revealed something."""
+        nonlocal before
+        calls.add_((now != before).any(1).cpu())
+        before = now
+
     # sample itself uses a KV cache where the model's attention has one
-    return sample(model, z, sampling.steps, model.mask_id, draw), None
+    x = sample(model, z, sampling.steps, model.mask_id, draw, watch)
+    return x, calls
 
 
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):

@@ -250,8 +250,10 @@ def in_steps(steps):
 
 def summary(row):
     """A row of `measure` in one line of text."""
-    text = (f"{row['gen_ppl']:.2f} (±{row['gen_ppl_se']:.2f}) at entropy "
-            f"{row['entropy']:.2f}")
+    text = f"{row['gen_ppl']:.2f}"
+    if row["gen_ppl_se"] is not None:    # of a single text there is none
+        text += f" (±{row['gen_ppl_se']:.2f})"
+    text += f" at entropy {row['entropy']:.2f}"
     if row["valid"] is not None:
         text += f", {row['valid']:.0%} valid, {row['contradictions']:.2f} contradictions"
     return text

@@ -64,8 +64,7 @@ def compiler_trouble(error):
     kind = type(chain[-1]).__name__
     text = str(chain[-1]).strip() or kind
     return (f"torch.compile failed ({kind}: {text.splitlines()[0][:200]}); mend the C++ "
-            "compiler (CXX names it), or go without: leave --compile out, or give "
-            "--no-compile")
+            "compiler (CXX names it), or go without: --no-compile")
 
 
 def package(name):

@@ -142,20 +142,22 @@ def test_pictures_of_frontier_and_latency_are_png_files(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_quality_against_calls_has_three_lines(tmp_path):
-    """Teacher and last student in steps, the exact teacher with all ahead stopped and whole; cooled
-    rows and other rounds are left out. A picture where there is matplotlib. Exact."""
+def test_quality_against_calls_has_four_lines(tmp_path):
+    """Teacher and last student in steps, the exact teacher with all ahead stopped and whole, AR one
+    at a time and exact; cooled rows and other rounds are left out. A picture where there is matplotlib. Exact."""
     def row(model, steps, calls, T=1.0, ahead=8, max_calls=None):
         return sample_row(model, steps, T, 2.0 + 1 / calls, 3.0) | {
             "calls": calls, "ahead": ahead, "max_calls": max_calls, "folder": "f",
-            "length": 50}
-    rows = [row("data", None, 1), row("ar", None, 50), row("teacher", 32, 32), row("teacher", 8, 8),
+            "length": 50, "dataset": "stories", "trained_with_seed": 0}
+    rows = [row("data", None, 1), row("ar", None, 50),
+            row("ar", "exact", 12, ahead=10 ** 6), row("teacher", 32, 32), row("teacher", 8, 8),
             row("teacher", "exact", 7), row("teacher", "exact", 6, ahead=10 ** 6),
             row("teacher", "exact", 6, T=0.5, ahead=10 ** 6),
             row("teacher", "exact", 2, ahead=10 ** 6, max_calls=2), row("round 1", 8, 8),
             row("round 2", 8, 8), row("round 2", "exact", 5, ahead=10 ** 6)]
     found = {title: [one["calls"] for one in some] for title, some in figures.curves_of(rows).items()}
-    assert found == {"teacher, in steps": [8, 32], "student, in steps": [8], "teacher, exact": [2, 6]}
+    assert found == {"teacher, in steps": [8, 32], "student, in steps": [8], "teacher, exact": [2, 6],
+                     "AR, exact and as usual": [12, 50]}
     pytest.importorskip("matplotlib")
     figures.draw_exact(rows, tmp_path / "exact.png")
     assert (tmp_path / "exact.png").read_bytes().startswith(b"\x89PNG")

@@ -128,7 +128,8 @@ def test_table_is_what_distill_prints_of_the_saved_results():
 SMALL = {                                # flags that come after a page's own and make it quick
     "distill.py": "--steps_per_round 1 --samples 2 --batch 2",
     "train.py": "--steps 2 --batch 2", "tools.evaluate": "--samples 4 --sequences 4",
-    "tools.exact": "--samples 4", "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",
+    "tools.exact": "--samples 4 --what steps heat",
+    "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",
     "tools.choices": "--samples 4", "tools.precision": "--tokens 300 --length 64 --steps 8"}
 ELSEWHERE = {                            # what these need, and the tests that run them in small
     "kuleshov-group": "the hub: test_convert", "jdeschena": "the hub: test_convert",

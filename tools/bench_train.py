@@ -2,10 +2,11 @@
 
     python -m tools.bench_train --preset small --batch 2
 
-One step of each objective (loss, gradient, AdamW) as train.py and distill.py do it, with
-chunks of logits at the masked positions only, against the plain form: logits and
-log-probabilities (B, L, V) everywhere, as in the papers' pseudo-code. The two forms have
-the same loss (tests/test_bench.py). "recompute" is the first form with --recompute.
+One step of each objective (loss, gradient, AdamW) with the losses of train.py and
+distill.py, not compiled: with chunks of logits at the masked positions only, against the
+plain form: logits and log-probabilities (B, L, V) everywhere, as in the papers'
+pseudo-code. The two forms have the same loss (tests/test_bench.py). "recompute" is the
+first form with --recompute.
 """
 import copy
 import functools

@@ -34,12 +34,12 @@ def read_rows(path):
     """The rows of a file of tools.exact. Raises UserError if it is another's."""
     try:
         rows = json.loads(Path(path).read_bytes())["rows"]
-        ours = all("key" in row for row in rows)
+        ours = all("version" in row for row in rows)
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"{path} does not hold rows of tools.exact; name a file that its "
-                        "--json made")
+        raise UserError(f"{path} does not hold rows of today's tools.exact; name a file "
+                        "that its --json made")
     return rows
 
 
@@ -61,12 +61,19 @@ def method_of(row):
 
 
 def curves_of(rows):
-    """{method: {model: its rows}}: of a divergence the models are its rounds."""
+    """{method: {model: its rows}}: of a divergence the models are its rounds. Raises
+    UserError if there are two rows of one temperature, which would be of two models."""
     curves = {}
     for row in rows:
         method = method_of(row)
         if method:
             curves.setdefault(method, {}).setdefault(row["model"], []).append(row)
+    for method, models in curves.items():
+        for model, some in models.items():
+            if len({row["temperature"] for row in some}) < len(some):
+                raise UserError(f"{method}, {model}: several rows of one temperature, of "
+                                "different weights, judges or numbers of texts; give a "
+                                "file with one kind")
     return curves
 
 
@@ -161,8 +168,8 @@ def main():
     groups = groups_of(read_rows(config.rows))
     if not groups:
         raise UserError(f"{config.rows} has no rows of data with texts at several "
-                        "temperatures beside them; tools.exact --what exact heat makes "
-                        "them")
+                        "temperatures beside them; tools.exact --what steps exact heat "
+                        "makes them")
     panels = []
     for (dataset, seed), rows in groups.items():
         for key in measures_of(rows):

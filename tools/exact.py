@@ -121,6 +121,10 @@ def measure_folder(config, folder, judge_file, procs, rows, save):
     """Measure what rows lack of a folder's models; each new row is appended, then save()
     called. judge_file: the judge and its checkpoint's content."""
     judge_model, content = judge_file
+    same = content["tokenizer"] == folder.data.tokenizer.spec
+    if same and judge_model.config.context < folder.models["ar"].config.context:
+        raise UserError(f"the judge reads {judge_model.config.context} tokens, the texts "
+                        f"of {folder.name} have more; give another --judge")
     judge = make_judge(judge_model, content["tokenizer"], folder.data.tokenizer)
     judged_by = fingerprint(judge_model)
     alone = Processes(procs.device)
@@ -139,16 +143,17 @@ def measure_folder(config, folder, judge_file, procs, rows, save):
             # of which there is then one row
             digest = "data" if model is None else fingerprint(model)
             key = [digest, folder.seed, folder.data.fingerprint, judged_by, config.samples,
-                   VERSION, dataclasses.astuple(sampling)]
+                   dataclasses.astuple(sampling)]
             key = json.dumps(key)
             if any(row["key"] == key for row in rows):
                 continue
             # the oracle judges whole texts only: without it at any other length
             data, _ = with_oracle(folder.data, sampling.length)
             row, _ = sample_row(name, model, config.samples, sampling, judge, data, alone)
-            row |= dict(key=key, folder=folder.name, dataset=folder.dataset,
-                        trained_with_seed=folder.seed, ahead=sampling.ahead,
-                        max_calls=sampling.max_calls, length=sampling.length)
+            row |= dict(key=key, version=VERSION, folder=folder.name,
+                        dataset=folder.dataset, trained_with_seed=folder.seed,
+                        ahead=sampling.ahead, max_calls=sampling.max_calls,
+                        length=sampling.length)
             if name.startswith("round"):
                 row["divergence"] = folder.divergence
             rows.append(row)
@@ -170,16 +175,18 @@ def line(row):
     text = f"{row['folder']}, {row['length']} tokens: {title:42}"
     if row["calls"] is not None:
         text += f" {row['calls']:5.1f} calls {row['reads']:5.1f} reads"
-    text += (f" {row['gen_ppl']:7.2f} ±{row['gen_ppl_se']:.2f}, entropy "
-             f"{row['entropy']:.2f}, of all {row['pooled_entropy']:.3f}")
+    text += f" {row['gen_ppl']:7.2f}"
+    if row["gen_ppl_se"] is not None:    # of a single text there is none
+        text += f" ±{row['gen_ppl_se']:.2f}"
+    text += (f", entropy {row['entropy']:.2f}, of all {row['pooled_entropy']:.3f}")
     if row["valid"] is not None:
         text += f", {row['valid']:4.0%} valid, choices {row['choices']:.1f}"
     return text
 
 
 def earlier_rows(path):
-    """The rows that an earlier run left in a file, or none. Raises UserError where it is
-    another program's."""
+    """The rows that an earlier run left in a file, but for those that were measured
+    otherwise than today. Raises UserError where it is another program's."""
     if path is None or not Path(path).exists():
         return []
     try:
@@ -189,7 +196,7 @@ def earlier_rows(path):
         ours = False
     if not ours:
         raise UserError(f"{path} does not hold rows of tools.exact; name another file")
-    return rows
+    return [row for row in rows if row.get("version") == VERSION]
 
 
 def main():

@@ -24,7 +24,7 @@ from common import ROOT, Processes
 from data.checkpoints import fingerprint, load_model
 from data.dataset import load_data
 from data.files import UserError, to_json, write, write_json
-from data.measures import make_judge
+from data.measures import VERSION, make_judge
 from data.script import GOES_ON, command, flag, parse_flags
 from diffusion import states_at, unmask_step
 from model import PRESETS
@@ -162,13 +162,14 @@ def tasks_of(data, context):
 
 
 def known_rows(store, what):
-    """The rows of the file `store`, but for those of other weights than `what` names, or
-    measured on other text."""
+    """The rows of the file `store`, but for those of other weights than `what` names,
+    measured on other text, or otherwise than today."""
     if not store.exists():
         return []
     kept = []
     for row in json.loads(store.read_text()):
         same_text = row.get("text", what["text"]) == what["text"]
+        same_text &= row.get("version") == what["version"]
         other_round = row["round"] != what["round"]
         if same_text and (other_round or row.get("weights") == what["weights"]):
             kept.append(row)
@@ -191,7 +192,8 @@ def measure(path, data, judge, store, what, steps, heat):
     (a row without steps), and samples at each of `steps`, and of `heat` at 8 steps. what:
     its names."""
     model, _ = load_model(path)
-    what = what | {"weights": fingerprint(model), "text": data.fingerprint}
+    what = what | {"weights": fingerprint(model), "text": data.fingerprint,
+                   "version": VERSION}
     rows = known_rows(store, what)
     done = {(row["round"], row["steps"], row["temperature"]) for row in rows}
     wanted = [(None, None)]              # of likelihoods

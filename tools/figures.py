@@ -358,16 +358,21 @@ def draw_latency(rows, path):
 
 
 def curves_of(rows):
-    """The three lines of draw_exact, {title: rows in the order of calls}, of one folder's
-    rows: teacher and last student in few steps, and the exact teacher, stopped early and
-    whole."""
+    """The four lines of draw_exact, {title: rows in the order of calls}, of one folder's
+    rows: teacher and last student in few steps, the exact teacher, stopped early and whole,
+    and AR, exact and one token at a time."""
     own = [row for row in rows if row["temperature"] == 1]
     rounds = [row["model"] for row in own if row["model"].startswith("round")]
-    curves = {"teacher, in steps": [], "student, in steps": [], "teacher, exact": []}
+    curves = {"teacher, in steps": [], "student, in steps": [], "teacher, exact": [],
+              "AR, exact and as usual": []}
     for row in own:
-        if row["steps"] == EXACT:
-            # with the whole text guessed in every call
-            if row["model"] == "teacher" and row["ahead"] >= row["length"]:
+        # of exact samples those with the whole text guessed in every call
+        if row["steps"] == EXACT and row["ahead"] < row["length"]:
+            continue
+        if row["model"] == "ar":
+            curves["AR, exact and as usual"].append(row)
+        elif row["steps"] == EXACT:
+            if row["model"] == "teacher":
                 curves["teacher, exact"].append(row)
         elif row["model"] == "teacher":
             curves["teacher, in steps"].append(row)
@@ -384,7 +389,7 @@ def draw_exact(rows, path):
     with rows of the data; beside each point the entropy of all texts; the data's perplexity
     as a level line."""
     plt = pyplot()
-    folders = [row["folder"] for row in rows if row["model"] == "data"]
+    folders = dict.fromkeys(row["folder"] for row in rows if row["model"] == "data")
     fig, axes = plt.subplots(1, len(folders), figsize=(6.4 * len(folders), 4.6),
                              layout="constrained", squeeze=False)
     for axis, folder in zip(axes[0], folders):
@@ -392,8 +397,8 @@ def draw_exact(rows, path):
         data = next(row for row in mine if row["model"] == "data")
         axis.axhline(data["gen_ppl"], color="black", linestyle="--",
                      label=f"data ({data['pooled_entropy']:.2f})")
-        # texts above the points of the first and the third line, below those of the second
-        for (title, some), above in zip(curves_of(mine).items(), (6, -12, 6)):
+        # texts above the points of the first and the third line, below those of the others
+        for (title, some), above in zip(curves_of(mine).items(), (6, -12, 6, -12)):
             x = [row["calls"] for row in some]
             y = [row["gen_ppl"] for row in some]
             axis.plot(x, y, "o-", markersize=4, label=title)
@@ -401,7 +406,8 @@ def draw_exact(rows, path):
             for row, point in zip(some, zip(x, y)):
                 axis.annotate(f"{row['pooled_entropy']:.2f}", point, xytext=(3, above),
                               textcoords="offset points", fontsize=7, color=color)
-        axis.set(xscale="log", yscale="log", title=folder,
+        title = f"{data['dataset']}, seed {data['trained_with_seed']}"
+        axis.set(xscale="log", yscale="log", title=title,
                  xlabel="calls of the network, the mean of texts",
                  ylabel="generative perplexity (numbers: entropy of all texts)")
         axis.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
@@ -498,9 +504,12 @@ def draw_envelope(panels, path):
     """tools.envelope's curves: perplexity against a measure of diversity, a panel for each
     of (title, name of the measure, {way: (list of diversity, list of perplexity)})."""
     plt = pyplot()
-    fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4),
-                             layout="constrained", squeeze=False)
-    for axis, (title, measure, curves) in zip(axes[0], panels):
+    rows = (len(panels) + 1) // 2        # of two panels each
+    fig, axes = plt.subplots(rows, 2, figsize=(11, 4.2 * rows), layout="constrained",
+                             squeeze=False)
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    for axis, (title, measure, curves) in zip(axes.flat, panels):
         for way, (x, y) in curves.items():
             # sampling that loses nothing stands out from few steps
             wide = way == "AR" or way.endswith("exact")
