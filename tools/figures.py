@@ -518,7 +518,8 @@ def draw_envelope(panels, path):
         axis.set(yscale="log", title=title, xlabel=f"{measure} (nats)",
                  ylabel="generative perplexity, the best at this diversity")
         plain_numbers(axis.yaxis)
-        axis.legend(fontsize=8)
+        if curves:
+            axis.legend(fontsize=8)
     save_figure(fig, path)
 
 
