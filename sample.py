@@ -130,8 +130,9 @@ def draw_batch(model, known, sampling):
         x = sample_joint(model, z, sampling.steps, model.mask_id, dtype,
                          sampling.temperature)
         return x, None
-    calls = torch.zeros(len(z), dtype=torch.long)
-    before = z
+    # some texts are finished before others: each counts the calls that it took part in
+    calls = torch.zeros(len(z), dtype=torch.long)                    # (B,)
+    before = z                                                       # (B, L)
 
     def watch(now):
         """Count a call for each text in which it has revealed something."""

@@ -137,16 +137,18 @@ def pooled_entropy(x, vocab):
     counts = torch.bincount(x.flatten(), minlength=vocab).double()   # (V,)
     # with N tokens the entropy is log N - sum(c log c) / N
     total = torch.special.xlogy(counts, counts).sum()
-    without = []                         # that sum without each text
+    left_out = []                        # that sum without each text
     for row in x:
+        # the u different tokens of this text: how often it has them, all have them, (u,),
+        # and all others have them
         ids, own = row.unique(return_counts=True)
-        c = counts[ids]                  # of the tokens that this text has
+        c = counts[ids]
         less = c - own
         change = torch.special.xlogy(c, c) - torch.special.xlogy(less, less)
-        without.append(total - change.sum())
+        left_out.append(total - change.sum())
     whole = math.log(n * L) - total / (n * L)
     rest = max(1, n - 1) * L             # tokens without one text
-    return jackknife(whole, math.log(rest) - torch.stack(without) / rest)
+    return jackknife(whole, math.log(rest) - torch.stack(left_out) / rest)       # (n,)
 
 
 def tally(chosen):
@@ -179,10 +181,13 @@ def choice_entropy(chosen):
         for value in counter:
             less = counter_entropy(counter - Counter([value]))
             loss[choice, value] = entropies[choice] - less
-    without = []
+    left_out = []                        # the sum without each text
     for text in chosen:
-        without.append(whole - sum(loss[pair] for pair in text.items()))
-    return jackknife(whole, without)
+        lost = 0.0
+        for choice, value in text.items():
+            lost += loss[choice, value]
+        left_out.append(whole - lost)
+    return jackknife(whole, left_out)
 
 
 # ---- all of them
@@ -223,7 +228,7 @@ def measure(x, judge, data):
     if copied is not None:
         add_mean(row, "copies", mean_se(copied))
     if verdict:
-        faults, log_p = verdict                                       # (n,) both
+        faults, log_p = verdict                                      # (n,) both
         add_mean(row, "valid", mean_se(faults == 0))
         add_mean(row, "contradictions", mean_se(faults))
         add_mean(row, "log_p", mean_se(log_p[faults == 0]))

@@ -16,8 +16,11 @@ class Muon(torch.optim.Muon):
             for w in group["params"]:                                # (out, in), a matrix
                 if w.grad is None:
                     continue
-                # a running average of the gradients
-                average = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                # a running average of the gradients, (out, in)
+                state = self.state[w]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(w)
+                average = state["momentum_buffer"]
                 average.lerp_(w.grad, 1 - momentum)
                 # Nesterov's form: the newest gradient counts once more
                 update = orthogonal(w.grad.lerp(average, momentum),
@@ -34,11 +37,12 @@ def orthogonal(matrix, coefficients, steps):
     iteration of Newton and Schulz: an odd polynomial of the matrix acts on its singular
     values S alone, and this one pushes all of them towards 1 (K. Jordan et al., 2024)."""
     a, b, c = coefficients
+    # (m, n) with m <= n: the products below are then the smaller ones
     wide = len(matrix) <= matrix.shape[1]
-    x = matrix if wide else matrix.T     # the products below are then the smaller ones
+    x = matrix if wide else matrix.T
     x = x / x.norm().clamp(min=1e-7)     # no singular value is above 1
     for _ in range(steps):
         # a S + b S^3 + c S^5
-        square = x @ x.T
+        square = x @ x.T                                             # (m, m)
         x = a * x + (b * square + c * square @ square) @ x
     return x if wide else x.T

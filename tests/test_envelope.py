@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from data.measures import VERSION
 from helpers import call, refused
 from tools import envelope
 
@@ -14,7 +15,7 @@ def row(model, temperature, diversity, ppl, steps=8, **more):
     return dict(model=model, steps=steps, temperature=temperature, gen_ppl=ppl, gen_ppl_se=0.0,
                 pooled_entropy=diversity, pooled_entropy_se=0.0, choices=10 * diversity,
                 choices_se=0.0, divergence="kld", dataset="stories", trained_with_seed=0,
-                folder="f", length=50, ahead=8, max_calls=None, version=2) | more
+                folder="f", length=50, ahead=8, max_calls=None, version=VERSION, key="k") | more
 
 
 def rows():

@@ -1,21 +1,20 @@
-"""Quality at equal diversity: what each way of writing texts reaches at any temperature,
-and with any of its rounds, from the rows of tools.exact.
+"""Quality at equal diversity: what each method of sampling reaches at any temperature, and
+with any round of its student, from the rows of tools.exact.
 
     python -m tools.envelope exact.json --plot envelope.png
 
 A student that is sharper than its teacher has a lower perplexity and less diversity. A
 teacher that is cooled has that, too. So perplexities are compared where diversity is equal:
-for each way the rows at several temperatures are joined by lines, and of the lines of its
-rounds the lowest counts.
+the rows of a model at several temperatures make a curve, and of the curves of a method, one
+for each round, the lowest counts.
 """
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from data.files import UserError
 from data.script import command, flag, parse_flags
 from sample import EXACT
 from tools import figures
+from tools.exact import read_rows
 
 # what diversity is measured by: {key of a row: its name}; only stories have choices
 MEASURES = {"pooled_entropy": "entropy of all texts", "choices": "choices"}
@@ -28,19 +27,6 @@ class EnvelopeConfig:
     """The flags of tools.envelope."""
     rows: str                            # the argument without --
     plot: str | None = flag(None, "picture of the curves (needs matplotlib)")
-
-
-def read_rows(path):
-    """The rows of a file of tools.exact. Raises UserError if it is another's."""
-    try:
-        rows = json.loads(Path(path).read_bytes())["rows"]
-        ours = all("version" in row for row in rows)
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{path} does not hold rows of today's tools.exact; name a file "
-                        "that its --json made")
-    return rows
 
 
 # ---- what is compared: methods, each with a curve over the temperatures for each model

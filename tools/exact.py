@@ -178,17 +178,15 @@ def line(row):
     text += f" {row['gen_ppl']:7.2f}"
     if row["gen_ppl_se"] is not None:    # of a single text there is none
         text += f" ±{row['gen_ppl_se']:.2f}"
-    text += (f", entropy {row['entropy']:.2f}, of all {row['pooled_entropy']:.3f}")
+    text += f", entropy {row['entropy']:.2f}, of all {row['pooled_entropy']:.3f}"
     if row["valid"] is not None:
         text += f", {row['valid']:4.0%} valid, choices {row['choices']:.1f}"
     return text
 
 
-def earlier_rows(path):
-    """The rows that an earlier run left in a file, but for those that were measured
-    otherwise than today. Raises UserError where it is another program's."""
-    if path is None or not Path(path).exists():
-        return []
+def read_rows(path):
+    """The rows of a file that --json made, but for those that were measured otherwise than
+    today. Raises UserError if it is another program's."""
     try:
         rows = json.loads(Path(path).read_bytes())["rows"]
         ours = all("key" in row for row in rows)
@@ -205,7 +203,9 @@ def main():
     if config.plot and config.lengths:
         raise UserError("--plot is of quality, which --lengths leaves out; give only one")
     procs = start(config.device)
-    rows = earlier_rows(config.json)
+    rows = []
+    if config.json and Path(config.json).exists():
+        rows = read_rows(config.json)                    # what an earlier run has measured
 
     def save():
         """Write the rows, if they are wanted."""
