@@ -5,16 +5,18 @@ t in [0, 1] is the time, 1 = all masked: each token is masked with probability
 mask_share(t), here t itself. (The papers write alpha_t = 1 - mask_share(t) for the share
 that is left.) Time runs backward when sampling, from t to s < t.
 
-A "model" is anything that has a config (of which attention and relative are read here) and
-    model.hidden(z, at=None, rank=None)    states (B, L, C); (N, C) at the N positions `at`
+A "model" is model.py's Transformer, or a table of probabilities, as in tests/toy.py. Of it
+    model.hidden(z, at=None, rank=None)    states (B, L, C); at = (row, pos): these, (N, C)
     model.head(h)                          logits (N, V): what it predicts from states
+    model(z)                               logits (B, L, V), of both
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
-as model.py's Transformer, or a table of probabilities, as in tests/toy.py.
+    model.cache, model.read                by the samplers that have a KV cache
+are used, and its config. With attention "reveal" and no rank the model draws one at random.
 
-Three names for when tokens are revealed: order (B, n), where order[b, i] is the position
-that is revealed i-th; when (B, n), where when[b, i] is the step in which that happens; and
-rank (B, L), where rank[b, l] says when position l is revealed. Randomness comes from
-torch's global generators.
+Names for when tokens are revealed: order (B, n), where order[b, i] is the position that is
+revealed i-th; when (B, n), where when[b, i] is the step in which that happens; rank (B, L),
+where rank[b, l] says when position l is revealed. A slot is a place in the order, with the
+prompt's tokens first. Randomness comes from torch's global generators.
 """
 import torch
 
@@ -22,14 +24,15 @@ from model import NOT_FINITE, Reading, cross_entropy
 
 HEAD_ROWS = 512                  # states that the head is given at a time
 DRAW_ROWS = 32                   # rows of logits drawn from at a time: see draw_tokens
-COUPLED = 2 ** 20                # probabilities at a time in couple, of each law: 8 MB
+COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V): 8 MB
 
 
 # ---- the noise schedule: for another one, change mask_share and mask_rate
 
 def mask_share(t):
     """1 - alpha_t, the share of tokens that are masked at times t (any shape): 0 at t = 0,
-    1 at t = 1. Here the log-linear schedule of MDLM (arXiv 2406.07524), alpha_t = 1 - t."""
+    1 at t = 1. Here the schedule that MDLM (arXiv 2406.07524) calls log-linear, after the
+    noise -log alpha_t; alpha_t = 1 - t itself is linear."""
     return t
 
 
@@ -54,7 +57,7 @@ def sample_t(B, device=None):
     sampler)."""
     grid = torch.arange(B, device=device) / B                        # (B,)
     u = torch.rand(1, device=device) + grid
-    return 1 - u % 1                                     # never 0, where no token is masked
+    return 1 - u % 1                                     # never 0: nothing would be masked
 
 
 def q_sample(x, t, mask_id):
@@ -65,18 +68,19 @@ def q_sample(x, t, mask_id):
     return torch.where(masked, mask_id, x)
 
 
-def states_at(model, z, at, rank=None):
-    """The states (N, C) at the N positions of z (B, L) where the bool `at` (B, L) is true,
-    row by row. Not by hidden(z, at), whose last block is not compiled, because N changes
-    with every call. On a CPU sequences in which `at` is nowhere true are left out; on a GPU
-    batches of all sizes, of none at times, would cost more than they save."""
+def states_at(model, z, where, rank=None):
+    """The states (N, C) at the N positions of z (B, L) where the bool `where` (B, L) is
+    true, row by row. (hidden(z, at) would compute less in its last block, but for that N
+    changes with every call, so it cannot be compiled.)"""
+    # on a CPU skip sequences of which nothing is wanted; on a GPU a batch that changes its
+    # size, and may be empty, costs more than that saves
     if z.device.type == "cpu":
-        rows = at.any(1)                                             # (B,)
-        z, at = z[rows], at[rows]
+        rows = where.any(1)                                          # (B,)
+        z, where = z[rows], where[rows]
         if rank is not None:
             rank = rank[rows]
     h = model.hidden(z, rank=rank)                                   # (rows, L, C)
-    return h[at]                                                     # (N, C)
+    return h[where]                                                  # (N, C)
 
 
 def nelbo(model, x, mask_id):
@@ -115,8 +119,8 @@ def categorical(logits, dtype=torch.float64):
     By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be
     out of reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The
     exponentials may be float32: that is a relative error, 1e-7 of each probability.
-    A row that holds NaN gives V, the mask's id. The samplers look for it at their end,
-    because to look here would be to wait for a GPU."""
+    A row that holds NaN gives V, the mask's id. The samplers check for that once, at their
+    end; a check here would make the CPU wait for a GPU."""
     # probabilities up to a factor (float64 from the start takes 7 times as long)
     weights = (logits - logits.amax(-1, keepdim=True)).exp_().to(dtype)          # (..., V)
     return draw_from(weights)
@@ -137,9 +141,9 @@ def draw_from(weights):
 
 def draw_tokens(model, h, draw=categorical):
     """draw(logits) at each of the states h (N, C): ids (N,).
-    To save memory, HEAD_ROWS states have their logits at a time. On a CPU, where fresh
-    memory is slow, DRAW_ROWS of these are drawn from at a time, which is 6 times as fast; a
-    GPU would leave most of itself idle with so few."""
+    To save memory, logits are computed for HEAD_ROWS states at a time. On a CPU, where
+    fresh memory is slow, DRAW_ROWS of these are drawn from at a time, which is 6 times as
+    fast; a GPU would be mostly idle with so few."""
     rows = DRAW_ROWS if h.device.type == "cpu" else HEAD_ROWS
     ids = []
     for states in h.split(HEAD_ROWS):
@@ -157,10 +161,9 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
         return logits
     p, likeliest = logits.double().softmax(-1).sort(dim=-1, descending=True)
     # a token is outside if those likelier than it have top_p; the likeliest always stays
-    outside = p.cumsum(-1) - p >= top_p                              # (..., V), by rank
-    # back to tokens: each looks at its own place in that list
-    place = likeliest.argsort(-1)                                    # (..., V)
-    return logits.masked_fill(outside.gather(-1, place), -torch.inf)
+    outside = p.cumsum(-1) - p >= top_p                      # (..., V), likeliest first
+    outside = outside.scatter(-1, likeliest, outside)        # in the order of ids again
+    return logits.masked_fill(outside, -torch.inf)
 
 
 # ---- the reverse process
@@ -186,10 +189,10 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
 
 
 def plan(z, steps, mask_id):
-    """What a sample is before the network is asked. For z (B, L) with n masks in each row:
-    order (B, n), their positions shuffled, and when (B, n), ascending, the step in which
-    each of these is revealed. On the CPU. Raises ValueError if rows have different numbers
-    of masks.
+    """Draw when each mask is revealed, which does not depend on the network. For z (B, L)
+    with n masks in each row: order (B, n), their positions shuffled, and when (B, n),
+    ascending, the step in which each of these is revealed. On the CPU. Raises ValueError if
+    rows have different numbers of masks.
 
     Each mask is revealed in the step that draw_steps draws for it, independently of all
     others and of the network. A step that reveals nothing of a text changes nothing in it,
@@ -199,11 +202,11 @@ def plan(z, steps, mask_id):
     most n, and its texts are independent of each other."""
     order = random_order(z, mask_id)
     B, n = order.shape
-    # sorted, as the positions in order are in random order already
+    # sorting loses nothing: the steps are independent draws, and order is shuffled
     when = draw_steps(steps, B, n).sort(dim=1).values                # (B, n)
-    # numbered anew: how many steps have begun up to here
-    begins = torch.diff(when, dim=1, prepend=when[:, :1]) != 0       # (B, n)
-    return order, begins.cumsum(1)
+    # number the steps 0, 1, 2, ... without gaps: how often they changed so far
+    changes = torch.diff(when, dim=1, prepend=when[:, :1]) != 0      # (B, n)
+    return order, changes.cumsum(1)
 
 
 def random_order(z, mask_id):
@@ -219,8 +222,8 @@ def random_order(z, mask_id):
 
 
 def prompt_first(order, L):
-    """order (B, n) of the masks in texts of L positions, with the prompt's positions, in
-    random order, before it: (B, L)."""
+    """order (B, n) of the masks in texts of L positions, with the prompt's positions before
+    it, in random order, as in training: (B, L)."""
     B, n = order.shape
     is_mask = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, True)
     prompt = torch.rand(B, L).masked_fill(is_mask, 2).argsort(1)[:, :L - n]
@@ -228,11 +231,11 @@ def prompt_first(order, L):
 
 
 def draw_steps(steps, rows, n):
-    """The step, 0 to steps - 1, in which each of (rows, n) masks is revealed, of equal
-    steps from t = 1 to t = 0. A mask survives until t with probability mask_share(t), and
-    is then revealed with reveal_share(t, s): together mask_share(t) - mask_share(s)."""
-    # the log-linear schedule, as a grid of times shows: all steps are equally likely, and
-    # no table of them is needed, however many
+    """Time goes from t = 1 to 0 in `steps` equal steps; in which of them, 0 to steps - 1,
+    each of (rows, n) masks is revealed. A mask survives until t with probability
+    mask_share(t), and is then revealed with reveal_share(t, s): together mask_share(t) -
+    mask_share(s)."""
+    # is mask_share(t) = t, on a grid of times? Then all steps are equally likely
     grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if torch.equal(mask_share(grid), grid):
         return torch.randint(steps, (rows, n))
@@ -252,7 +255,7 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
     only. No mask is left at the end, no extra pass follows, and a step that reveals nothing
     calls no network: 1,024 steps on 64 tokens cost at most 64 calls.
 
-    z: masks where text is wanted, the prompt elsewhere; every row must have as many masks.
+    z: masks where text is wanted, the prompt elsewhere; all rows with as many masks.
     draw: logits (N, V) -> ids (N,). watch: called with z after each step that reveals
     something. Returns ids (B, L). Raises ValueError on uneven rows, and FloatingPointError
     where the model's predictions are not finite numbers."""
@@ -286,7 +289,8 @@ def first_states(model, z, row, pos):
     """model.hidden(z, at=(row, pos)) of the first step, without computing twice what is
     alike: texts without a prompt are nothing but masks."""
     alike = bool((z == z[:1]).all())                     # all texts are equal
-    blank = alike and bool((z[0] == z[0, 0]).all())      # and nothing but masks
+    # one of them has a mask at least, so if its ids are equal all are masks
+    blank = alike and bool((z[0] == z[0, 0]).all())
     if blank and model.config.relative:
         return one_for_all(model, z, row)
     if alike:
@@ -296,9 +300,9 @@ def first_states(model, z, row, pos):
 
 def one_for_all(model, z, row):
     """The states (N, C) of masks in the texts with numbers row (N,), where all is masked
-    and the network knows distances only: every mask looks the same, so one is computed for
-    all."""
-    # of a single position the rank does not matter, but one would be drawn
+    and config.relative holds: a single mask, alone, has the state of all, as
+    ModelConfig.relative explains."""
+    # any rank will do for a single position; without one the model would draw it
     rank = torch.zeros(1, 1, device=z.device)
     return model.hidden(z[:1, :1], rank=rank)[0].expand(len(row), -1)
 
@@ -312,8 +316,8 @@ def sample_cached(model, z, order, when, draw, watch=None):
     n = order.shape[1]                                               # masks of a text
     cache = model.cache(B, L)
 
-    # the prompt's tokens come first, as if revealed in step -1; a slot is a place in this
-    # order, of the position order[b, slot]
+    # the prompt's tokens come first, as if revealed in step -1; order[b, slot] is the
+    # position of a slot
     order = prompt_first(order, L)                                   # (B, L)
     when = torch.cat((torch.full((B, L - n), -1), when), 1)          # (B, L)
 
@@ -336,14 +340,15 @@ def sample_cached(model, z, order, when, draw, watch=None):
 
 def reading(z, order, token_row, token_slot, mask_row, mask_slot, known):
     """What model.read needs: tokens that were not read yet and, after them, masks. A token
-    sees those before it, a mask all `known` (B,) ones."""
+    sees itself and those before it, a mask itself and all `known` (B,) tokens."""
     limit = torch.cat((token_slot, known[mask_row]))
     first = len(token_row)                                           # masks begin here
     row = torch.cat((token_row, mask_row))
     slot = torch.cat((token_slot, mask_slot))
     pos = order[row, slot]
     idx = z[row, pos]
-    return Reading(idx, pos.to(z.device), row, slot, limit, first)
+    return Reading(idx=idx, pos=pos.to(z.device), row=row, slot=slot, limit=limit,
+                   wanted_from=first)
 
 
 def steps_of(when):
@@ -389,50 +394,57 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
     return z
 
 
-# ---- exact sampling: the law of one token at a time, in a handful of calls
+# ---- exact sampling: the distribution of one token at a time, in a handful of calls
 
 
 @torch.no_grad()
-def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=None):
-    """Fill every mask of z (B, L) with the law (the probability distribution) of one token
-    at a time, in few calls: for attention in the order of reveal, and for AR models, whose
+def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=None):
+    """Fill every mask of z (B, L), in few calls, with exactly the distribution of revealing
+    one token at a time: for attention in the order of reveal, and for AR models, whose
     order is left to right.
 
-    Slot s is the s-th place in the order, the prompt first. The first `final` slots keep
-    their tokens; in the next ones tokens are guessed. One call reads the guesses, and
-    predicts each of them again *given the guesses before it*. Each guess is moved to its
-    new law, changing as rarely as can be: see couple. Let c be the first slot whose guess
-    changed. All before c kept their tokens, so the call predicted c from the right ones:
-    the new token of c is final, like all before it. What comes after was predicted from the
-    old token of c, and stays a guess. So each call makes one slot final at least.
+    Slots are places in the order, the prompt first. The first `final` slots keep their
+    tokens; the next ones hold guesses. One call reads the guesses, and predicts each of
+    them again *given the guesses before it*. Each guess becomes a draw from that new
+    prediction, one that equals the guess as often as possible: see couple. (A slot that has
+    no guess yet gets a plain draw, which counts as a change.) Let c be the first slot whose
+    guess changed. All before c kept their tokens, so the call predicted c from the right
+    ones: the new token of c is final, like all before it. What comes after was predicted
+    from the old token of c, and stays a guess. So each call makes at least one slot final.
     (Fixed points, arXiv 2002.03629, with the coupling of 2211.17192.)
 
-    law: logits (N, V) -> logits, a sharper law, see sharpen; None: the model's own.
-    ahead: a call asks for ahead slots, and as many more as are final; None: all.
+    adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
+    ahead: a call asks for the next ahead + final slots, more as more are final, since far
+    guesses are worth little before; None: all.
     max_calls: stop there and leave the guesses as they are, which is not exact.
     watch: called after each call with z and the bool (B, L) of its final tokens.
     Returns ids (B, L) and the calls that each text took (B,); a batch takes their most.
-    Raises ValueError (see exact_form), and FloatingPointError at predictions of NaN."""
-    # Why it is exact: in the call that makes slot s final its token is a draw from its law
-    # given final tokens, which couple keeps true in every call; and which call that is
-    # depends on the slots before s only
+    Raises ValueError (see how_to_ask), and FloatingPointError at predictions of NaN."""
+    # Why it is exact. After every call the token at a slot is a draw from the model's
+    # prediction given the current tokens before it: couple keeps this true. And whether a
+    # call makes a slot final depends only on the slots before it, so no token is favoured
     B, L = z.shape
     ahead = L if ahead is None else min(ahead, L)
-    ask, order = exact_form(model, z, mask_id)           # order (B, L): positions of slots
+    # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
+    ask, order = how_to_ask(model, z, mask_id)
     order_z = order.to(z.device)
-    x = z.gather(1, order_z)                             # (B, L), by slot; a mask: no guess
+    x = z.gather(1, order_z)             # (B, L), tokens by slot; a mask where no guess is
     slot = torch.arange(L).expand(B, L)
+
     # of each text, (B, 1): slots [0, final) are done, [final, guessed) hold guesses, and
-    # the rest masks; the cache has the tokens of [0, unread) (-1: nor AR's start symbol)
+    # the rest masks
     final = (x != mask_id).sum(1, keepdim=True).cpu()
-    guessed, unread = final, torch.full_like(final, -1)
+    guessed = final
+    # the cache has the tokens of slots [0, unread). At first not even the start symbol of
+    # an AR model, which stands before slot 0
+    unread = torch.full_like(final, -1)
     cache = model.cache(B, L, spare=L)
     states = None                                        # from which guesses were drawn
     calls, made = torch.zeros(B, dtype=torch.long), 0
     while bool((final < L).any()) and made != max_calls:
         made += 1
         calls += final[:, 0] < L
-        # what is asked: the slots from `final` to `end`, more as more are final
+        # what is asked: the slots from `final` to `end`
         end = final + (ahead + final)
         if made == max_calls:
             end = end + L                                # no slot may stay without a guess
@@ -442,16 +454,17 @@ def sample_exact(model, z, mask_id, law=None, ahead=8, max_calls=None, watch=Non
         if states is None:
             states = h.new_zeros(B, L, h.shape[1])
 
-        # guesses move to their new law
+        # each guess becomes a draw from its new prediction
         old, x = x, x.clone()
-        x[asked] = couple(model, h, states[asked], old[asked], mask_id, law)
+        x[asked] = couple(model, h, states[asked], old[asked], mask_id, adjust)
         states[asked] = h
-        # up to the first change all is final; what was read before it stays in the cache,
-        # and the token of the last slot asked is never read
+        # up to the first change, and with it, all is final
         changed = (x != old).cpu()
-        change = torch.where(changed, slot, end).amin(1, keepdim=True)           # (B, 1)
-        final = (change + 1).minimum(end)
-        unread = change.minimum(end - 1)
+        c = torch.where(changed, slot, end).amin(1, keepdim=True)    # (B, 1), end: none
+        final = (c + 1).minimum(end)
+        # the tokens before it stay in the cache. (If none changed, the token of the last
+        # slot asked is still unread: this call had no use for it)
+        unread = c.minimum(end - 1)
         guessed = guessed.maximum(end)
         if watch:
             watch(by_position(x, order_z), by_position(slot < final, order))
@@ -463,10 +476,10 @@ def by_position(x, order):
     return torch.empty_like(x).scatter_(1, order, x)
 
 
-def exact_form(model, z, mask_id):
-    """What differs between models in sample_exact: (ask, order (B, L)), see ask_masks.
-    Raises ValueError for full attention, for gaps in AR's texts, and for other models' rows
-    with unequal numbers of masks."""
+def how_to_ask(model, z, mask_id):
+    """What differs between models in sample_exact: (ask_masks or ask_tokens, order (B, L)).
+    Raises ValueError for full attention; for AR if z has gaps, else if its rows have
+    unequal numbers of masks."""
     B, L = z.shape
     if model.config.causal:
         if bool(((z[:, 1:] != mask_id) & (z[:, :-1] == mask_id)).any()):
@@ -482,10 +495,10 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
     at the N slots `asked` (B, L). It reads, first, the tokens of x (B, L) that the cache
     lacks, from slot `unread` on; then the masks. Both the token of slot s and its mask see
     the tokens of the slots before s that have one. The cache keeps the token of slot s in
-    place s, and its mask in place L + s, which nothing else sees."""
+    place s, and its mask in place L + s: here one call reads both."""
     L = x.shape[1]
     slots = torch.arange(L)
-    # the token of the last slot asked is not read: nothing that is asked comes after it
+    # the last slot asked; its token is not read, as nothing that is asked comes after it
     last = (slots * asked).amax(1, keepdim=True)                     # (B, 1)
     tokens = (slots >= unread) & (slots < last.minimum(guessed))     # (B, L)
     token_row, token_slot = tokens.nonzero(as_tuple=True)
@@ -496,26 +509,28 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
     idx = x[row, slot]
     idx[len(token_row):] = model.mask_id
     limit = torch.cat((token_slot, mask_slot.minimum(guessed[mask_row, 0])))
-    stored = torch.cat((token_slot, L + mask_slot))
-    new = Reading(idx, order[row, slot].to(x.device), row, stored, limit, len(token_row))
+    place = torch.cat((token_slot, L + mask_slot))
+    new = Reading(idx=idx, pos=order[row, slot].to(x.device), row=row, slot=place,
+                  limit=limit, wanted_from=len(token_row))
     return model.read(cache, new)
 
 
 def ask_tokens(model, cache, order, x, unread, guessed, asked):
     """ask_masks of an AR model, which predicts slot s at the token of slot s - 1: no masks
     are needed. Place 0 of the cache has the start symbol, place s the token of slot s - 1.
-    Slots beyond the guesses cannot be predicted yet, and their states are 0: the head then
-    says about how frequent tokens are, and any law will do for a first guess."""
+    Slots beyond the guesses cannot be predicted yet, and their states are 0, from which the
+    head predicts about the tokens' frequencies: a poor guess, but couple mends any."""
     B, L = x.shape
     start = torch.full((B, 1), model.mask_id, device=x.device)
     shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
     slots = torch.arange(L)
     last = (slots * asked).amax(1, keepdim=True).minimum(guessed)    # (B, 1)
-    row, at = ((slots > unread) & (slots <= last)).nonzero(as_tuple=True)
-    new = Reading(shifted[row, at], at.to(x.device), row, slot=at, limit=at)
+    row, place = ((slots > unread) & (slots <= last)).nonzero(as_tuple=True)
+    new = Reading(idx=shifted[row, place], pos=place.to(x.device), row=row, slot=place,
+                  limit=place)
     h = model.read(cache, new)
     states = h.new_zeros(B, L, h.shape[1])
-    states[row, at] = h
+    states[row, place] = h
     return states[asked]                                             # (N, C)
 
 
@@ -531,7 +546,7 @@ def nll_in_order(model, x, mask_id):
     order = random_order(torch.full_like(x, mask_id), mask_id)       # (B, L)
     by_slot = x.gather(1, order.to(x.device))                        # (B, L)
     guessed = torch.full((B, 1), L)
-    unread = torch.zeros_like(guessed)                   # nothing is in the cache
+    unread = torch.zeros_like(guessed)                   # no token is in the cache
     everything = torch.ones(B, L, dtype=torch.bool)
     cache = model.cache(B, L, spare=L)
     h = ask_masks(model, cache, order, by_slot, unread, guessed, everything)     # (B L, C)
@@ -547,35 +562,35 @@ def nats_of(model, h, ids):
     return torch.cat(nats)
 
 
-def couple(model, h, h_old, x, mask_id, law=None):
+def couple(model, h, h_old, x, mask_id, adjust=None):
     """Guesses x (N,) are draws from q, which the states h_old (N, C) predict. Returns draws
-    from p, which h (N, C) predicts, that equal x as often as any rule can have it: x stays
-    with probability min(1, p(x) / q(x)), and is else drawn from what p has more than q,
-    (p - q)+ (speculative sampling, arXiv 2211.17192). Where x is mask_id there is no guess,
-    and the draw is from p."""
+    from p, which h (N, C) predicts, that equal x as often as possible: x stays with
+    probability min(1, p(x) / q(x)), and otherwise is drawn from what p has more than q, (p
+    - q)+ (speculative sampling, arXiv 2211.17192). Where x is mask_id there is no guess,
+    and the draw is from p. adjust: see sample_exact."""
     def probabilities(states):
         """What states (n, C) predict: (n, V). The softmax may be float32: as in
         categorical, that is a relative error, 1e-7 of each probability."""
         logits = model.head(states)
-        if law:
-            logits = law(logits)
+        if adjust:
+            logits = adjust(logits)
         return logits.softmax(-1).double()
 
     ids = []
     # some at a time, as in draw_tokens: never all (N, V)
-    size = max(DRAW_ROWS, COUPLED // model.config.vocab)
-    for new, old, x in zip(h.split(size), h_old.split(size), x.split(size)):
+    size = max(DRAW_ROWS, COUPLE_SIZE // model.config.vocab)
+    for new, old, guess in zip(h.split(size), h_old.split(size), x.split(size)):
         p, q = probabilities(new), probabilities(old)                # (n, V) both
-        guess = x != mask_id                                         # (n,)
-        q[~guess] = 0
+        guessed = guess != mask_id                                   # (n,)
+        q[~guessed] = 0                              # then (p - q)+, below, is all of p
         # p and q of the guess itself; where there is none any token will do
-        at = x.where(guess, 0)[:, None]                              # (n, 1)
-        u = torch.rand(at.shape, dtype=p.dtype, device=p.device)
-        stays = guess & (u * q.gather(1, at) < p.gather(1, at))[:, 0]
-        # the others are drawn anew; where rounding leaves p nothing more than q, from p
+        token = guess.where(guessed, 0)[:, None]                     # (n, 1)
+        u = torch.rand(token.shape, dtype=p.dtype, device=p.device)
+        stays = guessed & (u * q.gather(1, token) < p.gather(1, token))[:, 0]
+        # the others are drawn anew; if p - q rounds to nothing positive, from p
         rest = (p - q)[~stays].clamp_(min=0)
         empty = rest.amax(1, keepdim=True) == 0
-        x = x.clone()
-        x[~stays] = draw_from(torch.where(empty, p[~stays], rest))
-        ids.append(x)
+        drawn = guess.clone()
+        drawn[~stays] = draw_from(torch.where(empty, p[~stays], rest))
+        ids.append(drawn)
     return torch.cat(ids)

@@ -14,7 +14,7 @@ Who calls whom:
     run       the embedding, then the blocks: generate, read and hidden all end here
 
 Only attention mixes positions. *Who sees whom* is therefore an argument of the block: a
-function attend(q, k, v), one of see_everything, see_at, see_cache and see_step.
+function attend(q, k, v), one of see_sequence, see_at, see_cache and see_step.
 """
 import functools
 import math
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class ModelConfig:
-    """The sizes of a model: all that its tensors' shapes depend on."""
+    """What a model is, beside its weights; saved with them."""
     vocab: int                   # V, real tokens; the mask (or start symbol) is id V
     context: int                 # most positions a sequence may have
     layers: int = 4
@@ -46,16 +46,17 @@ class ModelConfig:
 
     @property
     def relative(self):
-        """Whether positions enter by the rotation of queries and keys alone. Then all
-        positions of a text of nothing but masks have the same state: their values are
-        equal, and attention returns that value whatever its weights. (Not so if causal: a
-        text begins with the start symbol.)"""
+        """Whether positions enter by the rotation of queries and keys alone. Then in a text
+        of nothing but masks all positions have the same state, as all v are equal, and so
+        is any weighted mean of them: a sampler computes it for one position only, see
+        diffusion.py. (Not so if causal: a text begins with the start symbol.)"""
         return self.positions == "rope" and not self.causal
 
 
 PRESETS = {
     "nano": dict(layers=3, heads=4, width=128, context=64),          # for a laptop CPU
-    "small": dict(layers=12, heads=12, width=768, context=1024),     # SDTT's three sizes
+    # SDTT's three sizes, and a larger one
+    "small": dict(layers=12, heads=12, width=768, context=1024),
     "medium": dict(layers=24, heads=16, width=1024, context=1024),
     "large": dict(layers=24, heads=16, width=1536, context=1024),
     "xl": dict(layers=24, heads=32, width=2048, context=1024),
@@ -95,7 +96,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if torch.compiler.is_compiling() and self.bias is not None:
-            y = F.linear(x, self.weight)               # of autocast's type, unlike the bias
+            y = F.linear(x, self.weight)
+            # under autocast y is bfloat16, the bias still float32
             return y + self.bias.to(y.dtype)
         return super().forward(x)
 
@@ -120,8 +122,9 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, at=None):
         """x (..., C) -> the same shape. rope: the tables of rotate, or None.
         attend(q, k, v), each (..., H, D), returns what positions see in others.
-        With `at`, a pair (row, pos) or a slice, the result is that of x[at] only, (N, C):
-        attend must then return just these, (N, H, D)."""
+        at, in the last block only, indexes x: a pair (row, pos) from hidden, a slice from
+        read. Then only x[at] is wanted, (N, C), and attend returns just these, (N, H, D).
+        """
         qkv = self.qkv(self.norm1(x))                                # (..., 3 C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, D) each
         if rope is not None:
@@ -137,7 +140,7 @@ class Block(nn.Module):
 
 # ---- who sees whom
 
-def see_everything(q, k, v, mask=None, causal=False):
+def see_sequence(q, k, v, mask=None, causal=False):
     """Attention over whole sequences: q, k, v (B, L, H, D) -> (B, L, H, D).
     mask (B, L, L) bool: who sees whom, row by row. Without one, each position sees all
     others, or, if causal, those that are not later."""
@@ -152,7 +155,7 @@ class Ragged(typing.NamedTuple):
     """N queries of B texts, some of which have more than others. For attention they are
     padded to a rectangle (B, most), where query i stands in row[i], col[i]."""
     row: torch.Tensor            # (N,) the text of each
-    pos: torch.Tensor            # (N,) its position, or its slot in a cache
+    place: torch.Tensor          # (N,) in k and v: its position, or its slot in a cache
     col: torch.Tensor            # (N,) 0, 1, 2, ... among those of its text
     B: int
     most: int                    # queries of one text at most
@@ -164,7 +167,7 @@ class Ragged(typing.NamedTuple):
         padded[self.row, self.col] = x
         return padded
 
-    def attend(self, q, k, v):
+    def attention(self, q, k, v):
         """q (N, H, D), k and v (B, H, keys, D) -> (N, H, D)."""
         mask = None
         if self.mask is not None:
@@ -174,34 +177,37 @@ class Ragged(typing.NamedTuple):
         return y.transpose(1, 2)[self.row, self.col]                 # (N, H, D)
 
 
-def make_ragged(row, pos, B):
-    """Queries of texts row (N,) at positions pos (N,), in any order, as a Ragged."""
+def make_ragged(row, place, B):
+    """Queries of texts row (N,) at places place (N,), in any order, as a Ragged."""
     count = torch.bincount(row, minlength=B)                         # (B,) queries of each
-    by_row = row.argsort(stable=True)                                # (N,) text by text
-    # col: a query's place among all queries sorted by text, less the place of its text's
-    # first. For row (1, 0, 1): places (1, 0, 2), begin (0, 1), so col (0, 0, 1)
-    begin = count.cumsum(0) - count                                  # (B,)
-    col = torch.empty_like(row)
-    col[by_row] = torch.arange(len(row), device=row.device) - begin[row[by_row]]
-    return Ragged(row, pos, col, B, int(count.max()))
+    # col: a query's number among all queries, text by text, less that of its text's first
+    # (on the right: what they are for row (1, 0, 1))
+    by_row = row.argsort(stable=True)                                # (N,)  (1, 0, 2)
+    number = torch.empty_like(row)
+    number[by_row] = torch.arange(len(row), device=row.device)       # (N,)  (1, 0, 2)
+    begin = count.cumsum(0) - count                                  # (B,)  (0, 1)
+    col = number - begin[row]                                        # (N,)  (0, 0, 1)
+    return Ragged(row, place, col, B, int(count.max()))
 
 
 def see_at(q, k, v, queries):
-    """see_everything at the N queries of a Ragged only: (B, L, H, D) -> (N, H, D)."""
-    q = q[queries.row, queries.pos]                                  # (N, H, D)
+    """see_sequence at the N queries of a Ragged only: (B, L, H, D) -> (N, H, D)."""
+    q = q[queries.row, queries.place]                                # (N, H, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)                      # (B, H, L, D)
-    return queries.attend(q, k, v)
+    return queries.attention(q, k, v)
 
 
 def see_cache(q, k, v, keys, values, queries, wanted_from=0):
     """Attention of N positions to their texts' caches: q, k, v (N, H, D) -> the same shape,
-    from number wanted_from on. The new keys and values are stored first, each at its
-    queries.pos, a slot; then each looks where queries.mask allows, itself included."""
+    without the first wanted_from, which only fill the cache. The new keys and values are
+    stored first, each at its queries.place, a slot; then each looks where queries.mask
+    allows, itself included."""
     # keys are (B, H, slots, D); two indices around a slice give (N, H, D), as k has
-    keys[queries.row, :, queries.pos] = k
-    values[queries.row, :, queries.pos] = v
-    seen = queries.mask.shape[-1]                                  # the rest is still empty
-    return queries.attend(q, keys[:, :, :seen], values[:, :, :seen])[wanted_from:]
+    keys[queries.row, :, queries.place] = k
+    values[queries.row, :, queries.place] = v
+    seen = queries.mask.shape[-1]                    # nobody sees beyond these slots
+    y = queries.attention(q, keys[:, :, :seen], values[:, :, :seen])
+    return y[wanted_from:]
 
 
 def see_step(q, k, v, keys, values, slot, mask):
@@ -230,16 +236,19 @@ class KVCache:
 
 class Reading(typing.NamedTuple):
     """N positions for Transformer.read: tokens or masks of the texts in a cache, (N,) each.
-    One rule serves all that use a cache: a position sees the first `limit` slots of its
-    text, and its own. For AR limit = slot = position. With attention "reveal" a token's
-    limit is its slot, a mask's the number of tokens that are known. The slot of a mask is
-    the one that its token will have, which then writes over it."""
+    One rule serves all that use a cache: a position sees slots 0 to limit - 1 of its text,
+    and its own slot.
+    AR: limit = slot = position. With attention "reveal" tokens have slots in the order of
+    reveal; a token's limit is its slot, a mask's the number of known tokens. A mask is
+    stored only to see itself, in a slot that nothing else sees; a token may overwrite it
+    later."""
     idx: torch.Tensor            # ids, on the model's device
     pos: torch.Tensor            # positions, there too
-    row: torch.Tensor            # the text of each; this and the rest on the CPU
+    # on the CPU, as shapes depend on these: asking a GPU for them would mean to wait for it
+    row: torch.Tensor            # the text of each
     slot: torch.Tensor           # where its key and value are stored
-    limit: torch.Tensor
-    wanted_from: int = 0         # states of those before this one are not returned
+    limit: torch.Tensor          # it sees the slots before this one
+    wanted_from: int = 0         # the first so many only fill the cache: no states of them
 
 
 # ---- the network
@@ -289,14 +298,15 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # each block adds to the stream twice: its size does not grow with the depth so
+        # each block adds to the stream twice; scaled like this, it does not grow with depth
         for block in self.blocks:
             block.attn_out.weight.data /= math.sqrt(2 * config.layers)
             block.mlp_out.weight.data /= math.sqrt(2 * config.layers)
 
     def run(self, idx, pos, attends, at=None):
-        """Embedding and blocks: ids idx (...) at positions pos, of a shape that broadcasts
-        to idx's -> states (..., C), before the last norm.
+        """Embedding and blocks: ids idx (...) -> states (..., C), before the last norm.
+        The shape of idx is (B, L) from hidden, (N,) from read, (B,) from decode; that of
+        its positions pos broadcasts to it.
         attends: who sees whom, a function for each block. at: see Block; for the last
         block only, as the others' states are needed everywhere."""
         # what stands where
@@ -312,8 +322,8 @@ class Transformer(nn.Module):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
-                    # .forward goes around block.compile(): the number of positions
-                    # changes with every step
+                    # train.py may have called block.compile(), which block.forward() goes
+                    # around: here the number of positions changes with every step
                     x = block.forward(x, rope, attend, at)
                 elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -324,8 +334,9 @@ class Transformer(nn.Module):
     def hidden(self, idx, at=None, rank=None, pos=None):
         """States of whole sequences: ids (B, L) in 0..V -> (B, L, C). With at = (row, pos),
         both (N,), only those N, (N, C): then the last block computes no others.
-        rank (B, L): for attention "reveal", when each token was revealed, in any numbers;
-        random unless given. pos: positions (L,) or (B, L), 0..L-1 unless given.
+        rank (B, L): for attention "reveal", when each token was revealed (only the order
+        of the numbers counts); random unless given, as training must serve every order.
+        pos: positions (L,) or (B, L), 0..L-1 unless given.
         Raises ValueError for more tokens than the context."""
         B, L = idx.shape
         if L > self.config.context:
@@ -337,21 +348,24 @@ class Transformer(nn.Module):
         mask = None
         if self.config.attention == "reveal":
             mask = reveal_mask(idx, rank, self.mask_id)              # (B, L, L)
-        see = functools.partial(see_everything, mask=mask, causal=self.config.causal)
+        see = functools.partial(see_sequence, mask=mask, causal=self.config.causal)
         attends = [see] * len(self.blocks)
 
         # but the last block's queries are needed at the wanted positions only
         if at is not None:
             queries = make_ragged(*at, B)
-            # empty places of the rectangle see nothing: their result is never gathered
             if mask is not None:
-                queries = queries._replace(mask=queries.pad(mask[at]))   # (B, most, L)
+                # empty places see all: to see nothing could give NaN
+                seen = torch.ones(B, queries.most, L, dtype=torch.bool, device=idx.device)
+                seen[queries.row, queries.col] = mask[at]
+                queries = queries._replace(mask=seen)
             attends[-1] = functools.partial(see_at, queries=queries)
         return self.run(idx, pos, attends, at)
 
     def cache(self, B, slots, spare=0):
-        """An empty KVCache for B texts of at most `slots` tokens, with so many spare slots
-        behind them. Raises ValueError for more tokens than the context."""
+        """An empty KVCache for B texts of at most `slots` tokens, with `spare` more slots
+        behind them, such as for the masks of exact sampling. Raises ValueError for more
+        tokens than the context."""
         if slots > self.config.context:
             raise ValueError(f"{slots} tokens, but the context is {self.config.context}")
         dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -361,13 +375,12 @@ class Transformer(nn.Module):
         """States of the N positions of a Reading, (N - new.wanted_from, C); their keys and
         values are left in the cache. Raises ValueError where it has too few slots."""
         B, device = len(cache.k[0]), new.idx.device
-        slots = torch.arange(int(new.slot.max()) + 1)                # the first so many
+        slots = torch.arange(int(new.slot.max()) + 1)                # up to the last used
         if len(slots) > cache.slots:
             raise ValueError(f"the KV cache holds {cache.slots} tokens, "
                              f"{len(slots)} were given")
 
-        # who sees whom; empty places of the rectangle may see all, as their result is never
-        # gathered
+        # who sees whom; empty places of the rectangle see all, as in hidden
         queries = make_ragged(new.row, new.slot, B)
         mask = torch.ones(B, queries.most, len(slots), dtype=torch.bool)
         before = slots < new.limit[:, None]                          # (N, seen)
@@ -375,8 +388,8 @@ class Transformer(nn.Module):
         mask[new.row, queries.col] = before | itself
 
         # onto the device, all at once
-        queries = Ragged(new.row.to(device), new.slot.to(device), queries.col.to(device),
-                         B, queries.most, mask.to(device))
+        queries = queries._replace(row=new.row.to(device), place=new.slot.to(device),
+                                   col=queries.col.to(device), mask=mask.to(device))
         # each block has its own part of the cache
         attends = []
         for keys, values in zip(cache.k, cache.v):
@@ -392,7 +405,8 @@ class Transformer(nn.Module):
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
-        # bfloat16 is for the blocks: what is drawn from or compared needs float32
+        # bfloat16 is for the blocks: what is drawn from or compared needs float32. (Only
+        # bench.py has weights of another type)
         h = self.norm(h.float()).to(self.lm_head.weight.dtype)
         return self.lm_head(h).float()
 
@@ -407,17 +421,18 @@ class Transformer(nn.Module):
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
         if not torch.is_grad_enabled():
-            W, b = W.detach(), b.detach()        # HeadSum would make their gradient at once
+            # a parameter asks for its gradient even under no_grad, and HeadSum obeys
+            W, b = W.detach(), b.detach()
         return HeadSum.apply(f, h, W, b, *rows)
 
 
 def reveal_mask(idx, rank, mask_id):
-    """Who sees whom with attention "reveal", bool (B, L, L), of ids (B, L): a token those
-    that were revealed before it, by their rank (B, L), random unless given; a mask all
-    tokens; and each itself."""
+    """Who sees whom with attention "reveal", bool (B, L, L), of ids (B, L): each token sees
+    itself and the tokens revealed before it, those of lower rank (B, L); each mask sees
+    itself and all tokens. The ranks are random unless given."""
     if rank is None:
         rank = torch.rand(idx.shape, device=idx.device)
-    # a mask comes after all tokens
+    # a mask comes after all tokens (double: whole numbers have no infinity)
     rank = rank.double().masked_fill(idx == mask_id, torch.inf)      # (B, L)
     before = rank[:, None, :] < rank[:, :, None]                     # (B, L, L)
     itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
@@ -478,7 +493,8 @@ def shifted(x, start_id):
 def nll(model, x, start_id):
     """Negative log-likelihood of x (B, L) under a causal model, (B, L), in nats."""
     h = model.hidden(shifted(x, start_id)).flatten(0, 1)             # (B L, C)
-    # the head for a part of the tokens at a time: all logits would take much memory
+    # the head for a part of the tokens at a time: all logits would take much memory. (Not
+    # by chunked_sum: each token's number is wanted)
     size = max(1, CHUNK // model.config.vocab)
     nats = []
     for states, ids in zip(h.split(size), x.flatten().split(size)):
@@ -504,11 +520,11 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     """Autoregressive decoding with a KV cache: each token is read once.
     prompt: ids (B, P), P may be 0. length: tokens of the result, prompt included.
     draw: logits (B, V) -> ids (B,), for example diffusion.categorical, or an argmax.
-    step: decode, or a compiled form of it. grain: attention looks at a multiple of so many
-    slots, so that a compiled step has few shapes. cache: a KVCache to use again.
+    step: decode, or a compiled form of it. grain: the number of slots that attention looks
+    at is rounded up to a multiple of this, so that a compiled step has few shapes. cache: a
+    KVCache to use again.
     Returns ids (B, length). Raises ValueError if the prompt is longer than `length`, or
-    `length` than the context; FloatingPointError if any draw is V, which categorical gives
-    for NaN. That is checked once, at the end: each check makes the CPU wait for a GPU."""
+    `length` than the context; FloatingPointError if predictions are NaN."""
     B, P = prompt.shape
     if not P <= length <= model.config.context:
         raise ValueError(f"a prompt of {P} tokens in a text of {length}, "
@@ -523,7 +539,8 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     n = min(P + 1, length)
     row = torch.arange(B).repeat_interleave(n)                       # (B n,)
     slot = torch.arange(n).repeat(B)                                 # (B n,)
-    new = Reading(out[:, :n].flatten(), slot.to(device), row, slot, limit=slot)
+    new = Reading(idx=out[:, :n].flatten(), pos=slot.to(device), row=row, slot=slot,
+                  limit=slot)
     h = model.read(cache, new).view(B, n, -1)                        # (B, n, C)
     logits = model.head(h[:, -1])                                    # (B, V)
 
@@ -532,10 +549,11 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     for i in range(P + 1, length + 1):
         out[:, i] = draw(logits)
         if i < length:                   # nothing follows the last token
-            seen = min(length, (i // grain + 1) * grain)
+            seen = min(length, (i // grain + 1) * grain)     # i + 1, rounded up
             logits = step(model, out[:, i:i + 1], slots[i:i + 1], cache, seen)
 
-    # a draw from NaN gives V, see diffusion.categorical
+    # a draw from NaN gives V, see diffusion.categorical. It is looked for only now, as each
+    # look makes the CPU wait for a GPU
     if bool((out[:, P + 1:] == model.mask_id).any()):
         raise FloatingPointError(NOT_FINITE)
     return out[:, 1:]

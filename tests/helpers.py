@@ -54,8 +54,9 @@ def start_server():
     """Start the process that others are forked from, if it does not run yet. It imports PyTorch
     and the scripts once and computes nothing, so that a process forked from it is as good as a
     new one, and there in no time. tools.machine.in_new_process uses it, too."""
+    # torch._dynamo, which the first optimizer imports, takes 2 seconds
     multiprocessing.set_forkserver_preload([
-        "pytest", "helpers", "train", "tools.evaluate", "tools.bench_train",
+        "torch._dynamo", "pytest", "helpers", "train", "tools.evaluate", "tools.bench_train",
         "data.text.prepare", "data.stories.prepare"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))

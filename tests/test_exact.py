@@ -111,7 +111,7 @@ def all_runs(model, L, ahead, patch):
     found, most, path = {}, 0, []
     state = {}
 
-    def scripted(model, h, was, x, mask_id, law=None):
+    def scripted(model, h, was, x, mask_id, adjust=None):
         """couple, whose draws follow the path; a draw beyond its end takes the first branch."""
         ids = []
         for i in range(len(x)):
@@ -241,7 +241,7 @@ def test_text_is_that_of_one_call_per_token_with_the_same_noise(monkeypatch, att
         kept[asked] = h
         return h
 
-    def largest(model, h, was, x, mask_id, law=None):
+    def largest(model, h, was, x, mask_id, adjust=None):
         return (model.head(h) + noise[now["asked"]]).argmax(-1)
     monkeypatch.setattr(diffusion, ask_name, ask)
     monkeypatch.setattr(diffusion, "couple", largest)

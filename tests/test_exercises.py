@@ -110,7 +110,7 @@ def test_exercise_6_guesses_drawn_anew_in_every_call(monkeypatch):
     (chi-square over 0.001, 12,000 texts of three tokens), but guesses settle later, in at least half
     a call more on average for texts of eight, each token of which depends on the one before (0.9 with
     other seeds)."""
-    def solved(model, h, was, x, mask_id, law=None):
+    def solved(model, h, was, x, mask_id, adjust=None):
         return diffusion.categorical(model.head(h))
     chain = toy.Ordered(3, depends_on=lambda known: known[-1:])
     # one order of reveal, so that the law can be written down

@@ -114,7 +114,7 @@ def test_no_placeholder_and_only_files_that_exist(page):
         assert link.startswith("https:") or (ROOT / page).parent.joinpath(link).exists(), link
 
 
-LEFT_OUT = "contradictions", "copies", "choices", "calls", "reads a token"
+LEFT_OUT = "entropy", "contradictions", "copies", "choices", "calls", "reads a token"
 
 
 def test_table_is_what_distill_prints_of_the_saved_results():
