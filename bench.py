@@ -6,11 +6,11 @@ wins.
 
 Both sides run as fast as this code can: AR with a static cache and a compiled decoding
 step, diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, as
-they write it; "-exact" is the law of one token at a time in few calls. Warm-up does not
-count, runs of the engines alternate, and the median is shown. Roofline is the share that a
-run gets of what the hardware shows in the same minute: of its bandwidth (AR) or of its rate
-of matrix products (diffusion). The clock, the memory gauge and the roofline are in
-tools/machine.py, what is compared in tools/bench_setup.py, the crossover in
+they write it; "-exact" is the distribution of one token at a time in few calls. Warm-up
+does not count, runs of the engines alternate, and the median is shown. Roofline is the
+share that a run gets of what the hardware shows in the same minute: of its bandwidth (AR)
+or of its rate of matrix products (diffusion). The clock, the memory gauge and the roofline
+are in tools/machine.py, flags and models in tools/bench_setup.py, the crossover in
 tools/crossover.py, training in tools/bench_train.py.
 """
 import functools
@@ -24,59 +24,19 @@ from common import Processes, start
 from data.cost import counted_calls
 from data.files import UserError, write_json
 from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
-from data.script import command, flag, parse_flags
+from data.script import command, parse_flags
 from diffusion import categorical, sample, sample_exact, sample_joint
-from model import PRESETS, KVCache, decode, generate
+from model import KVCache, decode, generate
 from sample import EXACT, Sampling, draw_samples
 from tools import figures
-from tools.bench_setup import checkpoints, random_weights, set_defaults
+from tools.bench_setup import (QUALITY, SPEED, BenchConfig, checkpoints, random_weights,
+                               set_defaults)
 from tools.crossover import against_ar
 from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
-                           least_memory, limits, line, roofline, seconds)
+                           least_memory, limits, line, roofline, seconds,
+                           transformers_engine, without_compiler)
 
-# as --engine names them
-ENGINES = ["ar", "ar-exact", "diffusion", "diffusion-kv", "diffusion-exact",
-           "diffusion-naive", "transformers"]
 GRAIN = {"cpu": 16, "cuda": 128}         # see model.generate
-# what a table shows of a row, and how
-SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
-         ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
-         ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"), ("roofline", ">9.0%"),
-         ("peak MB", ">8,.0f"), ("nfe", ">5"), ("reads", ">6.1f"))
-QUALITY = (("gen_ppl", ">8.2f"), ("entropy", ">8.2f"), ("of all", ">7.2f"))
-
-
-@dataclass
-class BenchConfig:
-    """The flags of bench.py; tools.bench_setup.set_defaults fills in what is not given."""
-    # what is compared
-    preset: list[str] | None = flag(
-        None, "random weights of these sizes [checkpoints, or small]",
-        choices=list(PRESETS))
-    checkpoint: list[str] | None = flag(
-        None, "files to compare, such as tools.convert's [see --out]")
-    out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
-    engine: list[str] | None = flag(
-        None, "[ar diffusion diffusion-kv, diffusion-naive at the first batch]; "
-        "transformers is its GPT-2, greedy", choices=ENGINES)
-    # in which shapes
-    batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4]", low=1)
-    length: list[int] | None = flag(
-        None, "tokens of a text [the checkpoints' context; random weights 128]", low=2)
-    steps: list[int] | None = flag(None, "of diffusion [4 8 16 32 64; random to 32]", low=1)
-    repeats: int = flag(3, "timed runs of each, but of diffusion-naive one", low=1)
-    samples: int = flag(128, "texts for perplexity and entropy", low=2)
-    # where and how
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
-    dtype: str | None = flag(
-        None, "[float32; on a GPU bfloat16]", choices=["float32", "bfloat16"])
-    threads: int | None = flag(None, "CPU threads [PyTorch's choice]", low=1)
-    compile: bool | None = flag(
-        None, "torch.compile for AR's decoding step and diffusion's blocks [where there is "
-        "a C++ compiler]")
-    json: str | None = flag(None, "file for the rows")
-    plot: str | None = flag(None, "picture of perplexity against latency (needs "
-                                  "matplotlib)")
 
 
 # ---- the engines: each gives a function that writes B texts of L tokens once
@@ -115,13 +75,6 @@ def exact_engine(model, B, L):
     calls as the slowest of them needs, which differs from run to run."""
     z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
     return lambda: sample_exact(model, z, model.mask_id)
-
-
-def transformers_engine(model, B, L):
-    """Greedy decoding of the transformers package."""
-    prompt = torch.zeros((B, 1), dtype=torch.long, device=model.device)  # it needs a token
-    how = dict(max_new_tokens=L, min_new_tokens=L, do_sample=False, pad_token_id=0)
-    return lambda: model.generate(prompt, **how)
 
 
 def make_engine(row, model, decode_step, steps):
@@ -164,15 +117,6 @@ def rows_of(config, models, preset, B, L):
                        batch=B, length=L)
             rows.append((row, model))    # times follow in measure
     return rows
-
-
-def without_compiler(run, stance):
-    """run() that compiles nothing: with the stance "force_eager" compiled code is not used,
-    with "eager_on_recompile" it is, and what is new to the compiler runs as it is."""
-    def f():
-        with torch.compiler.set_stance(stance):
-            return run()
-    return f
 
 
 @dataclass

@@ -68,9 +68,9 @@ def from_first(procs, value):
     return values[0]
 
 
-def first(procs, f):
+def run_in_first(procs, f):
     """Call f in process 0 only, while the others wait. If it raises UserError, every
-    process raises it. Returns nothing."""
+    process raises it. Returns nothing. (After any other error torchrun ends the others.)"""
     error = None
     if procs.rank == 0:
         try:
@@ -101,7 +101,7 @@ def broadcast(model, procs):
     if procs.world == 1:
         return
     for tensor in model.state_dict().values():
-        dist.broadcast(tensor, 0)                                    # into the same memory
+        dist.broadcast(tensor, 0)        # into the model itself, whose memory this is
 
 
 def spread(parts, f, procs, title=None):
@@ -124,17 +124,17 @@ def spread(parts, f, procs, title=None):
 def seed_all(*key):
     """Seed torch's global generators with a hash of the key, for example (seed, step,
     i)."""
-    # a hash: near keys, as step 1 and step 2, give unrelated seeds
+    # a hash, so that similar keys, such as step 1 and step 2, give unrelated seeds
     digest = hashlib.sha256(repr(key).encode()).digest()
-    # a signed number of 64 bits, for the CPU and all GPUs
+    # manual_seed takes 64 bits, and seeds the CPU and all GPUs
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 # ---- learning rate, optimizers, averaged weights
 
 def lr_factor(step, steps, warmup, final):
-    """The learning rate's factor: a linear warm-up to 1, then a cosine that would reach
-    `final` at step number `steps`; with final = 1 it stays at 1."""
+    """The learning rate's factor: a linear warm-up to 1, then a cosine down to `final`,
+    which it would reach one step after the last; with final = 1 it stays at 1."""
     if step < warmup:
         return (step + 1) / warmup       # not 0 at the first step
     progress = (step - warmup) / max(1, steps - warmup)              # from 0 to below 1
@@ -149,16 +149,19 @@ def make_optimizers(model, config):
     if config.optimizer == "muon":
         # Muon is for matrices between hidden layers, not for embedding and head
         matrices = [w for w in model.blocks.parameters() if w.ndim == 2]
-    ids = {id(w) for w in matrices}      # `w in matrices` would compare numbers
+    # by id, as `w in matrices` would compare tensors number by number
+    ids = {id(w) for w in matrices}
     rest = [w for w in model.parameters() if id(w) not in ids]       # for AdamW
-    decay = config.weight_decay
-    # fused: one kernel for everything, on a GPU; foreach: each operation once for all
+    decay = config.weight_decay          # of all tensors, vectors too
+    # on a GPU fused: one kernel updates all tensors; on a CPU foreach: each operation is
+    # called once for all tensors
     on_cpu = rest[0].device.type == "cpu"
     adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=on_cpu,
                               fused=not on_cpu)
     if not matrices:                                                 # --optimizer adamw
         return [adamw]
-    kind = Muon if on_cpu else torch.optim.Muon                      # the same steps
+    # on a CPU ours, which takes the same steps, but without bfloat16, which is slow there
+    kind = Muon if on_cpu else torch.optim.Muon
     muon = kind(matrices, config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 

@@ -20,7 +20,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from common import agree, broadcast, first, make_optimizers, start
+from common import agree, broadcast, make_optimizers, run_in_first, start
 from data.checkpoints import Run, fingerprint, load_model, resume
 from data.dataset import load_data
 from data.files import UserError, hold
@@ -29,48 +29,48 @@ from data.results import Exam, conclude, fill_rows, open_results
 from data.script import GOES_ON, as_command, command, flag, parse_flags
 from diffusion import q_sample, sample_t, states_at, unmask_step
 from model import Transformer
-from train import FREE, LoopConfig, TrainConfig, fit, prepare_model, train
+from train import MAY_CHANGE, LoopConfig, TrainConfig, fit, prepare_model, train
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
 # flags that may change between a run and its continuation
-ANYTIME = FREE | {"rounds", "samples", "judge", "teacher"}
+ANYTIME = MAY_CHANGE | {"rounds", "samples", "judge", "teacher"}
 # flags that are handed on to the training of teacher and judge
 SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batch",
           "micro_batch", "seed", "device", "bf16", "compile", "recompute")
 
 
-# ---- divergences: f(student, target), log-probabilities (N, V) both -> (N,); the KLs and
-# Jensen-Shannon in nats
+# ---- divergences between p, which the student predicts, and q, the target: functions of
+# log_p and log_q, (N, V) both -> (N,); the KLs and Jensen-Shannon in nats
 
-def reverse_kl(student, target):
+def reverse_kl(log_p, log_q):
     """KL(student || target), the paper's choice (section 3.2)."""
-    # mode-seeking: where one step cannot express what the teacher knew in two, the
-    # student commits to a likely choice
-    return (student.exp() * (student - target)).sum(-1)              # sum over V
+    # the same masks meet many targets, as the teacher's first step is random. The best p is
+    # their normalised geometric mean, in which the likeliest choice gains (mode-seeking)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)                   # sum over V
 
 
-def forward_kl(student, target):
+def forward_kl(log_p, log_q):
     """KL(target || student)."""
-    # its best student is the mean of its targets. Over the teacher's random draws that is
-    # about the teacher's own first prediction: there is little to learn
-    return (target.exp() * (target - student)).sum(-1)               # sum over V
+    # the best p is the mean of the targets. A mean of second predictions, over all that the
+    # first step may reveal, is about the first prediction: there is little to learn
+    return (log_q.exp() * (log_q - log_p)).sum(-1)                   # sum over V
 
 
-def jensen_shannon(student, target):
+def jensen_shannon(log_p, log_q):
     """Jensen-Shannon: the mean of both KLs to the middle of the two distributions."""
     # bounded, by log 2: no target can be infinitely far
-    middle = torch.logaddexp(student, target) - math.log(2)          # log of the mean
-    return (reverse_kl(student, middle) + reverse_kl(target, middle)) / 2
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)              # m = (p + q) / 2
+    return (reverse_kl(log_p, log_m) + reverse_kl(log_q, log_m)) / 2
 
 
-def total_variation(student, target):
+def total_variation(log_p, log_q):
     """1/2 sum |p - q| over V; at most 1."""
-    return (student.exp() - target.exp()).abs().sum(-1) / 2
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
-def squared_log_ratio(student, target):
+def squared_log_ratio(log_p, log_q):
     """Mean over V of (log p - log q)^2."""
-    return (student - target).square().mean(-1)
+    return (log_p - log_q).square().mean(-1)
 
 
 # to try another one: a function above, and an entry here
@@ -78,11 +78,11 @@ DIVERGENCES = {"kld": reverse_kl, "fkl": forward_kl, "jsd": jensen_shannon,
                "tvd": total_variation, "mse": squared_log_ratio}
 
 
-def divergence(student, target, kind):
+def divergence(log_p, log_q, kind):
     """The divergence of that name, see DIVERGENCES. Raises ValueError for another name."""
     if kind not in DIVERGENCES:
         raise ValueError(f"no divergence {kind!r}")
-    return DIVERGENCES[kind](student, target)
+    return DIVERGENCES[kind](log_p, log_q)
 
 
 # ---- the flags
@@ -104,10 +104,10 @@ class DistillConfig(LoopConfig):
     steps_per_round: int | None = flag(
         None, "optimizer steps in a round [stories 150, real text 600]", low=1)
     handover: str = flag(
-        "ema", "weights that a round hands to the next as its student and teacher: ema "
+        "ema", "weights that the next round begins from, as student and teacher: ema "
         "(averaged) or raw", choices=["ema", "raw"])
     reset_optimizer: bool = flag(False, "begin each round with a fresh optimizer")
-    # each round has a schedule of its own
+    # the learning rate rises and falls in each round anew
     lr: float = flag(2e-3, "highest learning rate, reached anew in each round", low=0)
     warmup: int = flag(10, "steps of linear warm-up in each round", low=0)
     # what is measured
@@ -121,8 +121,7 @@ class DistillConfig(LoopConfig):
 
     def __post_init__(self):
         if self.teacher_steps is None:
-            # nano is for stories of 50 tokens, which rarely share one of 256 steps: more
-            # would not help
+            # nano's stories have 50 tokens: in 256 steps most are revealed alone
             self.teacher_steps = 256 if self.preset == "nano" else 1024
         if self.steps_per_round is None:
             # optimizer steps; the paper takes 10,000
@@ -138,12 +137,13 @@ class DistillConfig(LoopConfig):
 def schedule(teacher_steps, rounds, k=2):
     """Sampling steps of the first teacher, then of each round's student: in the paper 1024,
     then 512, 256, ..., 8 in 7 rounds; in preset nano 256, then 128, 64, ..., 2.
-    In round r (from 0) a teacher's step has dt = 1 / schedule[r] = k^r / teacher_steps.
+    If these are steps[0], steps[1], ..., then in round r (from 0) the teacher's step has dt
+    = 1 / steps[r] = k^r / teacher_steps.
     Raises UserError where the last student would need less than one step."""
     if k ** rounds > teacher_steps:
         raise UserError(f"--rounds {rounds} with --k {k} needs --teacher_steps of at least "
-                        f"{k ** rounds}, not {teacher_steps}: the last student would have "
-                        "to do more than everything in one step")
+                        f"{k ** rounds}, not {teacher_steps}: the last student would need "
+                        "less than one step")
     # k steps of the teacher become one of the student
     return [teacher_steps / k ** r for r in range(rounds + 1)]
 
@@ -155,72 +155,76 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     teacher's prediction in the step that reveals it; masks that no step reveals get that of
     the last. So the first k - 1 steps draw tokens, and the last one only predicts, at all
     masks that are left.
-    z (B, L), t (B,); rank (B, L) in [0, 1): the order in which the tokens of z were
-    revealed, for attention "reveal", see model.reveal_mask. Returns the teacher's states
-    (N, C) in the order of z[z == mask_id], and not the predictions (N, V) that teacher.head
-    makes of them: these take V / C, with GPT-2's tokens 65 times as much memory."""
+    z (B, L), t (B,); rank (B, L) in [0, 1), for attention "reveal": the random order in
+    which tokens were revealed (a mask's rank does not matter), see model.reveal_mask.
+    Returns, in the order of z[z == mask_id], not the predictions (N, V) but the teacher's
+    states (N, C), of which teacher.head makes them: with GPT-2's V = 50,257 predictions
+    would take 65 times the memory."""
     masked = z == mask_id                # (B, L), the N masks of z_t; z changes below
     parts = []                           # of each step: where (B, L), the states there
     for i in range(k - 1):
-        # the times of step i; at 0 no mask is left
+        # the times of step i. t is random, so fewer than k steps may be left: a step that
+        # ends at 0 reveals everything, and one that begins there has nothing to do
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
         # revealed (B, L) bool, n of them; h (n, C), the states of these alone
         z, revealed, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
         parts.append((revealed, h))
         if rank is not None:
-            # ranks begin in [0, 1). What step i reveals comes after everything before it:
-            # in [i + 1, i + 2)
+            # what this step reveals comes after all that was revealed before: its rank
+            # moves from [0, 1) to [i + 1, i + 2)
             rank = rank + (i + 1) * revealed
     # the last step: revealed in it or not, the rest takes its prediction
     rest = z == mask_id
     h_rest = states_at(teacher, z, rest, rank)
     parts.append((rest, h_rest))
 
-    # each mask of z_t is in one of them: all together in the order of z_t[masked]
-    target_h = h_rest.new_empty(int(masked.sum()), h_rest.shape[1])  # (N, C)
+    # each mask of z_t was revealed in one of the steps, or is in the rest
+    target_h = h_rest.new_zeros(*z.shape, h_rest.shape[1])           # (B, L, C)
     for where, h in parts:
-        mine = where[masked]             # (N,) bool, which of the N are this step's
-        target_h[mine] = h
-    return target_h
+        target_h[where] = h
+    return target_h[masked]                                          # (N, C)
 
 
 def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
-    """The loss of one round (SDTT, algorithm 2), a scalar in nats per mask: the divergence
-    between student and target on the masks of z_t, averaged over them. x (B, L) clean
-    tokens. There is no weight 1/t here: this is no bound, and every mask counts alike."""
+    """The loss of a batch (SDTT, algorithm 2), a scalar: the divergence between student and
+    target on the masks of z_t, averaged over them. x (B, L) clean tokens. No weight 1/t: it
+    made nelbo a bound, and none is wanted here; texts with more masks count more."""
     # the noise
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id)          # (B, L), some tokens masked
     masked = z == mask_id                                            # (B, L), N of them
     rank = None
     if teacher.config.attention == "reveal":
-        rank = torch.rand(z.shape, device=z.device)                  # one order for both
+        # one order of reveal, for teacher and student
+        rank = torch.rand(z.shape, device=z.device)
 
     # the teacher takes k steps from z_t, the student predicts from z_t alone
     target_h = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)     # (N, C)
     h = states_at(student, z, masked, rank)                          # (N, C)
 
-    def compare(logits, target_h):
+    # all logits (N, V) at once would be too many: chunked_sum takes n rows of h and of
+    # target_h at a time, has the student's head make logits, and adds up what compare says
+    def compare(logits, target_rows):
         """Logits (n, V) of the student, states (n, C) of the teacher -> (n,)."""
         with torch.no_grad():            # the teacher's head is not trained
-            target = F.log_softmax(teacher.head(target_h), dim=-1)   # (n, V)
-        return divergence(F.log_softmax(logits, dim=-1), target, kind)
-    # in chunks of n rows: the student's head makes logits of h, compare sums them up, and
-    # the N x V logits never exist at once. N is 0 if the noise masked nothing
+            log_q = F.log_softmax(teacher.head(target_rows), dim=-1)     # (n, V)
+        return divergence(F.log_softmax(logits, dim=-1), log_q, kind)
+    # N is 0 if the noise masked nothing
     return student.chunked_sum(h, compare, target_h) / max(1, len(target_h))
 
 
 # ---- the rounds
 
 def distill_round(config, procs, data, r, before, origin):
-    """Round r (from 0), or what is left of it. before: the Run of the round before, or
-    begin_as's for the first one; its model and ema are not copied, this round trains the
-    same tensors on. origin: fingerprint of the first teacher. Returns this round's Run, for
-    the next one to begin from."""
+    """Round r (from 0), or what is left of it; a finished round is only loaded. before: the
+    Run of the round before (of first_student for the first one), whose model and ema this
+    round continues to train, in place. origin: fingerprint of the first teacher. Returns
+    this round's Run, for the next one to begin from."""
     student, ema = before.model, before.ema
-    dt = 1 / schedule(config.teacher_steps, config.rounds, config.k)[r]
-    # processes may have rounded differently
+    steps = schedule(config.teacher_steps, config.rounds, config.k)
+    dt = 1 / steps[r]
+    # one set of weights for all processes, whose sums may have been rounded differently
     broadcast(student, procs)
     broadcast(ema, procs)
     # the teacher of a round is the student as it is at its beginning
@@ -230,15 +234,15 @@ def distill_round(config, procs, data, r, before, origin):
     if r == 0 or config.reset_optimizer:
         optimizers = make_optimizers(student, config)
 
-    # what the round's checkpoint says beside the weights. It keeps the teacher until the
-    # round is done
-    content = dict(kind="sdtt", round=r + 1, sampling_steps=round(1 / (config.k * dt)),
+    # what the round's checkpoint stores beside the weights; the teacher only as long as the
+    # round is not done. (Its state_dict shares its memory: what is loaded below is in it)
+    content = dict(kind="sdtt", round=r + 1, sampling_steps=round(steps[r + 1]),
                    origin=origin, tokenizer=data.tokenizer.spec, data=data.fingerprint,
                    config=dataclasses.asdict(config), teacher=teacher.state_dict())
     run = Run(config.folder / f"round{r + 1}.pt", config.steps_per_round, student, ema,
               optimizers, content, micro=before.micro)
-    # the average goes on from round to round
-    run.averaged = r * config.steps_per_round
+    # the average goes on from round to round: updates that it has had
+    run.updates_before = r * config.steps_per_round
 
     # a round that goes on takes the very teacher that it began with, whatever has become of
     # the file of the round before
@@ -246,10 +250,11 @@ def distill_round(config, procs, data, r, before, origin):
     if saved and saved["teacher"]:
         teacher.load_state_dict(saved["teacher"])
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
-    # on the device, compiled where the student is
+    # compiled where the student is, which a copy is not
     teacher = prepare_model(teacher, config, procs)
 
-    # train.py's loop; only the loss knows of the round: the student learns a step of k * dt
+    # train.py's loop, which calls loss(student, x). Only the loss knows of the round: the
+    # student learns a step of k * dt
     loss = functools.partial(sdtt_loss, teacher=teacher, dt=dt, k=config.k,
                              kind=config.divergence, mask_id=student.mask_id)
     fit(config, procs, data, run, loss)
@@ -260,16 +265,16 @@ def distill_round(config, procs, data, r, before, origin):
 
 # ---- judge and teacher: given, there, or trained now
 
-def load_fitting(path, config, procs, data, kinds):
-    """The model of a checkpoint and the checkpoint: (model, content). Raises UserError
-    where it does not fit the data."""
+def load_checked(path, config, procs, data, kinds):
+    """The model of a checkpoint and its content, (model, content). Raises UserError where
+    it does not suit the data."""
     model, content = load_model(path, procs.device, kinds)
     if config.bf16 is not None:          # otherwise load_model has chosen
         model.bf16 = config.bf16
     context = model.config.context
     # the same tokens, of the same length, as the data have
     known = content["tokenizer"] == data.tokenizer.spec
-    # only a judge may have other tokens: it reads the texts anew in its own
+    # only a judge, which is causal, may have other tokens: it reads the texts in its own
     if not known and not model.config.causal:
         raise UserError(f"{path} knows {model.config.vocab} tokens, {data.folder} other "
                         f"ones ({data.tokenizer.vocab}); give the --dataset it was trained "
@@ -282,31 +287,31 @@ def load_fitting(path, config, procs, data, kinds):
 
 def train_on_the_way(config, procs, objective, init=None):
     """Train the teacher or the judge that --out lacks, or finish an interrupted one, with
-    the config's flags that are SHARED, and train.py's defaults for the rest. Returns the
-    checkpoint's path. init: see TrainConfig."""
+    the config's flags that are SHARED, and train.py's defaults for the rest. One that is
+    finished is left as it is. Returns the checkpoint's path. init: see TrainConfig."""
     shared = {name: getattr(config, name) for name in SHARED}
     wanted = TrainConfig(objective=objective, init=init, **shared)   # else its defaults
     if procs.rank == 0 and not wanted.path.exists():
         # the user may want to do this alone, or otherwise
         same = as_command("train.py", wanted)
         print(f"no {wanted.path} yet; the same as: {same}", flush=True)
-    # an unfinished one keeps the flags it began with, unless it is being adapted
+    # one that is there keeps the flags it was made with, unless it begins from init
     return train(wanted, procs, as_saved=init is None)
 
 
 def get_teacher(config, procs, data):
-    """The teacher and its checkpoint. One that is given with another attention than
-    --attention is adapted: trained on, with that attention."""
+    """The teacher and its checkpoint. A given teacher whose attention is not --attention is
+    adapted to it: its training goes on with --attention."""
     kinds = ("mdlm", "sdtt")             # a student can teach, too
     path = config.teacher
     if path is None:
         path = train_on_the_way(config, procs, "mdlm")
     elif config.attention is not None:
-        # full attention becomes reveal, or the other way round, by training on
+        # full attention becomes reveal, or the other way round
         given, _ = load_model(path, kinds=kinds)
         if given.config.attention != config.attention:
             path = train_on_the_way(config, procs, "mdlm", init=path)
-    return load_fitting(path, config, procs, data, kinds)
+    return load_checked(path, config, procs, data, kinds)
 
 
 def get_judge(config, procs, data):
@@ -315,13 +320,13 @@ def get_judge(config, procs, data):
         return None, None                                            # --samples 0
     # a given one, that of an earlier run, or a new one
     path = config.judge or train_on_the_way(config, procs, "ar")
-    return load_fitting(path, config, procs, data, ("ar",))
+    return load_checked(path, config, procs, data, ("ar",))
 
 
 def judge_and_teacher(config, procs, data):
     """(judge, its checkpoint), (teacher, its checkpoint). Raises UserError if the judge
     cannot read what the teacher writes."""
-    # a wrong --teacher is to show before a judge is trained
+    # a given teacher first: if it is wrong, that shows before a judge is trained
     if config.teacher:
         teacher = get_teacher(config, procs, data)
         judge = get_judge(config, procs, data)
@@ -364,19 +369,19 @@ def announce_round(config, sampling_steps, r, seconds):
     print(text)
 
 
-def begin_as(teacher, config, procs):
-    """What stands for the Run of a round 0, for the first round to begin from: the student
-    has the teacher's weights."""
+def first_student(teacher, config, procs):
+    """The Run that the first round begins from: a student with the teacher's weights, and
+    no steps taken."""
     student = Transformer(dataclasses.replace(teacher.config, dropout=config.dropout))
     student = prepare_model(student, config, procs)
-    student.load_state_dict(teacher.state_dict())    # its averaged weights
+    student.load_state_dict(teacher.state_dict())
     return Run(path=None, steps=0, model=student, ema=copy.deepcopy(teacher),
                optimizers=[], content={})
 
 
 def distill(config, procs):
     """The whole path that a DistillConfig describes, or what is left of it."""
-    # a number of rounds that cannot be is refused before anything trains
+    # an impossible number of rounds is refused before anything trains
     sampling_steps = schedule(config.teacher_steps, config.rounds, config.k)
     data = load_data(config.dataset, procs)          # stories are made if missing
     if procs.rank == 0:
@@ -386,14 +391,15 @@ def distill(config, procs):
     judge_pair, teacher_pair = judge_and_teacher(config, procs, data)
     judge, judge_file = judge_pair                                   # None, None: no table
     teacher, teacher_file = teacher_pair
-    # one run at a time in this folder
-    first(procs, lambda: hold(config.folder / "results.json"))
+    # a lock: one run at a time in this folder (train.py's own locks served until here)
+    run_in_first(procs, lambda: hold(config.folder / "results.json"))
     broadcast(teacher, procs)            # one set of weights for all
     origin = fingerprint(teacher)        # all rounds belong to this one
 
     # what models are measured with; without a judge exam stays None, and fill_rows does
     # nothing
-    results, exam = open_results(config), None
+    exam = None
+    results = open_results(config)
     seconds = results["seconds"]
     seconds["teacher"] = teacher_file["seconds"]
     if judge:
@@ -405,19 +411,21 @@ def distill(config, procs):
                     make_judge(judge, judge_file["tokenizer"], data.tokenizer),
                     fingerprint(judge), teacher.config.context, COLUMNS)
 
-    # a row that results.json has is kept. First those that need no distillation
+    # rows for a name, a model and its fingerprint; one that results.json has is kept. First
+    # those that need no distillation
     fill_rows(exam, "data", None, "")
     if judge and not foreign:
         fill_rows(exam, "ar", judge, exam.judged_by)
     fill_rows(exam, "teacher", teacher, origin)
 
     # each round begins where the one before ended
-    run = begin_as(teacher, config, procs)
+    run = first_student(teacher, config, procs)
     for r in range(config.rounds):
         if procs.rank == 0:
             announce_round(config, sampling_steps, r, run.seconds)
         run = distill_round(config, procs, data, r, run, origin)     # trained in place
         seconds[f"round {r + 1}"] = run.seconds
+        # the averaged weights, whatever is handed over
         fill_rows(exam, f"round {r + 1}", run.ema, fingerprint(run.ema))
     # the table, and text to look at
     if judge and procs.rank == 0:

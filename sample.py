@@ -6,9 +6,9 @@
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
     python sample.py out/stories-nano-reveal/teacher.pt --steps exact
 
-The checkpoint is all that is needed. Token draws are exact, in float64; --temperature and
---top_p change the distribution that the model has learned, and are off unless given. To
-watch a text being written, alone or as a race: python -m tools.animate.
+The checkpoint is all that is needed. Tokens are drawn in float64, as rounding in float32
+would change the distribution. --temperature and --top_p change it on purpose, and are off
+unless given. To watch a text being written, alone or as a race: python -m tools.animate.
 """
 import argparse
 import sys
@@ -28,7 +28,7 @@ from model import generate
 
 BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
-DTYPES = {32: torch.float32, 64: torch.float64}          # of a token draw, by its bits
+DTYPES = {32: torch.float32, 64: torch.float64}          # bits: type of a token draw
 EXACT = "exact"                  # instead of a number of steps: see diffusion.sample_exact
 
 
@@ -38,7 +38,8 @@ def steps_or_exact(text):
         return text
     # no sign, no fraction
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 or more nor {EXACT!r}")
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 on, or "
+                                         f"{EXACT!r}")
     return int(text)
 
 
@@ -48,14 +49,16 @@ class SampleConfig:
     checkpoint: str                          # the argument without --
     # how the text is drawn
     steps: int | str | None = flag(
-        None, "diffusion steps [what the model was distilled for; a teacher 32]; AR takes "
-        "one per token; exact: the law of one token at a time in few calls, for AR and for "
-        "attention reveal", type=steps_or_exact)
+        None, "diffusion steps [what a student was distilled for; a teacher 32]; an "
+        "autoregressive (AR) model takes one for each token. exact: the distribution of "
+        "one token at a time in few calls, for AR and --attention reveal",
+        type=steps_or_exact)
     ahead: int = flag(
-        8, "with exact: a call asks for so many tokens, and as many more as are final; a "
-        "larger number: fewer calls, each of more tokens", low=1)
+        8, "with exact: each call asks for this many tokens, and one more for each that is "
+        "final; a larger number: fewer calls, each of more tokens", low=1)
     max_calls: int | None = flag(
-        None, "with exact: stop after so many calls, which is not exact", low=1)
+        None, "with exact: keep the guesses as they are after this many calls; the texts "
+        "are then approximate", low=1)
     temperature: float = flag(
         1.0, "below 1: likelier tokens more often; changes the distribution", low=0.01)
     top_p: float = flag(
@@ -65,8 +68,8 @@ class SampleConfig:
     # what is given, and how much is wanted
     prompt: str = flag("", "how the text begins")
     infill: str | None = flag(
-        None, 'a text with gaps: "___" has three tokens, "_20_" twenty; a gap stands '
-        "between spaces or ends, any other underscore is text")
+        None, 'a text with gaps: "___" has three tokens, "_20_" twenty; a gap is a word '
+        "of its own, any other underscore is text")
     num_samples: int = flag(4, "how many texts", low=1)
     length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
@@ -76,26 +79,28 @@ class SampleConfig:
 
 @dataclass
 class Sampling:
-    """How texts are drawn from a model."""
-    steps: int | str | None = None       # of diffusion, or EXACT; AR takes one per token
+    """How texts are drawn from a model. distill.py and tools/, which have other flags, make
+    one, too."""
+    # of diffusion, which needs it, or EXACT; AR takes one per token
+    steps: int | str | None = None
     seed: int = 0
     temperature: float = 1.0     # 1: the model's own distribution
     top_p: float = 1.0           # 1: any token may be drawn
     precision: int = 64          # bits of a token draw, 32 or 64; of EXACT always 64
-    joint: bool = False          # by diffusion.sample_joint, which ignores top_p
+    joint: bool = False          # as the papers write it: diffusion.sample_joint, no top_p
     length: int | None = None    # tokens of a text; None: the model's context
-    ahead: int = 8               # both see diffusion.sample_exact
-    max_calls: int | None = None
+    ahead: int = 8               # of EXACT, see diffusion.sample_exact
+    max_calls: int | None = None         # likewise
 
 
 def refuse_exact(steps, max_calls, model, path):
-    """Raise UserError where the flags ask for exact sampling that cannot be. steps: a list
-    of all that --steps asks for; path: the model's."""
+    """Raise UserError where the flags ask for exact sampling that is not possible. steps: a
+    list, as tools.evaluate asks for several at once; path: the model's."""
     exact = EXACT in steps
     # one flag without the other
     if max_calls and not exact:
         raise UserError(f"--max_calls stops exact sampling early; give --steps {EXACT} too")
-    # a cache that is exact is what it needs
+    # it needs a cache that stays exact, which attention causal and reveal have
     if exact and model.config.attention == "full":
         raise UserError(f"{path} has full attention, where all tokens see each other; "
                         "exact sampling needs the order of reveal: python distill.py "
@@ -103,25 +108,25 @@ def refuse_exact(steps, max_calls, model, path):
 
 
 def draw_batch(model, known, sampling):
-    """Texts x (B, L) that begin with known (B, P), on their device, and the calls that each
-    took (B,), or None where all took the same. For diffusion known may have mask_id in its
-    gaps."""
+    """Returns texts x (B, L) that begin with known (B, P), on its device, and the calls
+    that each text took (B,), or None if all took part in every call. For diffusion known
+    may have mask_id in its gaps."""
     length = sampling.length or model.config.context                 # L, prompt included
     dtype = DTYPES[sampling.precision]
 
-    def law(logits):
-        """The model's law, sharpened as the flags say: logits (N, V) both."""
+    def adjust(logits):
+        """The model's distribution, sharpened as the flags say: logits (N, V) -> (N, V)."""
         return sharpen(logits, sampling.temperature, sampling.top_p)
 
     def draw(logits):
         """One token from each row: logits (N, V) -> (N,)."""
-        return categorical(law(logits), dtype)
+        return categorical(adjust(logits), dtype)
 
-    # a mask wherever nothing is known
+    # a mask wherever nothing is known (an AR model has that id, too; generate needs no z)
     z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
     z[:, :known.shape[1]] = known
     if sampling.steps == EXACT:
-        return sample_exact(model, z, model.mask_id, law, sampling.ahead,
+        return sample_exact(model, z, model.mask_id, adjust, sampling.ahead,
                             sampling.max_calls)
     if model.config.causal:
         return generate(model, known, length, draw), None            # with its KV cache
@@ -130,12 +135,13 @@ def draw_batch(model, known, sampling):
         x = sample_joint(model, z, sampling.steps, model.mask_id, dtype,
                          sampling.temperature)
         return x, None
-    # some texts are finished before others: each counts the calls that it took part in
+    # some texts are finished before others: of each text, the calls that revealed something
+    # in it
     calls = torch.zeros(len(z), dtype=torch.long)                    # (B,)
     before = z                                                       # (B, L)
 
     def watch(now):
-        """Count a call for each text in which it has revealed something."""
+        """Count a call; `now` (B, L) is a copy of the texts after it."""
         nonlocal before
         calls.add_((now != before).any(1).cpu())
         before = now
@@ -147,8 +153,8 @@ def draw_batch(model, known, sampling):
 
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):
     """n texts (n, L) on the CPU, drawn as `sampling` says, in all processes together; each
-    returns all of them. With the same seed and steps models of one shape reveal in the same
-    order.
+    returns all of them. With the same seed and steps all models of one context reveal
+    positions in the same order: diffusion.plan draws it before any network is called.
     prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
     title: of a progress bar. costs: a list that gets the Cost of each batch."""
     if prompts is None:
@@ -159,12 +165,13 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
         # a seed for each batch: the texts do not depend on how many processes there are
         seed_all(sampling.seed, "samples", sampling.steps, i)
         known = prompts[i:i + BATCH].to(procs.device)                # (B, P)
-        with counted_calls(model) as reads:
+        with counted_calls(model) as reads:              # of each call the positions read
             x, calls = draw_batch(model, known, sampling)            # (B, L)
-        if calls is None:                # each text took part in all of the batch's
+        if calls is None:                # every text took part in every call
             calls = torch.full((len(x),), len(reads))
-        return x.cpu(), Cost(len(reads), calls.tolist(), sum(reads))
+        return x.cpu(), Cost(nfe=len(reads), calls=calls.tolist(), reads=sum(reads))
 
+    # each process draws some of the batches, and gets all of them
     results = spread(range(0, n, BATCH), batch, procs, title)
     if costs is not None:
         costs.extend(cost for _, cost in results)
@@ -172,6 +179,7 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
 
 
 def main():
+    # checkpoint: the help of that argument
     config = parse_flags(SampleConfig, __doc__,
                          checkpoint="of train.py, distill.py or tools.convert")
     procs = start(config.device)
@@ -190,7 +198,7 @@ def main():
     costs = []                                           # of each batch
     x = draw_samples(model, config.num_samples, sampling, procs, prompts, costs=costs)
 
-    # the model filled the whole context; the template's part is wanted
+    # the model filled its whole context; the text that had the gaps is wanted
     if config.infill is not None:
         x = x[:, :len(known)]                                        # (n, P)
     if procs.rank == 0:

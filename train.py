@@ -1,4 +1,5 @@
-"""Pretrain what distillation starts from: the MDLM teacher, or the AR baseline and judge.
+"""Pretrain what distillation starts from: the masked diffusion (MDLM) teacher, or the AR
+baseline and judge.
 
     python train.py --objective mdlm         # out/stories-nano/teacher.pt
     python train.py --objective ar           # out/stories-nano/ar.pt
@@ -7,7 +8,8 @@
 Interrupt it at any time: the same command goes on from the last checkpoint, and ends with
 the same weights. `fit` is the project's only training loop: distill.py's rounds use it too.
 Devices and optimizers are in common.py. Checkpoints, and the class Run, which is a training
-run that can be resumed, are in data/checkpoints.py, the guard against NaN in data/watch.py.
+run that can be resumed, are in data/checkpoints.py, the guard against NaN in data/watch.py:
+all that touches files, or is no part of the method, is under data/.
 """
 import contextlib
 import copy
@@ -21,7 +23,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import agree, ema_update, first, lr_factor, make_optimizers, seed_all, start
+from common import (agree, ema_update, lr_factor, make_optimizers, run_in_first, seed_all,
+                    start)
 from data.checkpoints import Run, fingerprint, load_checkpoint, load_model, resume, save
 from data.dataset import load_data
 from data.files import UserError, hold
@@ -32,7 +35,7 @@ from diffusion import nelbo, nll_in_order
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 
 
-# ---- the flags
+# ---- the flags; [in brackets]: what it is where it is not given
 
 @dataclasses.dataclass
 class LoopConfig:
@@ -47,11 +50,11 @@ class LoopConfig:
         "text]",
         choices=["rope", "learned", "both"])
     attention: str | None = flag(
-        None, "full, or reveal: in the order of reveal, with an exact KV cache [full; of a "
-        "given teacher its own]", choices=["full", "reveal"])
+        None, "full, or reveal: in the order of reveal, with an exact KV cache [full, or "
+        "that of the given teacher]", choices=["full", "reveal"])
     out: str | None = flag(None, "folder of the results [out/DATASET-PRESET]")
 
-    # the batch: the noise of a run depends on the size of a micro-batch
+    # the batch. Each micro-batch has a seed of its own, so its size decides the noise
     batch: int = flag(32, "sequences per step, over all processes", low=1)
     micro_batch: int | None = flag(
         None, "sequences per forward pass [batch / processes]", low=1)
@@ -64,14 +67,14 @@ class LoopConfig:
     optimizer: str = flag("muon", "muon: Muon for the hidden matrices, AdamW for the rest",
                           choices=["muon", "adamw"])
     weight_decay: float = flag(0.0, "decoupled weight decay", low=0)
-    clip: float = flag(1.0, "largest norm of the gradient; 0: any", low=0)
+    clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     dropout: float = flag(0.0, "dropout, in training only", low=0, high=0.9)
     ema: float = flag(
         0.99, "decay of the averaged weights, which are evaluated", low=0, high=1)
     seed: int = flag(0, "seed of everything random")
 
     # where and how it runs: bf16 and compile change rounding only; another kind of device
-    # also draws other noise
+    # also draws different noise
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
     bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
     compile: bool | None = flag(
@@ -93,7 +96,7 @@ DEFAULT_STEPS = {"mdlm": (1500, 6000), "ar": (300, 1000)}        # on stories, o
 # names of the checkpoints, in the folder of results
 FILES = {"mdlm": "teacher.pt", "ar": "ar.pt"}
 # flags that may change between a run and its continuation
-FREE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}
+MAY_CHANGE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}
 
 
 @dataclasses.dataclass
@@ -110,7 +113,9 @@ class TrainConfig(LoopConfig):
         if self.steps is None:
             on_stories, on_text = DEFAULT_STEPS[self.objective]      # optimizer steps
             # real text has more to learn than stories
-            self.steps = on_stories if self.dataset == "stories" else on_text
+            self.steps = on_text
+            if self.dataset == "stories":
+                self.steps = on_stories
             if self.init:                # it need not begin from nothing
                 self.steps //= 3
 
@@ -142,10 +147,10 @@ def with_loss(model, loss, procs):
     net = ModelWithLoss(model, loss)                                 # x (B, L) -> scalar
     if procs.world == 1:
         return net
-    # the gradients are the very memory that is sent: no copy
+    # the gradients are views into the memory that is sent: no copy
     net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    # the buffers are constants (cos, sin): nothing to broadcast in every step. (The
-    # argument of this name is deprecated in some versions, the attribute is in all.)
+    # the buffers are constants (cos, sin): nothing to broadcast in every step. (Set here,
+    # which every version takes; some warn of the argument)
     net.broadcast_buffers = False
     return net
 
@@ -155,7 +160,7 @@ def fit(config, procs, data, run, loss, val_loss=None):
     config: LoopConfig; procs: Processes. run: a Run (data/checkpoints.py), all that a
     checkpoint keeps: model, ema (its averaged copy), optimizers, step, micro, ...
     loss: f(model, x (B, L)) -> scalar, in nats per token (distill.py's per mask); val_loss:
-    the loss of validation, if it is another.
+    the loss of validation, if different.
     Raises UserError if a loss or gradient becomes NaN or infinite (on a GPU up to 20 steps
     later), and always before such weights are saved."""
     # every process reads the checkpoint: is it the same file for all?
@@ -163,11 +168,11 @@ def fit(config, procs, data, run, loss, val_loss=None):
     if run.step == run.steps:
         return
     if procs.rank == 0:
-        rewind_log(run)                  # the last lines may be of lost steps
+        rewind_log(run)                  # without lines from after the last checkpoint
 
     # the batch of a step, `count` micro-batches in each process
     run.micro, count = micro_batches(config, procs, run)
-    # the model with its loss; of several processes, one that shares its gradients
+    # the model with its loss; with several processes, wrapped in DDP
     net = with_loss(run.model, loss, procs)                          # x (B, L) -> scalar
     run.model.train()                    # dropout, if any, is on
     begin = run.step                     # not 0 if the run was stopped
@@ -175,63 +180,70 @@ def fit(config, procs, data, run, loss, val_loss=None):
     with tqdm(total=run.steps, initial=begin, desc=run.path.stem, disable=procs.rank > 0,
               mininterval=1, ncols=90) as bar:
         for step in range(begin, run.steps):
-            # what happens after this step
+            # what is to be done after this step
             last = step + 1 == run.steps
-            shown = (step + 1) % 20 == 0
-            logged = last or (step + 1) % config.log_every == 0
-            saved = last or (step + 1) % config.save_every == 0
+            show_now = (step + 1) % 20 == 0
+            log_now = last or (step + 1) % config.log_every == 0
+            save_now = last or (step + 1) % config.save_every == 0
 
-            # the gradient of the global batch, clipped; and the loss of this process's part
-            mine = backward(config, procs, data, run, net, count)
+            # the gradient of the global batch, clipped; and this process's part of the
+            # loss. (run.step is still the number of this step)
+            mine = forward_backward(config, procs, data, run, net, count)
             norm = clip_gradient(run.model, config.clip)
 
-            # reading a number makes the CPU wait for a GPU, so there it is looked at every
-            # 20 steps only, and before each log line and checkpoint
+            # to read a number makes the CPU wait for a GPU: with one, NaN is looked for
+            # every 20 steps only, and before each log line and checkpoint
             guard.note(mine, norm)
-            if procs.device.type == "cpu" or shown or logged or saved:
+            if procs.device.type == "cpu" or show_now or log_now or save_now:
                 guard.stop_if_bad()
 
-            # the step, and the averaged weights, which follow
+            # the step, and the averaged weights, which follow: ever more slowly, by the
+            # number of updates that they have had
             optimizer_step(config, run)
-            ema_update(run.ema, run.model, config.ema, run.averaged + step)
-            run.step = step + 1          # steps done; up to here run.step was step
+            ema_update(run.ema, run.model, config.ema, run.updates_before + step)
+            run.step = step + 1          # steps done
 
             # the clock and the bar
             speed = clock.tick()
-            if shown:
+            if show_now:
                 text = f"loss {mine.item():.3f}, {speed:,.0f} tokens/s"
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
-            # the step itself may have spoiled the weights: look before saving
-            if logged or saved:
-                batches = 4 if logged else 1
+            # the step itself may have spoiled the weights: look before saving, for which
+            # one batch is enough. (All processes compute the same, and so stop together)
+            if log_now or save_now:
+                batches = 4 if log_now else 1
                 value = validate(run.ema, val_loss or loss, data, config, batches)
                 guard.stop_if_spoiled(value)
             # a log line has the mean loss of all processes
-            if logged:
+            if log_now:
                 if procs.world > 1:
-                    dist.all_reduce(mine)            # now the sum of all
+                    dist.all_reduce(mine)            # now the sum of all; guard has read it
                 write_log(procs, run, loss=mine.item() / procs.world, tokens_per_s=speed,
                           val_loss=value)
             # process 0 saves for all: their weights are equal
-            if saved and procs.rank == 0:
+            if save_now and procs.rank == 0:
                 save(run)                                            # whole or not at all
 
 
-def backward(config, procs, data, run, net, count):
+def forward_backward(config, procs, data, run, net, count):
     """The gradient of one step, left in the parameters; returns this process's loss, a
     scalar. The global batch is a list of micro-batches, each with a seed of its own, dealt
-    out to the processes in turn: so several processes see what one would have seen."""
+    out to the processes in turn: with the same --micro_batch several processes see exactly
+    what one would see."""
     total = torch.zeros((), device=procs.device)     # read only when it is shown
     for i in range(count):
-        # micro-batch number i * world + rank of this step, with its seed
+        # all that is drawn below (texts, noise, dropout) comes from a seed of its own, for
+        # micro-batch number i * world + rank of this step: a resumed run repeats exactly
         seed_all(config.seed, run.path.stem, run.step, i * procs.world + procs.rank)
         x = data.batch("train", run.micro, run.model.config.context, procs.device)
         # processes average their gradients once, in the last backward; one alone has
         # nothing to average with
-        sync = procs.world == 1 or i == count - 1
-        with contextlib.nullcontext() if sync else net.no_sync():
+        context = contextlib.nullcontext()
+        if procs.world > 1 and i < count - 1:
+            context = net.no_sync()
+        with context:
             # x (micro, L); / count, so that the gradients' sum is their mean
             value = net(x) / count
             value.backward()                                         # adds to the gradient
@@ -240,9 +252,11 @@ def backward(config, procs, data, run, net, count):
 
 
 def clip_gradient(model, largest):
-    """Scale the gradient down to the norm `largest` at most (0: any); returns the norm that
-    it had."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
+    """Scale the gradient down to the norm `largest` at most (0: no clipping); returns the
+    norm that it had."""
+    if largest == 0:
+        largest = math.inf               # the norm is wanted anyway, to look for NaN
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
 
 
 def optimizer_step(config, run):
@@ -258,22 +272,23 @@ def optimizer_step(config, run):
 
 def micro_batches(config, procs, run=None):
     """(micro, count): sequences of a micro-batch, micro-batches of each process in a step.
-    micro is the first of these: --micro_batch; the size that the run has used so far, if it
-    still divides the batch; batch / processes. Each micro-batch has a seed of its own, so
-    another size means other noise: a run that must change it says so. Raises UserError if
-    the batch cannot be divided."""
-    share = max(1, config.batch // procs.world)          # sequences of each process
-    begun = run.micro if run else None                               # None in a new run
-    micro = config.micro_batch or begun or share
-    # the size that a run began with may not divide what there is now
-    if config.micro_batch is None and begun and config.batch % (begun * procs.world):
-        micro = share
-        if procs.rank == 0:
-            print(f"{run.path.stem}: the run began with micro-batches of {begun} "
+    micro is --micro_batch, or the size that the run has used before, or batch / processes,
+    where that does not fit any more. Another size means different noise: a run that must
+    change it says so. Raises UserError if the batch cannot be divided."""
+    before = run.micro if run else None                              # None in a new run
+    fits = before is not None and config.batch % (before * procs.world) == 0
+    if config.micro_batch is not None:
+        micro = config.micro_batch
+    elif fits:
+        micro = before
+    else:
+        micro = max(1, config.batch // procs.world)      # 1 if too few: refused below
+        if before and procs.rank == 0:
+            print(f"{run.path.stem}: the run began with micro-batches of {before} "
                   f"sequences, which do not fit {procs.world} processes and a batch of "
-                  f"{config.batch}. It goes on with {micro}: from here its noise is "
-                  "another than it would have been. (With --micro_batch nothing depends on "
-                  "the number of processes.)")
+                  f"{config.batch}. It goes on with {micro}: from here on it draws "
+                  "different noise. (With --micro_batch nothing depends on the number of "
+                  "processes.)")
     # equal sizes: the mean of the micro-batches is the batch's mean
     if config.batch % (micro * procs.world):
         raise UserError(f"--batch {config.batch} is not a multiple of {procs.world} "
@@ -284,8 +299,9 @@ def micro_batches(config, procs, run=None):
 
 @torch.no_grad()
 def validate(model, loss, data, config, batches=4):
-    """Mean loss on validation text, in nats per token. Always with the same text and noise;
-    the generators' states are restored afterwards."""
+    """Mean loss on validation text, in nats per token, of a model in eval mode, as the
+    averaged copy is. Always with the same text and noise; the generators' states are
+    restored afterwards."""
     device = model.embed.weight.device
     size = 128 if config.preset == "nano" else 16        # sequences of a batch
     total = 0.0
@@ -303,48 +319,49 @@ def prepare_model(model, config, procs):
     """The model on the device, with bfloat16 inside the blocks and compiled blocks where
     they are asked for."""
     model = model.to(procs.device)                                   # weights stay float32
-    # a CPU is no faster with bfloat16
-    model.bf16 = config.bf16
-    if config.bf16 is None:
-        model.bf16 = procs.device.type == "cuda"
     model.recompute = config.recompute   # see Transformer.run
-    compiled = config.compile
-    if compiled is None:                 # on a CPU it takes a minute, and a C++ compiler
-        compiled = procs.device.type == "cuda"
+    on_gpu = procs.device.type == "cuda"
+    # bfloat16 makes a CPU no faster
+    model.bf16 = on_gpu if config.bf16 is None else config.bf16
+    # on a CPU compiling takes a minute, and a C++ compiler
+    compiled = on_gpu if config.compile is None else config.compile
     if compiled:
-        for block in model.blocks:       # one is compiled, all share it
+        for block in model.blocks:       # the same code in each: compiled once
             block.compile()
     return model
 
 
 def ar_loss(model, x, mask_id):
-    """Mean next-token loss of x (B, L), a scalar in nats per token; mask_id: the start
-    symbol."""
+    """Mean next-token loss of x (B, L), a scalar in nats per token. mask_id: an AR model
+    masks nothing, so this id is its start symbol."""
     h = model.hidden(shifted(x, mask_id)).flatten(0, 1)              # (B L, C)
     # the head sees some of the B L positions at a time: never all logits at once
     return model.chunked_sum(h, cross_entropy, x.flatten()) / x.numel()
 
 
 def order_loss(model, x, mask_id):
-    """What nelbo estimates, a scalar in nats per token of x (B, L), computed exactly for
-    one random order of reveal of each text: the loss of validation where the attention
-    allows it. It has much less noise than nelbo, and no gradient to train with."""
+    """What nelbo estimates, a scalar in nats per token of x (B, L), with much less noise:
+    all tokens of each text are scored, in one random order of reveal. For validation only,
+    where the attention allows it: it keeps no gradient."""
     return nll_in_order(model, x, mask_id).mean() / x.shape[1]
 
 
 def with_saved_flags(config):
-    """The config with the flags that its checkpoint, finished or not, was made with. Raises
-    UserError where train.py did not make it."""
+    """The config with the flags that its checkpoint, finished or not, was made with: for
+    distill.py, which takes the teacher and the judge that it finds. Raises UserError where
+    train.py did not make them."""
     saved = load_checkpoint(config.path, kinds=(config.objective,))
-    # those of tools.convert have no objective
+    # a checkpoint that tools.convert made has no objective
     if "objective" not in saved["config"]:
         name = "judge" if config.causal else "teacher"
         raise UserError(f"{config.path} was made by tools.convert, not by train.py; move "
                         f"it to another folder and give it as --{name}")
     # some flags may differ, and keep their present values
-    kept = FREE
-    if saved.get("data"):                # resume() compares the data, not their name
-        kept = FREE | {"dataset"}
+    kept = MAY_CHANGE
+    # the checkpoint has a fingerprint of its data, which resume() compares: the folder may
+    # have another name today
+    if saved.get("data"):
+        kept = MAY_CHANGE | {"dataset"}
     flags = {name: value for name, value in saved["config"].items() if name not in kept}
     return dataclasses.replace(config, **flags)
 
@@ -356,11 +373,11 @@ def new_model(config, data):
     sizes = dict(PRESETS[config.preset])
     sizes["context"] = data.context(config.context or sizes["context"])
     sizes["attention"] = "causal" if config.causal else config.attention or "full"
-    # if every row of the data begins a text, the place in the text means something, too
+    # if every row of the data begins a text, places mean something, not distances only
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # the published MDLM has rope positions alone and no biases in attention: such a model
-    # keeps to that, so that tools.convert can export it. All others are as GPT-2
+    # with rope alone (relative) no biases in attention, as in the published MDLM, so that
+    # tools.convert can export it; otherwise biases, as in GPT-2
     model_config.attention_bias = not model_config.relative
     return Transformer(model_config)     # random weights
 
@@ -370,18 +387,17 @@ def model_from(config, data):
     attention and dropout; and a fingerprint of these weights. Raises UserError."""
     # an AR model goes on from AR weights, a diffusion model from diffusion weights
     kinds = ("ar",) if config.causal else ("mdlm", "sdtt")
-    # its averaged weights, and its tokenizer
-    given, content = load_model(config.init, kinds=kinds)
+    given, checkpoint = load_model(config.init, kinds=kinds)         # averaged weights
     # ids would mean other words
-    if content["tokenizer"] != data.tokenizer.spec:
+    if checkpoint["tokenizer"] != data.tokenizer.spec:
         raise UserError(f"--init {config.init} knows other tokens than {data.folder}; give "
                         "the --dataset it was trained on")
     data.context(given.config.context)   # raises where there is not enough of it
-    # the attention may be another: the tensors are the same
+    # the attention may differ: the tensors are the same
     attention = "causal" if config.causal else config.attention or "full"
     model = Transformer(dataclasses.replace(given.config, attention=attention,
                                             dropout=config.dropout))
-    model.load_state_dict(given.state_dict())                        # its averaged weights
+    model.load_state_dict(given.state_dict())
     return model, fingerprint(given)
 
 
@@ -394,26 +410,27 @@ def train(config, procs, as_saved=False):
         config = with_saved_flags(config)
     data = load_data(config.dataset, procs)          # stories are made if missing
 
-    # the model, and what its checkpoint says beside its weights
+    # the model, and what its checkpoint stores beside the weights
     content = dict(kind=config.objective, config=dataclasses.asdict(config),
                    tokenizer=data.tokenizer.spec, data=data.fingerprint)
     seed_all(config.seed, config.objective)          # for the random weights
     if config.init is None:
         model = new_model(config, data)
     else:
-        model, content["init"] = model_from(config, data)            # and their fingerprint
+        model, init = model_from(config, data)
+        content["init"] = init           # a fingerprint of those weights
     model = prepare_model(model, config, procs)
     ema = prepare_model(copy.deepcopy(model).eval(), config, procs)
     optimizers = make_optimizers(model, config)                      # Muon and AdamW
     run = Run(config.path, config.steps, model, ema, optimizers, content)
 
     # go on where the checkpoint stands, if there is one
-    first(procs, lambda: hold(config.path))              # one run at a time writes it
-    saved = resume(run, config, FREE)    # puts weights, optimizers and counters into run
+    run_in_first(procs, lambda: hold(config.path))       # a lock: one run at a time
+    saved = resume(run, config, MAY_CHANGE)      # weights, optimizers, counters into run
     if saved and run.step == run.steps and procs.rank == 0:
         print(f"{config.path} is there: {run.steps} steps, {run.seconds:.0f} s")
 
-    # the bound of a diffusion model, minus the log-likelihood of an AR one
+    # what is minimized: for diffusion the bound, for AR the next-token loss, which is exact
     loss, val_loss = nelbo, None
     if config.causal:
         loss = ar_loss
@@ -432,4 +449,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command(main, stopped=GOES_ON)
+    command(main, stopped=GOES_ON)       # after Ctrl-C: that the same command goes on

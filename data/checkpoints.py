@@ -106,7 +106,7 @@ class Run:
     ema: Transformer             # the averaged weights, which are what is evaluated
     optimizers: list
     content: dict             # what else the checkpoint holds: kind, config, tokenizer, ...
-    averaged: int = 0            # updates that ema has had before step 0; not saved
+    updates_before: int = 0      # of ema, before step 0; not saved
     step: int = 0                # steps done
     seconds: float = 0.0         # time they took
     micro: int | None = None     # sequences of a micro-batch, on which the noise depends

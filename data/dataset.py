@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import ROOT, first
+from common import ROOT, run_in_first
 from data.files import UserError, hold, reason, release, write
 
 
@@ -221,7 +221,7 @@ def load_data(name, procs):
     """A dataset by name (data/NAME, made now if it is built in) or by folder -> Data. Of
     several processes, the first one makes it. Raises UserError if it is unknown or broken.
     """
-    first(procs, lambda: make_if_built_in(name))
+    run_in_first(procs, lambda: make_if_built_in(name))
     return open_folder(folder_of(name))
 
 

@@ -147,7 +147,7 @@ def distil_on_the_way(argv):
     def main():
         distill.main()
         p = common.start("cpu")
-        for f in (lambda: common.agree(p, p.rank, "ranks"), lambda: common.first(p, refuse)):
+        for f in (lambda: common.agree(p, p.rank, "ranks"), lambda: common.run_in_first(p, refuse)):
             try:
                 f()
             except files.UserError as e:
@@ -206,7 +206,7 @@ def test_run_keeps_its_micro_batches_where_other_processes_can_deal_them_out(cap
     assert go_on(2, None) == (16, 1) and go_on(2, None, micro_batch=4) == (4, 4)
     assert capsys.readouterr().out == ""
     assert go_on(8, 8) == (4, 1)
-    assert "noise is another" in capsys.readouterr().out
+    assert "draws different noise" in capsys.readouterr().out
 
 
 def test_two_processes_give_the_table_of_one(runs, tmp_path):

@@ -1,5 +1,7 @@
-"""What bench.py compares: the flags that were not given, and models, trained or random."""
+"""What bench.py compares: its flags, what they are where they are not given, and models,
+trained or random; and the columns of its table."""
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,15 +10,57 @@ from common import seed_all
 from data.checkpoints import load_model
 from data.files import UserError
 from data.results import round_files
-from data.script import package
+from data.script import flag, package
 from model import PRESETS, ModelConfig, Transformer
 from tools import figures
 from tools.machine import prepare, transformers_gpt2
 
+# as --engine names them
+ENGINES = ["ar", "ar-exact", "diffusion", "diffusion-kv", "diffusion-exact",
+           "diffusion-naive", "transformers"]
 VOCAB = 50257                            # of random weights: GPT-2's
 # the attention of the models that each engine runs
 ATTENTION = {"ar": "causal", "ar-exact": "causal", "diffusion": "full",
              "diffusion-kv": "reveal", "diffusion-exact": "reveal"}
+# what a table shows of a row, and how
+SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
+         ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
+         ("tokens/s", ">9,.0f"), ("vs AR", ">6.2f"), ("roofline", ">9.0%"),
+         ("peak MB", ">8,.0f"), ("nfe", ">5"), ("reads", ">6.1f"))
+QUALITY = (("gen_ppl", ">8.2f"), ("entropy", ">8.2f"), ("of all", ">7.2f"))
+
+
+@dataclass
+class BenchConfig:
+    """The flags of bench.py; set_defaults fills in what is not given."""
+    # what is compared
+    preset: list[str] | None = flag(
+        None, "random weights of these sizes [checkpoints, or small]",
+        choices=list(PRESETS))
+    checkpoint: list[str] | None = flag(
+        None, "files to compare, such as tools.convert's [see --out]")
+    out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
+    engine: list[str] | None = flag(
+        None, "[ar diffusion diffusion-kv, diffusion-naive at the first batch]; "
+        "transformers is its GPT-2, greedy", choices=ENGINES)
+    # in which shapes
+    batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4]", low=1)
+    length: list[int] | None = flag(
+        None, "tokens of a text [the checkpoints' context; random weights 128]", low=2)
+    steps: list[int] | None = flag(None, "of diffusion [4 8 16 32 64; random to 32]", low=1)
+    repeats: int = flag(3, "timed runs of each, but of diffusion-naive one", low=1)
+    samples: int = flag(128, "texts for perplexity and entropy", low=2)
+    # where and how
+    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    dtype: str | None = flag(
+        None, "[float32; on a GPU bfloat16]", choices=["float32", "bfloat16"])
+    threads: int | None = flag(None, "CPU threads [PyTorch's choice]", low=1)
+    compile: bool | None = flag(
+        None, "torch.compile for AR's decoding step and diffusion's blocks [where there is "
+        "a C++ compiler]")
+    json: str | None = flag(None, "file for the rows")
+    plot: str | None = flag(None, "picture of perplexity against latency (needs "
+                                  "matplotlib)")
 
 
 def set_defaults(config, device):
