@@ -25,13 +25,14 @@ from data.cost import counted_calls
 from data.files import UserError, write_json
 from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
 from data.script import command, parse_flags
-from diffusion import categorical, sample, sample_exact, sample_joint
+from diffusion import categorical, sample, sample_exact
 from model import KVCache, decode, generate
 from sample import EXACT, Sampling, draw_samples
 from tools import figures
 from tools.bench_setup import (QUALITY, SPEED, BenchConfig, checkpoints, random_weights,
                                set_defaults)
 from tools.crossover import against_ar
+from tools.joint import sample_joint
 from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
                            least_memory, limits, line, roofline, seconds,
                            transformers_engine, without_compiler)

@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 
 from common import agree, broadcast, make_optimizers, run_in_first, start
-from data.checkpoints import Run, fingerprint, load_model, resume
+from data.checkpoints import Run, fingerprint, load_for, load_model, resume
 from data.dataset import load_data
 from data.files import UserError, hold
 from data.measures import make_judge
-from data.results import Exam, conclude, fill_rows, open_results
+from data.results import (Exam, announce, announce_round, conclude, fill_rows,
+                          open_results)
 from data.script import GOES_ON, as_command, command, flag, parse_flags
 from diffusion import q_sample, sample_t, states_at, unmask_step
 from model import Transformer
@@ -265,26 +266,6 @@ def distill_round(config, procs, data, r, before, origin):
 
 # ---- judge and teacher: given, there, or trained now
 
-def load_checked(path, config, procs, data, kinds):
-    """The model of a checkpoint and its content, (model, content). Raises UserError where
-    it does not suit the data."""
-    model, content = load_model(path, procs.device, kinds)
-    if config.bf16 is not None:          # otherwise load_model has chosen
-        model.bf16 = config.bf16
-    context = model.config.context
-    # the same tokens, of the same length, as the data have
-    known = content["tokenizer"] == data.tokenizer.spec
-    # only a judge, which is causal, may have other tokens: it reads the texts in its own
-    if not known and not model.config.causal:
-        raise UserError(f"{path} knows {model.config.vocab} tokens, {data.folder} other "
-                        f"ones ({data.tokenizer.vocab}); give the --dataset it was trained "
-                        "on")
-    if known and data.context(context) != context:
-        raise UserError(f"{path} writes {context} tokens, a text of {data.folder} has "
-                        f"{data.stride}; give the --dataset it was trained on")
-    return model, content
-
-
 def train_on_the_way(config, procs, objective, init=None):
     """Train the teacher or the judge that --out lacks, or finish an interrupted one, with
     the config's flags that are SHARED, and train.py's defaults for the rest. One that is
@@ -311,7 +292,7 @@ def get_teacher(config, procs, data):
         given, _ = load_model(path, kinds=kinds)
         if given.config.attention != config.attention:
             path = train_on_the_way(config, procs, "mdlm", init=path)
-    return load_checked(path, config, procs, data, kinds)
+    return load_for(data, path, procs.device, kinds, config.bf16)
 
 
 def get_judge(config, procs, data):
@@ -320,7 +301,7 @@ def get_judge(config, procs, data):
         return None, None                                            # --samples 0
     # a given one, that of an earlier run, or a new one
     path = config.judge or train_on_the_way(config, procs, "ar")
-    return load_checked(path, config, procs, data, ("ar",))
+    return load_for(data, path, procs.device, ("ar",), config.bf16)
 
 
 def judge_and_teacher(config, procs, data):
@@ -343,31 +324,6 @@ def judge_and_teacher(config, procs, data):
 
 
 # ---- the whole path
-
-def announce(config, data, sampling_steps):
-    """Say, before anything trains, which files are used and how much there is to do.
-    sampling_steps: see schedule."""
-    # given, or there from an earlier run, or made now
-    teacher = config.teacher or config.folder / "teacher.pt"
-    judge = "none, so no table"
-    if config.samples:
-        judge = config.judge or config.folder / "ar.pt"
-    print(f"data: {data.folder}; teacher: {teacher}; judge: {judge}; results: "
-          f"{config.folder}\n{config.rounds} rounds of {config.steps_per_round} optimizer "
-          f"steps: from {sampling_steps[0]:g} sampling steps to {sampling_steps[-1]:g}",
-          flush=True)
-
-
-def announce_round(config, sampling_steps, r, seconds):
-    """Say what round r (from 0) teaches. seconds: what the round before took."""
-    text = (f"round {r + 1}: {config.k} steps of 1/{sampling_steps[r]:g} in one, for "
-            f"{sampling_steps[r + 1]:g} steps")
-    # the first round does not know yet how long one takes
-    if r > 0:
-        left = (config.rounds - r) * seconds
-        text += f"; the rounds left take about {left:.0f} s"
-    print(text)
-
 
 def first_student(teacher, config, procs):
     """The Run that the first round begins from: a student with the teacher's weights, and

@@ -23,7 +23,7 @@ from data.dataset import make_tokenizer
 from data.files import UserError
 from data.prompts import known_tokens
 from data.script import command, flag, parse_flags
-from diffusion import categorical, sample, sample_exact, sample_joint, sharpen
+from diffusion import categorical, sample, sample_exact, sharpen
 from model import generate
 
 BATCH = 32                               # texts that are written at a time
@@ -87,7 +87,7 @@ class Sampling:
     temperature: float = 1.0     # 1: the model's own distribution
     top_p: float = 1.0           # 1: any token may be drawn
     precision: int = 64          # bits of a token draw, 32 or 64; of EXACT always 64
-    joint: bool = False          # as the papers write it: diffusion.sample_joint, no top_p
+    sampler: object = None       # f(model, z, sampling) in place of diffusion.sample
     length: int | None = None    # tokens of a text; None: the model's context
     ahead: int = 8               # of EXACT, see diffusion.sample_exact
     max_calls: int | None = None         # likewise
@@ -130,11 +130,8 @@ def draw_batch(model, known, sampling):
                             sampling.max_calls)
     if model.config.causal:
         return generate(model, known, length, draw), None            # with its KV cache
-    if sampling.joint:
-        # the papers' way, for comparison
-        x = sample_joint(model, z, sampling.steps, model.mask_id, dtype,
-                         sampling.temperature)
-        return x, None
+    if sampling.sampler:
+        return sampling.sampler(model, z, sampling), None            # such as tools.joint's
     # some texts are finished before others: of each text, the calls that revealed something
     # in it
     calls = torch.zeros(len(z), dtype=torch.long)                    # (B,)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common import (agree, ema_update, lr_factor, make_optimizers, run_in_first, seed_all,
                     start)
-from data.checkpoints import Run, fingerprint, load_checkpoint, load_model, resume, save
+from data.checkpoints import Run, model_from, resume, save, with_saved_flags
 from data.dataset import load_data
 from data.files import UserError, hold
 from data.log import rewind_log, write_log
@@ -346,26 +346,6 @@ def order_loss(model, x, mask_id):
     return nll_in_order(model, x, mask_id).mean() / x.shape[1]
 
 
-def with_saved_flags(config):
-    """The config with the flags that its checkpoint, finished or not, was made with: for
-    distill.py, which takes the teacher and the judge that it finds. Raises UserError where
-    train.py did not make them."""
-    saved = load_checkpoint(config.path, kinds=(config.objective,))
-    # a checkpoint that tools.convert made has no objective
-    if "objective" not in saved["config"]:
-        name = "judge" if config.causal else "teacher"
-        raise UserError(f"{config.path} was made by tools.convert, not by train.py; move "
-                        f"it to another folder and give it as --{name}")
-    # some flags may differ, and keep their present values
-    kept = MAY_CHANGE
-    # the checkpoint has a fingerprint of its data, which resume() compares: the folder may
-    # have another name today
-    if saved.get("data"):
-        kept = MAY_CHANGE | {"dataset"}
-    flags = {name: value for name, value in saved["config"].items() if name not in kept}
-    return dataclasses.replace(config, **flags)
-
-
 def new_model(config, data):
     """A Transformer with random weights that fits the data, on the CPU. Raises UserError
     where there are not enough data for it."""
@@ -382,32 +362,13 @@ def new_model(config, data):
     return Transformer(model_config)     # random weights
 
 
-def model_from(config, data):
-    """A Transformer of the sizes and weights of --init, on the CPU, with the config's
-    attention and dropout; and a fingerprint of these weights. Raises UserError."""
-    # an AR model goes on from AR weights, a diffusion model from diffusion weights
-    kinds = ("ar",) if config.causal else ("mdlm", "sdtt")
-    given, checkpoint = load_model(config.init, kinds=kinds)         # averaged weights
-    # ids would mean other words
-    if checkpoint["tokenizer"] != data.tokenizer.spec:
-        raise UserError(f"--init {config.init} knows other tokens than {data.folder}; give "
-                        "the --dataset it was trained on")
-    data.context(given.config.context)   # raises where there is not enough of it
-    # the attention may differ: the tensors are the same
-    attention = "causal" if config.causal else config.attention or "full"
-    model = Transformer(dataclasses.replace(given.config, attention=attention,
-                                            dropout=config.dropout))
-    model.load_state_dict(given.state_dict())
-    return model, fingerprint(given)
-
-
 def train(config, procs, as_saved=False):
     """Train what a TrainConfig says, or what is left of it. Returns the checkpoint's path;
     by then the file is complete, for all processes.
     as_saved: a checkpoint that was made with other flags goes on with its own, instead of
     being refused."""
     if as_saved and config.path.exists():
-        config = with_saved_flags(config)
+        config = with_saved_flags(config, MAY_CHANGE)
     data = load_data(config.dataset, procs)          # stories are made if missing
 
     # the model, and what its checkpoint stores beside the weights

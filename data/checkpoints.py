@@ -76,6 +76,47 @@ def load_model(path, device="cpu", kinds=KINDS):
     return model.to(device).eval(), content                          # no dropout
 
 
+def load_for(data, path, device, kinds, bf16=None):
+    """load_model, of a model that is to write or read what a Dataset holds. bf16: whether
+    its blocks run in bfloat16; None: as load_model chooses. Raises UserError where the
+    model does not suit the data."""
+    model, content = load_model(path, device, kinds)
+    if bf16 is not None:
+        model.bf16 = bf16
+    context = model.config.context
+    # the same tokens, of the same length, as the data have
+    known = content["tokenizer"] == data.tokenizer.spec
+    # only a judge, which is causal, may have other tokens: it reads the texts in its own
+    if not known and not model.config.causal:
+        raise UserError(f"{path} knows {model.config.vocab} tokens, {data.folder} other "
+                        f"ones ({data.tokenizer.vocab}); give the --dataset it was trained "
+                        "on")
+    if known and data.context(context) != context:
+        raise UserError(f"{path} writes {context} tokens, a text of {data.folder} has "
+                        f"{data.stride}; give the --dataset it was trained on")
+    return model, content
+
+
+def model_from(config, data):
+    """A Transformer of the sizes and weights of --init, on the CPU, with the
+    attention and dropout of a TrainConfig; and a fingerprint of these weights. Raises
+    UserError."""
+    # an AR model goes on from AR weights, a diffusion model from diffusion weights
+    kinds = ("ar",) if config.causal else ("mdlm", "sdtt")
+    given, checkpoint = load_model(config.init, kinds=kinds)         # averaged weights
+    # ids would mean other words
+    if checkpoint["tokenizer"] != data.tokenizer.spec:
+        raise UserError(f"--init {config.init} knows other tokens than {data.folder}; give "
+                        "the --dataset it was trained on")
+    data.context(given.config.context)   # raises where there is not enough of it
+    # the attention may differ: the tensors are the same
+    attention = "causal" if config.causal else config.attention or "full"
+    model = Transformer(dataclasses.replace(given.config, attention=attention,
+                                            dropout=config.dropout))
+    model.load_state_dict(given.state_dict())
+    return model, fingerprint(given)
+
+
 def in_short(error):
     """The first 150 characters of an exception's message, in one line."""
     return " ".join(str(error).split())[:150]
@@ -184,3 +225,23 @@ def resume(run, config, free):
     # the loop goes on from this step
     run.step, run.seconds, run.micro = saved["step"], saved["seconds"], saved.get("micro")
     return saved
+
+
+def with_saved_flags(config, free):
+    """A TrainConfig with the flags that its checkpoint, finished or not, was made with, but
+    for those in `free`: for distill.py, which takes the teacher and the judge that it
+    finds. Raises UserError where train.py did not make them."""
+    saved = load_checkpoint(config.path, kinds=(config.objective,))
+    # a checkpoint that tools.convert made has no objective
+    if "objective" not in saved["config"]:
+        name = "judge" if config.causal else "teacher"
+        raise UserError(f"{config.path} was made by tools.convert, not by train.py; move "
+                        f"it to another folder and give it as --{name}")
+    # some flags may differ, and keep their present values
+    kept = set(free)
+    # the checkpoint has a fingerprint of its data, which resume() compares: the folder may
+    # have another name today
+    if saved.get("data"):
+        kept |= {"dataset"}
+    flags = {name: value for name, value in saved["config"].items() if name not in kept}
+    return dataclasses.replace(config, **flags)

@@ -1,5 +1,6 @@
-"""What a run of distill.py found: rows of measures in results.json, kept from run to run as
-long as they are true, a table, and a few texts to look at.
+"""What a run of distill.py says and finds: what it is going to do; rows of measures in
+results.json, kept from run to run as long as they are true; a table; a few texts to look
+at.
 """
 import dataclasses
 import json
@@ -14,6 +15,31 @@ from data.dataset import Data
 from data.files import write, write_json
 from data.measures import VERSION, in_steps, measure, summary, table
 from sample import EXACT, Sampling, draw_samples
+
+
+def announce(config, data, sampling_steps):
+    """Say, before anything trains, which files are used and how much there is to do.
+    sampling_steps: see schedule."""
+    # given, or there from an earlier run, or made now
+    teacher = config.teacher or config.folder / "teacher.pt"
+    judge = "none, so no table"
+    if config.samples:
+        judge = config.judge or config.folder / "ar.pt"
+    print(f"data: {data.folder}; teacher: {teacher}; judge: {judge}; results: "
+          f"{config.folder}\n{config.rounds} rounds of {config.steps_per_round} optimizer "
+          f"steps: from {sampling_steps[0]:g} sampling steps to {sampling_steps[-1]:g}",
+          flush=True)
+
+
+def announce_round(config, sampling_steps, r, seconds):
+    """Say what round r (from 0) teaches. seconds: what the round before took."""
+    text = (f"round {r + 1}: {config.k} steps of 1/{sampling_steps[r]:g} in one, for "
+            f"{sampling_steps[r + 1]:g} steps")
+    # the first round does not know yet how long one takes
+    if r > 0:
+        left = (config.rounds - r) * seconds
+        text += f"; the rounds left take about {left:.0f} s"
+    print(text)
 
 
 def round_files(folder):
@@ -115,7 +141,8 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     # how the texts came about
     row = {"model": name, "steps": sampling.steps, "nfe": None, "calls": None,
            "reads": None, "temperature": sampling.temperature,
-           "precision": sampling.precision, "joint": sampling.joint, "seed": sampling.seed}
+           "precision": sampling.precision, "joint": sampling.sampler is not None,
+           "seed": sampling.seed}
     # nfe: calls of the network for a batch (number of function evaluations), the mean;
     # calls: until a text was finished, the mean of texts; reads: positions that the network
     # read for each token

@@ -18,6 +18,7 @@ from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
 from sample import Sampling
 from tools import evaluate, figures
+from tools.joint import joint_sampler, sample_joint
 
 CPU = Processes(torch.device("cpu"))
 WORDS = dict(kind="words", items=[f"w{i}" for i in range(10)])
@@ -230,7 +231,7 @@ def law_model(p):
     return model
 
 
-@pytest.mark.parametrize("how", [{}, {"joint": True}, {"precision": 32}])
+@pytest.mark.parametrize("how", [{}, {"sampler": joint_sampler}, {"precision": 32}])
 def test_every_way_to_draw_has_the_models_law(how):
     """On a toy no probability is small enough for float32 to lose it: 12,000 texts of 3 positions
     against ancestral sampling's law by enumeration, chi-square over 0.001 (the chance of another
@@ -245,7 +246,7 @@ def test_temperature_sharpens_what_the_model_has_learned():
     """One position, temperature 1/2: probabilities are squared. Chi-square over 0.001."""
     p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     for joint in (False, True):
-        how = Sampling(1, temperature=0.5, joint=joint)
+        how = Sampling(1, temperature=0.5, sampler=joint_sampler if joint else None)
         x = sample.draw_samples(law_model(p), 4000, how, CPU)
         assert toy.chi_square(toy.count(x, 3), p ** 2 / (p ** 2).sum()) > 0.001
 
@@ -262,7 +263,7 @@ def test_the_joint_draw_loses_rare_tokens_where_noise_has_few_bits():
     rare = []
     for dtype in (torch.float64, torch.float16):
         torch.manual_seed(0)
-        rare.append(int((sample.sample_joint(model, z, 64, 201, dtype) > 0).sum()))
+        rare.append(int((sample_joint(model, z, 64, 201, dtype) > 0).sum()))
     assert abs(rare[0] - 256) < 70 and rare[1] < 100
 
 

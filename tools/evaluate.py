@@ -30,6 +30,7 @@ from data.script import command, flag, package, parse_flags
 from model import Transformer
 from sample import BATCH, EXACT, Sampling, draw_samples, refuse_exact, steps_or_exact
 from tools import figures, likelihood
+from tools.joint import joint_sampler
 from tools.metrics import diversity, mauve, self_bleu
 
 TEMPERATURES = [0.7, 0.8, 0.9, 1.0, 1.1]     # of the frontier
@@ -55,8 +56,8 @@ class EvaluateConfig:
     steps: list[int | str] | None = flag(
         None, "diffusion steps [8 16 32], or exact: see sample.py", type=steps_or_exact)
     ahead: int = flag(
-        8, "with exact: a call asks for so many tokens, and as many more as are final",
-        low=1)
+        8, "with exact: each call asks for this many tokens, and one more for each that is "
+        "final", low=1)
     max_calls: int | None = flag(
         None, "with exact: stop after so many calls, which is not exact", low=1)
     samples: int = flag(256, "texts for each row", low=3)
@@ -336,9 +337,11 @@ class Evaluation:
     def sampling(self, model, steps, temperature=1.0):
         """How texts of a model are drawn."""
         config = self.config
-        joint = config.joint and model is not None and not model.config.causal
+        sampler = None
+        if config.joint and model is not None and not model.config.causal:
+            sampler = joint_sampler
         return Sampling(steps, config.seed, temperature, precision=config.precision,
-                        joint=joint, length=config.length, ahead=config.ahead,
+                        sampler=sampler, length=config.length, ahead=config.ahead,
                         max_calls=config.max_calls)
 
 

@@ -17,8 +17,9 @@ from common import ROOT, seed_all
 from data.files import write_json
 from data.measures import add_mean, mean_se
 from data.script import command, flag, parse_flags
-from diffusion import categorical, sample, sample_joint
+from diffusion import categorical, sample
 from tools import figures
+from tools.joint import sample_joint
 
 RARE = 6e-5
 COLUMNS = (("draw", "draw", "s"), ("steps", "steps", "d"), ("rare tokens", "rare", ".1%±"),

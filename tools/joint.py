@@ -1,0 +1,44 @@
+"""The papers' sampler as they write it: bench.py calls it diffusion-naive, tools.evaluate draws
+by it with --joint.
+"""
+import torch
+
+import diffusion
+from diffusion import sharpen
+from model import NOT_FINITE
+from sample import DTYPES
+
+
+@torch.no_grad()
+def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0):
+    """Ancestral sampling as MDLM and SDTT write it, z (B, L) -> ids (B, L): in each step
+    logits everywhere, and one draw from {V tokens, stay masked} by Gumbel noise. The same
+    distribution as diffusion.sample's, and the yardstick of its speed. In float32, as
+    public code has it, uniform draws are at most 1 - 2^-24, so Gumbel noise is at most
+    16.6, and a token whose chance in a step is below e^-16.6 = 6e-8 is hardly ever drawn
+    (arXiv 2409.02908)."""
+    for i in range(steps):
+        # the step from t to s, the share that is masked at t, and at s
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        times = torch.tensor([t, s], dtype=torch.float64)
+        masked_t, masked_s = diffusion.mask_share(times).tolist()
+        # what the network says, everywhere
+        p = sharpen(model(z), temperature).to(dtype).softmax(-1)     # (B, L, V)
+        if bool(p.isnan().any()):
+            raise FloatingPointError(NOT_FINITE)
+        # reveal_share(t, s) is shared out among the tokens, the rest stays masked
+        token = p * (masked_t - masked_s) / masked_t                 # (B, L, V)
+        stay = torch.full_like(p[..., :1], masked_s / masked_t)      # (B, L, 1)
+        joint = torch.cat((token, stay), dim=-1)                     # (B, L, V + 1)
+        # one draw: the largest of log p plus Gumbel noise; V, the mask's id, means to stay
+        gumbel = -(-torch.rand_like(joint).log()).log()
+        choice = (joint.log() + gumbel).argmax(-1)                   # (B, L)
+        z = torch.where(z == mask_id, choice, z)
+    return z
+
+
+def joint_sampler(model, z, sampling):
+    """sample_joint with the settings of a sample.Sampling, in which it can stand as the
+    sampler. It ignores top_p."""
+    return sample_joint(model, z, sampling.steps, model.mask_id,
+                        DTYPES[sampling.precision], sampling.temperature)
