@@ -18,6 +18,15 @@ def modules_are_no_garbage():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def killed_runs_begin_at_once(request, tmp_path_factory):
+    """The longest work of the suite is done beside the other tests, where it is wanted."""
+    if any("runs" in item.fixturenames and item.path.name == "test_stopping.py"
+           for item in request.session.items):
+        import test_stopping
+        test_stopping.begin_runs(tmp_path_factory.mktemp("runs"))
+
+
 @pytest.fixture(autouse=True)
 def toys_are_asked_about_positions(monkeypatch):
     """See toy.states_at: a toy can tell then which positions its predictions were wanted at."""

@@ -138,10 +138,12 @@ def arm(place, n):
     train.ema_update, train.write_log = ema_update, write_log
 
 
-@pytest.fixture(scope="module")
-def runs(small_nano, tmp_path_factory):
-    """Every run of this file, whole and killed: {name: folder}, "dataset" and "reports"."""
-    top = tmp_path_factory.mktemp("runs")
+begun = []                       # begin_runs's result, when it has begun
+
+
+def begin_runs(top):
+    """Begin every run of this file, whole and killed, under the folder top, in two processes that
+    go on beside other tests: see conftest."""
     data = ["--dataset", str(make_dataset(top / "data"))]
     kinds = {"mdlm": ("train.py", TRAIN), "ar": ("train.py", TRAIN + ["--objective", "ar"]),
              "distill": ("distill.py", ROUNDS), "distill2": ("distill.py", ROUNDS + OTHER)}
@@ -166,12 +168,19 @@ def runs(small_nano, tmp_path_factory):
     jobs["diverging"] = dict(script="train.py", seed=None, argv=TRAIN + data + [
         "--lr", "1e30", "--log_every", "20", "--save_every", "20",
         "--out", str(top / "diverging")])
-    # two drivers side by side, of about equal work; jobs that follow each other are in one
-    found = {}
+    # of about equal work; jobs that follow each other are in one
     halves = [{name: job for name, job in jobs.items() if name.startswith("distill-") == first}
               for first in (True, False)]
     drivers = [begin(top / f"{i}.txt", drive, list(half.values()), top / f"{i}.json")
                for i, half in enumerate(halves)]
+    begun.append((top, jobs, halves, drivers))
+
+
+@pytest.fixture(scope="module")
+def runs(small_nano):
+    """What begin_runs has begun: {name: folder}, "dataset" and "reports"."""
+    top, jobs, halves, drivers = begun[0]
+    found = {}
     for i, driver in enumerate(drivers):
         driver.join(300)
         assert driver.exitcode == 0, (top / f"{i}.txt").read_text()

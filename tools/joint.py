@@ -1,5 +1,4 @@
-"""The papers' sampler as they write it: bench.py calls it diffusion-naive, tools.evaluate draws
-by it with --joint.
+"""The papers' sampler as they write it: bench.py's diffusion-naive, tools.evaluate's --joint.
 """
 import torch
 
