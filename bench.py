@@ -4,12 +4,19 @@ wins.
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
-Both sides run as fast as this code can: AR with a static cache and a compiled decoding
-step, diffusion with diffusion.py's sampler; "diffusion-naive" is the papers' sampler, as
-they write it; "-exact" is the distribution of one token at a time in few calls. Warm-up
-does not count, runs of the engines alternate, and the median is shown. Roofline is the
-share that a run gets of what the hardware shows in the same minute: of its bandwidth (AR)
-or of its rate of matrix products (diffusion). The clock, the memory gauge and the roofline
+Both sides run as fast as this code can. The engines:
+
+    ar                 with a static KV cache and a compiled decoding step
+    diffusion          diffusion.py's sampler, with full attention
+    diffusion-kv       the same with attention in the order of reveal, and its KV cache
+    ar-exact, diffusion-exact      the distribution of one token at a time, in few calls
+    diffusion-naive    the papers' sampler, as they write it
+    transformers       the AR model of the transformers package
+
+Warm-up does not count, runs of the engines alternate, and the median is shown (of
+diffusion-naive, which is slow, one run). Roofline is the speed reached as a share of the
+limit that the hardware shows in the same minute: memory bandwidth for AR, matrix products
+for diffusion. The clock, the memory gauge and the roofline
 are in tools/machine.py, flags and models in tools/bench_setup.py, the crossover in
 tools/crossover.py, training in tools/bench_train.py.
 """
@@ -53,7 +60,7 @@ def ar_engine(model, B, L, decode_step):
         cache = KVCache(model.config, B, L, device, dtype)
         for stored in cache.k + cache.v:
             torch._dynamo.mark_static_address(stored)
-    # token draws are exact on both sides: categorical, in float64
+    # both sides draw tokens by categorical, in float64
     return lambda: generate(model, prompt, L, categorical, decode_step, GRAIN[device.type],
                             cache)
 
@@ -131,16 +138,18 @@ class Timing:
 
 def begin(config, row, model, decode_step, device, machine):
     """Warm up, then run once; returns a Timing, or None where the row does not fit in
-    memory, which the row says then."""
+    memory, which row["error"] says then."""
     name, steps = row["engine"], row["steps"]
     # sizes, for memory and roofline
     shape = model.shape if name == "transformers" else model.config
     row |= dict(dtype=config.dtype, device=machine["device"], threads=machine["threads"])
     run = make_engine(row, model, decode_step, steps)                # () -> texts (B, L)
     if name == "diffusion-kv" or name.endswith("-exact"):
-        # its shapes change from step to step and, as reveals are random, from run to run:
-        # warmed up by a whole run, and what is new in a later one is not compiled then
-        warm_up, run = run, without_compiler(run, "eager_on_recompile")
+        # shapes differ from step to step and, as reveals are random, from run to run: a
+        # whole run, which compiles, is the warm-up; what is new to the compiler in a later
+        # run is not compiled, so that no compiling is timed
+        warm_up = run
+        run = without_compiler(run, "eager_on_recompile")
     elif steps:
         # two steps are enough, as all look alike
         warm_up = make_engine(row, model, decode_step, min(2, steps))
@@ -150,21 +159,23 @@ def begin(config, row, model, decode_step, device, machine):
     size = 2 if config.dtype == "bfloat16" else 4
     # refused beforehand if it cannot fit: the system would kill the process
     least = least_memory(row, shape, size)                           # bytes
-    if name in ("ar", "transformers", "diffusion-naive"):
+    # nfe: calls of the network; reads: positions that it computed for each token of a text
+    if name in ("ar", "transformers"):
         times = first_run(row, run, warm_up, least, device)          # None: no room
-        # AR calls the network once for each token, and reads it once; the naive sampler
-        # reads every position in every step
-        row["nfe"] = steps or row["length"]
-        row["reads"] = steps or 1
+        row["nfe"], row["reads"] = row["length"], 1
+    elif name == "diffusion-naive":
+        times = first_run(row, run, warm_up, least, device)
+        row["nfe"] = row["reads"] = steps                            # all, in each step
     else:
-        # the calls of the first run; a step that reveals nothing makes none
-        with counted_calls(model) as reads:
+        # of each call of the first run the number of positions; a step that reveals nothing
+        # makes no call
+        with counted_calls(model) as calls:
             def warm_up_uncounted():
                 warm_up()
-                reads.clear()            # warm-up does not count
+                calls.clear()            # warm-up does not count
             times = first_run(row, run, warm_up_uncounted, least, device)
-        row["nfe"] = len(reads)          # number of function evaluations
-        row["reads"] = sum(reads) / (row["batch"] * row["length"])   # positions, a token
+        row["nfe"] = len(calls)
+        row["reads"] = sum(calls) / (row["batch"] * row["length"])
     if times is None:
         return None
     return Timing(row, shape, run, times)                            # with one run's time
@@ -173,7 +184,8 @@ def begin(config, row, model, decode_step, device, machine):
 @torch.no_grad()
 def measure(config, group, device, machine):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
-    torch.compiler.reset()               # other batches would make this one's size dynamic
+    # a compiler that has seen other batch sizes would compile for a variable one
+    torch.compiler.reset()
     decode_step = decode                                             # plain PyTorch
     if config.compile:
         decode_step = compiled_decode(device, group[0][0]["batch"])
@@ -183,7 +195,8 @@ def measure(config, group, device, machine):
         timing = begin(config, row, model, decode_step, device, machine)
         if timing:
             running.append(timing)                                   # those that fit
-    # the others in turn, so that a busy minute hits all engines alike
+    # the others in turn, so that a busy minute hits all engines alike; the naive sampler is
+    # slow, and its first run must do
     for _ in range(config.repeats - 1):
         for timing in running:
             if timing.row["engine"] != "diffusion-naive":
@@ -232,7 +245,7 @@ def bench(config, device, machine):
             new = [row for row, _ in group]                          # filled by measure
             if models.get("ar") and not preset:
                 for row in new:
-                    # diffusion-naive is no key of models: its quality is diffusion's
+                    # models has no diffusion-naive, whose quality is diffusion's
                     if row["engine"] in models and "error" not in row:
                         row |= judged(row["engine"], row["model"], row["steps"])
             # fills in "vs AR"; the sentences that it returns need all batch sizes
@@ -257,13 +270,13 @@ def save(config, machine, rows):
 def main():
     config = parse_flags(BenchConfig, __doc__)
     device = start(config.device).device                             # one process
-    set_defaults(config, device)         # or refuses what cannot be
+    set_defaults(config, device)         # raises UserError at flags that contradict
 
     # what the hardware can do at this moment, for the roofline
     machine = limits(device, getattr(torch, config.dtype))
     print(describe(machine), flush=True)
     rows = bench(config, device, machine)
-    # rows that did not fit are results; nothing but such rows is a mistake
+    # rows that did not fit in memory are results, too; but one must have fitted
     if all("error" in row for row in rows):
         raise UserError("nothing fits in memory; choose a smaller --batch, --length or "
                         "--preset")

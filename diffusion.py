@@ -5,18 +5,19 @@ t in [0, 1] is the time, 1 = all masked: each token is masked with probability
 mask_share(t), here t itself. (The papers write alpha_t = 1 - mask_share(t) for the share
 that is left.) Time runs backward when sampling, from t to s < t.
 
-A "model" is model.py's Transformer, or a table of probabilities, as in tests/toy.py. Of it
+A "model" is model.py's Transformer, or a table of probabilities, as in tests/toy.py. This
+file uses its config and
     model.hidden(z, at=None, rank=None)    states (B, L, C); at = (row, pos): these, (N, C)
     model.head(h)                          logits (N, V): what it predicts from states
-    model(z)                               logits (B, L, V), of both
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
-    model.cache, model.read                by the samplers that have a KV cache
-are used, and its config. With attention "reveal" and no rank the model draws one at random.
+    model.cache, model.read                the KV cache, for attention "reveal" and for AR
 
 Names for when tokens are revealed: order (B, n), where order[b, i] is the position that is
 revealed i-th; when (B, n), where when[b, i] is the step in which that happens; rank (B, L),
-where rank[b, l] says when position l is revealed. A slot is a place in the order, with the
-prompt's tokens first. Randomness comes from torch's global generators.
+any numbers that grow in the order of reveal, of position l in rank[b, l] (where none are
+given the model draws them). A slot is a number in the order, the prompt's tokens first.
+Bookkeeping, such as order, is on the CPU, tokens and states on the model's device.
+Randomness comes from torch's global generators.
 """
 import torch
 
@@ -70,8 +71,8 @@ def q_sample(x, t, mask_id):
 
 def states_at(model, z, where, rank=None):
     """The states (N, C) at the N positions of z (B, L) where the bool `where` (B, L) is
-    true, row by row. (hidden(z, at) would compute less in its last block, but for that N
-    changes with every call, so it cannot be compiled.)"""
+    true, row by row. (hidden(z, at) would compute less in its last block, but N differs
+    from call to call, which a compiler handles badly.)"""
     # on a CPU skip sequences of which nothing is wanted; on a GPU a batch that changes its
     # size, and may be empty, costs more than that saves
     if z.device.type == "cpu":
@@ -231,11 +232,11 @@ def prompt_first(order, L):
 
 
 def draw_steps(steps, rows, n):
-    """Time goes from t = 1 to 0 in `steps` equal steps; in which of them, 0 to steps - 1,
-    each of (rows, n) masks is revealed. A mask survives until t with probability
+    """For each of (rows, n) masks the step, 0 to steps - 1, that reveals it, where `steps`
+    equal steps lead from t = 1 to t = 0. A mask survives until t with probability
     mask_share(t), and is then revealed with reveal_share(t, s): together mask_share(t) -
     mask_share(s)."""
-    # is mask_share(t) = t, on a grid of times? Then all steps are equally likely
+    # where mask_share(t) = t (tested on a grid of times) all steps are equally likely
     grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if torch.equal(mask_share(grid), grid):
         return torch.randint(steps, (rows, n))
@@ -316,8 +317,8 @@ def sample_cached(model, z, order, when, draw, watch=None):
     n = order.shape[1]                                               # masks of a text
     cache = model.cache(B, L)
 
-    # the prompt's tokens come first, as if revealed in step -1; order[b, slot] is the
-    # position of a slot
+    # from now on by slot: the prompt's tokens come first, as if revealed in step -1;
+    # order[b, slot] is the position of a slot
     order = prompt_first(order, L)                                   # (B, L)
     when = torch.cat((torch.full((B, L - n), -1), when), 1)          # (B, L)
 
@@ -328,6 +329,7 @@ def sample_cached(model, z, order, when, draw, watch=None):
         known = (when < i).sum(1)                                    # (B,) tokens
         pos = order[row, slot]                                       # (N,)
         if i == 0 and n == L and model.config.relative:
+            # no prompt: nothing to store yet, and all masks have the same state
             h = one_for_all(model, z, row)                           # (N, C)
         else:
             new = reading(z, order, token_row, token_slot, row, slot, known)
@@ -340,14 +342,15 @@ def sample_cached(model, z, order, when, draw, watch=None):
 
 def reading(z, order, token_row, token_slot, mask_row, mask_slot, known):
     """What model.read needs: tokens that were not read yet and, after them, masks. A token
-    sees itself and those before it, a mask itself and all `known` (B,) tokens."""
+    sees itself and those before it, a mask itself and all `known` (B,) tokens. A mask has
+    the place in the cache that its token will have, which then overwrites it."""
     limit = torch.cat((token_slot, known[mask_row]))
     first = len(token_row)                                           # masks begin here
     row = torch.cat((token_row, mask_row))
     slot = torch.cat((token_slot, mask_slot))
     pos = order[row, slot]
     idx = z[row, pos]
-    return Reading(idx=idx, pos=pos.to(z.device), row=row, slot=slot, limit=limit,
+    return Reading(idx=idx, pos=pos.to(z.device), row=row, place=slot, limit=limit,
                    wanted_from=first)
 
 
@@ -386,15 +389,16 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     (Fixed points, arXiv 2002.03629, with the coupling of 2211.17192.)
 
     adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
-    ahead: a call asks for the next ahead + final slots, more as more are final, since far
-    guesses are worth little before; None: all.
+    ahead: each call asks for ahead + final slots: few at first, when far guesses are mostly
+    wrong; None: all.
     max_calls: stop there and leave the guesses as they are, which is not exact.
     watch: called after each call with z and the bool (B, L) of its final tokens.
     Returns ids (B, L) and the calls that each text took (B,); a batch takes their most.
     Raises ValueError (see how_to_ask), and FloatingPointError at predictions of NaN."""
-    # Why it is exact. After every call the token at a slot is a draw from the model's
-    # prediction given the current tokens before it: couple keeps this true. And whether a
-    # call makes a slot final depends only on the slots before it, so no token is favoured
+    # Why it is exact. Take one slot, and all that happened at the slots before it as given.
+    # After each call its token is a draw from what the call predicted there: couple keeps
+    # this true. In the call that makes it final, that is its prediction from final tokens.
+    # And which call this is depends only on the slots before it, so no token is favoured
     B, L = z.shape
     ahead = L if ahead is None else min(ahead, L)
     # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
@@ -403,12 +407,12 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     x = z.gather(1, order_z)             # (B, L), tokens by slot; a mask where no guess is
     slot = torch.arange(L).expand(B, L)
 
-    # of each text, (B, 1): slots [0, final) are done, [final, guessed) hold guesses, and
-    # the rest masks
+    # of each text, (B, 1): slots 0 to final - 1 are done, those up to guessed - 1 hold
+    # guesses, and the rest masks
     final = (x != mask_id).sum(1, keepdim=True).cpu()
     guessed = final
-    # the cache has the tokens of slots [0, unread). At first not even the start symbol of
-    # an AR model, which stands before slot 0
+    # the first slot whose token the cache lacks, or holds an old one of. -1: as if AR's
+    # start symbol were the token of a slot before 0
     unread = torch.full_like(final, -1)
     cache = model.cache(B, L, spare=L)
     states = None                                        # from which guesses were drawn
@@ -430,14 +434,14 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
         old, x = x, x.clone()
         x[asked] = couple(model, h, states[asked], old[asked], mask_id, adjust)
         states[asked] = h
-        # up to the first change, and with it, all is final
+        # c (B, 1): the first slot that changed, or `end` if none did; with it all is final
         changed = (x != old).cpu()
-        c = torch.where(changed, slot, end).amin(1, keepdim=True)    # (B, 1), end: none
+        c = torch.where(changed, slot, end).amin(1, keepdim=True)
         final = (c + 1).minimum(end)
-        # the tokens before it stay in the cache. (If none changed, the token of the last
-        # slot asked is still unread: this call had no use for it)
-        unread = c.minimum(end - 1)
-        guessed = guessed.maximum(end)
+        guessed = end
+        # the call has read all final tokens but the last one; what it left in the cache of
+        # the slots behind is overwritten by the next call
+        unread = final - 1
         if watch:
             watch(by_position(x, order_z), by_position(slot < final, order))
     return without_masks(by_position(x, order_z), mask_id), calls
@@ -470,8 +474,9 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
     place s, and its mask in place L + s: here one call reads both."""
     L = x.shape[1]
     slots = torch.arange(L)
-    # the last slot asked; its token is not read, as nothing that is asked comes after it
-    last = (slots * asked).amax(1, keepdim=True)                     # (B, 1)
+    # the last slot asked (B, 1), 0 if there is none; its token is not read, as nothing that
+    # is asked comes after it
+    last = (slots * asked).amax(1, keepdim=True)
     tokens = (slots >= unread) & (slots < last.minimum(guessed))     # (B, L)
     token_row, token_slot = tokens.nonzero(as_tuple=True)
     mask_row, mask_slot = asked.nonzero(as_tuple=True)
@@ -479,10 +484,10 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
     row = torch.cat((token_row, mask_row))
     slot = torch.cat((token_slot, mask_slot))
     idx = x[row, slot]
-    idx[len(token_row):] = model.mask_id
+    idx[len(token_row):] = model.mask_id     # asked with masks, not with their guesses
     limit = torch.cat((token_slot, mask_slot.minimum(guessed[mask_row, 0])))
     place = torch.cat((token_slot, L + mask_slot))
-    new = Reading(idx=idx, pos=order[row, slot].to(x.device), row=row, slot=place,
+    new = Reading(idx=idx, pos=order[row, slot].to(x.device), row=row, place=place,
                   limit=limit, wanted_from=len(token_row))
     return model.read(cache, new)
 
@@ -490,15 +495,16 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
 def ask_tokens(model, cache, order, x, unread, guessed, asked):
     """ask_masks of an AR model, which predicts slot s at the token of slot s - 1: no masks
     are needed. Place 0 of the cache has the start symbol, place s the token of slot s - 1.
-    Slots beyond the guesses cannot be predicted yet, and their states are 0, from which the
-    head predicts about the tokens' frequencies: a poor guess, but couple mends any."""
+    Slots beyond the guesses cannot be predicted yet, and their states are 0: an arbitrary
+    first guess, which couple corrects."""
     B, L = x.shape
     start = torch.full((B, 1), model.mask_id, device=x.device)
     shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
     slots = torch.arange(L)
     last = (slots * asked).amax(1, keepdim=True).minimum(guessed)    # (B, 1)
+    # > and not >=, as place s has the token of slot s - 1
     row, place = ((slots > unread) & (slots <= last)).nonzero(as_tuple=True)
-    new = Reading(idx=shifted[row, place], pos=place.to(x.device), row=row, slot=place,
+    new = Reading(idx=shifted[row, place], pos=place.to(x.device), row=row, place=place,
                   limit=place)
     h = model.read(cache, new)
     states = h.new_zeros(B, L, h.shape[1])
@@ -512,8 +518,8 @@ def nll_in_order(model, x, mask_id):
     in one call, in nats: (B,). For attention in the order of reveal.
     The same reading as in sample_exact, with the text itself as the guess: a mask at each
     slot says what the token costs given those before it. The mean over orders is at least
-    -log p(x), see nelbo, which estimates it with much more noise: here no t is drawn, nor
-    what is masked, and every token of the text counts."""
+    -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
+    are drawn, and every token counts."""
     B, L = x.shape
     order = random_order(torch.full_like(x, mask_id), mask_id)       # (B, L)
     by_slot = x.gather(1, order.to(x.device))                        # (B, L)
@@ -537,9 +543,9 @@ def nats_of(model, h, ids):
 def couple(model, h, h_old, x, mask_id, adjust=None):
     """Guesses x (N,) are draws from q, which the states h_old (N, C) predict. Returns draws
     from p, which h (N, C) predicts, that equal x as often as possible: x stays with
-    probability min(1, p(x) / q(x)), and otherwise is drawn from what p has more than q, (p
-    - q)+ (speculative sampling, arXiv 2211.17192). Where x is mask_id there is no guess,
-    and the draw is from p. adjust: see sample_exact."""
+    probability min(1, p(x) / q(x)), and otherwise is drawn from what p has more than q,
+    max(p - q, 0) (speculative sampling, arXiv 2211.17192). Where x is mask_id there is no
+    guess, and the draw is from p. adjust: see sample_exact."""
     def probabilities(states):
         """What states (n, C) predict: (n, V). The softmax may be float32: as in
         categorical, that is a relative error, 1e-7 of each probability."""
@@ -553,12 +559,14 @@ def couple(model, h, h_old, x, mask_id, adjust=None):
     size = max(DRAW_ROWS, COUPLE_SIZE // model.config.vocab)
     for new, old, guess in zip(h.split(size), h_old.split(size), x.split(size)):
         p, q = probabilities(new), probabilities(old)                # (n, V) both
-        guessed = guess != mask_id                                   # (n,)
-        q[~guessed] = 0                              # then (p - q)+, below, is all of p
-        # p and q of the guess itself; where there is none any token will do
-        token = guess.where(guessed, 0)[:, None]                     # (n, 1)
-        u = torch.rand(token.shape, dtype=p.dtype, device=p.device)
-        stays = guessed & (u * q.gather(1, token) < p.gather(1, token))[:, 0]
+        has_guess = guess != mask_id                                 # (n,)
+        q[~has_guess] = 0                        # then max(p - q, 0), below, is p
+        # p and q of the guess itself (n,); where there is none any token will do
+        token = guess.where(has_guess, 0)[:, None]                   # (n, 1)
+        p_guess, q_guess = p.gather(1, token)[:, 0], q.gather(1, token)[:, 0]
+        # it stays with probability min(1, p / q)
+        u = torch.rand_like(p_guess)
+        stays = has_guess & (u * q_guess < p_guess)
         # the others are drawn anew; if p - q rounds to nothing positive, from p
         rest = (p - q)[~stays].clamp_(min=0)
         empty = rest.amax(1, keepdim=True) == 0

@@ -45,15 +45,16 @@ SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batc
 
 def reverse_kl(log_p, log_q):
     """KL(student || target), the paper's choice (section 3.2)."""
-    # the same masks meet many targets, as the teacher's first step is random. The best p is
-    # their normalised geometric mean, in which the likeliest choice gains (mode-seeking)
+    # the same masks meet many targets, as the teacher's first step is random. The best
+    # log p is the mean of their log q, normalised: what many targets all but exclude is
+    # lost, what the fewest exclude gains (mode-seeking)
     return (log_p.exp() * (log_p - log_q)).sum(-1)                   # sum over V
 
 
 def forward_kl(log_p, log_q):
     """KL(target || student)."""
     # the best p is the mean of the targets. A mean of second predictions, over all that the
-    # first step may reveal, is about the first prediction: there is little to learn
+    # first step may reveal, is roughly the first prediction again: little to learn
     return (log_q.exp() * (log_q - log_p)).sum(-1)                   # sum over V
 
 
@@ -158,14 +159,14 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     masks that are left.
     z (B, L), t (B,); rank (B, L) in [0, 1), for attention "reveal": the random order in
     which tokens were revealed (a mask's rank does not matter), see model.reveal_mask.
-    Returns, in the order of z[z == mask_id], not the predictions (N, V) but the teacher's
-    states (N, C), of which teacher.head makes them: with GPT-2's V = 50,257 predictions
-    would take 65 times the memory."""
+    Returns the teacher's states (N, C) at the masks, in the order of z[z == mask_id];
+    teacher.head makes predictions (N, V) of them, which would take V / C times the memory:
+    65 times with GPT-2's vocabulary in preset small."""
     masked = z == mask_id                # (B, L), the N masks of z_t; z changes below
     parts = []                           # of each step: where (B, L), the states there
     for i in range(k - 1):
-        # the times of step i. t is random, so fewer than k steps may be left: a step that
-        # ends at 0 reveals everything, and one that begins there has nothing to do
+        # the times of step i. t is random: if it is less than k dt, a step that ends at 0
+        # reveals all, and those after it find no masks
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
         # revealed (B, L) bool, n of them; h (n, C), the states of these alone
@@ -174,7 +175,7 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
         if rank is not None:
             # what this step reveals comes after all that was revealed before: its rank
             # moves from [0, 1) to [i + 1, i + 2)
-            rank = rank + (i + 1) * revealed
+            rank = torch.where(revealed, rank + i + 1, rank)
     # the last step: revealed in it or not, the rest takes its prediction
     rest = z == mask_id
     h_rest = states_at(teacher, z, rest, rank)
@@ -189,8 +190,8 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
 
 def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
     """The loss of a batch (SDTT, algorithm 2), a scalar: the divergence between student and
-    target on the masks of z_t, averaged over them. x (B, L) clean tokens. No weight 1/t: it
-    made nelbo a bound, and none is wanted here; texts with more masks count more."""
+    target on the masks of z_t, averaged over them. x (B, L) clean tokens. No weight 1/t,
+    which only a bound needs: every mask counts alike, and texts with more masks more."""
     # the noise
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id)          # (B, L), some tokens masked
@@ -225,7 +226,7 @@ def distill_round(config, procs, data, r, before, origin):
     student, ema = before.model, before.ema
     steps = schedule(config.teacher_steps, config.rounds, config.k)
     dt = 1 / steps[r]
-    # one set of weights for all processes, whose sums may have been rounded differently
+    # all processes have the same weights, unless their GPUs round differently: make sure
     broadcast(student, procs)
     broadcast(ema, procs)
     # the teacher of a round is the student as it is at its beginning
@@ -235,14 +236,15 @@ def distill_round(config, procs, data, r, before, origin):
     if r == 0 or config.reset_optimizer:
         optimizers = make_optimizers(student, config)
 
-    # what the round's checkpoint stores beside the weights; the teacher only as long as the
-    # round is not done. (Its state_dict shares its memory: what is loaded below is in it)
+    # what the round's checkpoint stores beside the weights; save() drops the teacher when
+    # the round is done. (state_dict() is a view: weights that are loaded into the teacher
+    # below are stored, too)
     content = dict(kind="sdtt", round=r + 1, sampling_steps=round(steps[r + 1]),
                    origin=origin, tokenizer=data.tokenizer.spec, data=data.fingerprint,
                    config=dataclasses.asdict(config), teacher=teacher.state_dict())
     run = Run(config.folder / f"round{r + 1}.pt", config.steps_per_round, student, ema,
               optimizers, content, micro=before.micro)
-    # the average goes on from round to round: updates that it has had
+    # the average is not begun anew: it has had this many updates in earlier rounds
     run.updates_before = r * config.steps_per_round
 
     # a round that goes on takes the very teacher that it began with, whatever has become of
@@ -251,7 +253,7 @@ def distill_round(config, procs, data, r, before, origin):
     if saved and saved["teacher"]:
         teacher.load_state_dict(saved["teacher"])
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
-    # compiled where the student is, which a copy is not
+    # a copy is not compiled: compile it if the student is
     teacher = prepare_model(teacher, config, procs)
 
     # train.py's loop, which calls loss(student, x). Only the loss knows of the round: the
@@ -273,10 +275,11 @@ def train_on_the_way(config, procs, objective, init=None):
     shared = {name: getattr(config, name) for name in SHARED}
     wanted = TrainConfig(objective=objective, init=init, **shared)   # else its defaults
     if procs.rank == 0 and not wanted.path.exists():
-        # the user may want to do this alone, or otherwise
+        # the user may prefer to run it alone, or with other flags
         same = as_command("train.py", wanted)
         print(f"no {wanted.path} yet; the same as: {same}", flush=True)
-    # one that is there keeps the flags it was made with, unless it begins from init
+    # one that is there keeps the flags it was made with; but --attention decides about one
+    # that begins from init
     return train(wanted, procs, as_saved=init is None)
 
 
@@ -314,7 +317,7 @@ def judge_and_teacher(config, procs, data):
     else:
         judge = get_judge(config, procs, data)
         teacher = get_teacher(config, procs, data)
-    # a judge with the same tokens reads each text whole
+    # a judge with the same tokens reads each text whole: it must fit into its context
     if config.samples and judge[1]["tokenizer"] == data.tokenizer.spec:
         reads, writes = judge[0].config.context, teacher[0].config.context
         if reads < writes:
@@ -354,12 +357,13 @@ def distill(config, procs):
 
     # what models are measured with; without a judge exam stays None, and fill_rows does
     # nothing
-    exam = None
+    exam, foreign = None, False
     results = open_results(config)
     seconds = results["seconds"]
     seconds["teacher"] = teacher_file["seconds"]
     if judge:
-        foreign = judge_file["tokenizer"] != data.tokenizer.spec     # reads text, not ids
+        # a judge with other tokens is given text, not ids
+        foreign = judge_file["tokenizer"] != data.tokenizer.spec
         results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
         seconds["ar"] = judge_file["seconds"]
         # the same judge for all rows, whatever writes the texts

@@ -8,10 +8,10 @@ rows and the head V: no model here can ever predict the mask.
 
 Who calls whom:
 
-    generate  AR sampling: a prefill, then one token at a time
+    generate  AR sampling: read for the prompt, then decode, one token at a time
     read      a few positions at a time, with a KV cache: AR and cached diffusion
     hidden    whole sequences: training, likelihood, sampling with full attention
-    run       the embedding, then the blocks: generate, read and hidden all end here
+    run       the embedding, then the blocks: read, decode and hidden all end here
 
 Only attention mixes positions. *Who sees whom* is therefore an argument of the block: a
 function attend(q, k, v), one of see_sequence, see_at, see_cache and see_step.
@@ -46,10 +46,10 @@ class ModelConfig:
 
     @property
     def relative(self):
-        """Whether positions enter by the rotation of queries and keys alone. Then in a text
-        of nothing but masks all positions have the same state, as all v are equal, and so
-        is any weighted mean of them: a sampler computes it for one position only, see
-        diffusion.py. (Not so if causal: a text begins with the start symbol.)"""
+        """Whether positions enter by the rotation of queries and keys alone. Then a text of
+        nothing but masks has the same state everywhere: all inputs are equal, and attention
+        takes a mean of equal vectors. diffusion.py uses that to compute one position
+        instead of L. (Not so if causal: a text begins with the start symbol.)"""
         return self.positions == "rope" and not self.causal
 
 
@@ -155,10 +155,10 @@ class Ragged(typing.NamedTuple):
     """N queries of B texts, some of which have more than others. For attention they are
     padded to a rectangle (B, most), where query i stands in row[i], col[i]."""
     row: torch.Tensor            # (N,) the text of each
-    place: torch.Tensor          # (N,) in k and v: its position, or its slot in a cache
+    place: torch.Tensor          # (N,) among the keys: its position, or place in a cache
     col: torch.Tensor            # (N,) 0, 1, 2, ... among those of its text
     B: int
-    most: int                    # queries of one text at most
+    most: int                    # the largest number of queries in one text
     mask: torch.Tensor | None = None     # (B, most, keys) bool, who sees what; None: all
 
     def pad(self, x):
@@ -179,14 +179,14 @@ class Ragged(typing.NamedTuple):
 
 def make_ragged(row, place, B):
     """Queries of texts row (N,) at places place (N,), in any order, as a Ragged."""
-    count = torch.bincount(row, minlength=B)                         # (B,) queries of each
-    # col: a query's number among all queries, text by text, less that of its text's first
-    # (on the right: what they are for row (1, 0, 1))
-    by_row = row.argsort(stable=True)                                # (N,)  (1, 0, 2)
+    # sort the queries by text. number: a query's place in that list; begin: where a text
+    # begins there. (On the right an example, row = (1, 1, 0))
+    count = torch.bincount(row, minlength=B)                         # (B,)  (1, 2)
+    by_row = row.argsort(stable=True)                                # (N,)  (2, 0, 1)
     number = torch.empty_like(row)
-    number[by_row] = torch.arange(len(row), device=row.device)       # (N,)  (1, 0, 2)
+    number[by_row] = torch.arange(len(row), device=row.device)       # (N,)  (1, 2, 0)
     begin = count.cumsum(0) - count                                  # (B,)  (0, 1)
-    col = number - begin[row]                                        # (N,)  (0, 0, 1)
+    col = number - begin[row]                                        # (N,)  (0, 1, 0)
     return Ragged(row, place, col, B, int(count.max()))
 
 
@@ -200,12 +200,12 @@ def see_at(q, k, v, queries):
 def see_cache(q, k, v, keys, values, queries, wanted_from=0):
     """Attention of N positions to their texts' caches: q, k, v (N, H, D) -> the same shape,
     without the first wanted_from, which only fill the cache. The new keys and values are
-    stored first, each at its queries.place, a slot; then each looks where queries.mask
-    allows, itself included."""
-    # keys are (B, H, slots, D); two indices around a slice give (N, H, D), as k has
+    stored first, each at its queries.place; then each looks where queries.mask allows,
+    itself included."""
+    # keys are (B, H, places, D); two indices around a slice give (N, H, D), as k has
     keys[queries.row, :, queries.place] = k
     values[queries.row, :, queries.place] = v
-    seen = queries.mask.shape[-1]                    # nobody sees beyond these slots
+    seen = queries.mask.shape[-1]                    # nobody sees beyond these places
     y = queries.attention(q, keys[:, :, :seen], values[:, :, :seen])
     return y[wanted_from:]
 
@@ -236,19 +236,18 @@ class KVCache:
 
 class Reading(typing.NamedTuple):
     """N positions for Transformer.read: tokens or masks of the texts in a cache, (N,) each.
-    One rule serves all that use a cache: a position sees slots 0 to limit - 1 of its text,
-    and its own slot.
-    AR: limit = slot = position. With attention "reveal" tokens have slots in the order of
-    reveal; a token's limit is its slot, a mask's the number of known tokens. A mask is
-    stored only to see itself, in a slot that nothing else sees; a token may overwrite it
-    later."""
+    One rule serves all that use a cache: a position sees places 0 to limit - 1 of its
+    text's cache, and its own place.
+    AR: place = limit = position. Attention "reveal": the i-th token of the order (from 0)
+    has place = limit = i. A mask has limit = the number of tokens known so far; its own key
+    must be somewhere for it to see itself, so it borrows a place that nobody else sees."""
     idx: torch.Tensor            # ids, on the model's device
     pos: torch.Tensor            # positions, there too
-    # on the CPU, as shapes depend on these: asking a GPU for them would mean to wait for it
+    # on the CPU: shapes depend on these, and to read them from a GPU the CPU must wait
     row: torch.Tensor            # the text of each
-    slot: torch.Tensor           # where its key and value are stored
-    limit: torch.Tensor          # it sees the slots before this one
-    wanted_from: int = 0         # the first so many only fill the cache: no states of them
+    place: torch.Tensor          # where in the cache its key and value are stored
+    limit: torch.Tensor
+    wanted_from: int = 0         # those before this one only fill the cache: no states
 
 
 # ---- the network
@@ -322,8 +321,8 @@ class Transformer(nn.Module):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
-                    # train.py may have called block.compile(), which block.forward() goes
-                    # around: here the number of positions changes with every step
+                    # forward, and not block(...), which train.py may have compiled: the
+                    # number of positions N differs in every call
                     x = block.forward(x, rope, attend, at)
                 elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -332,8 +331,9 @@ class Transformer(nn.Module):
         return x
 
     def hidden(self, idx, at=None, rank=None, pos=None):
-        """States of whole sequences: ids (B, L) in 0..V -> (B, L, C). With at = (row, pos),
-        both (N,), only those N, (N, C): then the last block computes no others.
+        """States of whole sequences: ids (B, L) in 0..V -> (B, L, C). With at = (row, col),
+        both (N,), only those of idx[row, col], (N, C): then the last block computes no
+        others. (Not for causal models.)
         rank (B, L): for attention "reveal", when each token was revealed (only the order
         of the numbers counts); random unless given, as training must serve every order.
         pos: positions (L,) or (B, L), 0..L-1 unless given.
@@ -356,9 +356,9 @@ class Transformer(nn.Module):
             queries = make_ragged(*at, B)
             if mask is not None:
                 # empty places see all: to see nothing could give NaN
-                seen = torch.ones(B, queries.most, L, dtype=torch.bool, device=idx.device)
-                seen[queries.row, queries.col] = mask[at]
-                queries = queries._replace(mask=seen)
+                padded = torch.ones(B, queries.most, L, dtype=torch.bool, device=idx.device)
+                padded[queries.row, queries.col] = mask[at]
+                queries = queries._replace(mask=padded)
             attends[-1] = functools.partial(see_at, queries=queries)
         return self.run(idx, pos, attends, at)
 
@@ -373,22 +373,22 @@ class Transformer(nn.Module):
 
     def read(self, cache, new):
         """States of the N positions of a Reading, (N - new.wanted_from, C); their keys and
-        values are left in the cache. Raises ValueError where it has too few slots."""
+        values are left in the cache. Raises ValueError where it has too few places."""
         B, device = len(cache.k[0]), new.idx.device
-        slots = torch.arange(int(new.slot.max()) + 1)                # up to the last used
-        if len(slots) > cache.slots:
+        places = torch.arange(int(new.place.max()) + 1)              # up to the last used
+        if len(places) > cache.slots:
             raise ValueError(f"the KV cache holds {cache.slots} tokens, "
-                             f"{len(slots)} were given")
+                             f"{len(places)} were given")
 
         # who sees whom; empty places of the rectangle see all, as in hidden
-        queries = make_ragged(new.row, new.slot, B)
-        mask = torch.ones(B, queries.most, len(slots), dtype=torch.bool)
-        before = slots < new.limit[:, None]                          # (N, seen)
-        itself = slots == new.slot[:, None]
+        queries = make_ragged(new.row, new.place, B)
+        mask = torch.ones(B, queries.most, len(places), dtype=torch.bool)
+        before = places < new.limit[:, None]                         # (N, places)
+        itself = places == new.place[:, None]
         mask[new.row, queries.col] = before | itself
 
         # onto the device, all at once
-        queries = queries._replace(row=new.row.to(device), place=new.slot.to(device),
+        queries = queries._replace(row=new.row.to(device), place=new.place.to(device),
                                    col=queries.col.to(device), mask=mask.to(device))
         # each block has its own part of the cache
         attends = []
@@ -398,8 +398,8 @@ class Transformer(nn.Module):
 
         if new.wanted_from == 0:
             return self.run(new.idx, new.pos, attends)
-        # those before wanted_from only had to fill the cache: in the last block see_cache
-        # leaves them out of its result, and `at` out of x
+        # the first wanted_from only had to fill the cache: the last block drops them, from
+        # attention's result (see_cache) and from the stream x (at)
         attends[-1] = functools.partial(attends[-1], wanted_from=new.wanted_from)
         return self.run(new.idx, new.pos, attends, slice(new.wanted_from, None))
 
@@ -421,7 +421,8 @@ class Transformer(nn.Module):
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
         if not torch.is_grad_enabled():
-            # a parameter asks for its gradient even under no_grad, and HeadSum obeys
+            # of a parameter ctx.needs_input_grad is True even under no_grad, and HeadSum
+            # would compute gradients that nobody uses
             W, b = W.detach(), b.detach()
         return HeadSum.apply(f, h, W, b, *rows)
 
@@ -432,7 +433,8 @@ def reveal_mask(idx, rank, mask_id):
     itself and all tokens. The ranks are random unless given."""
     if rank is None:
         rank = torch.rand(idx.shape, device=idx.device)
-    # a mask comes after all tokens (double: whole numbers have no infinity)
+    # masks have rank infinity: they see all tokens, but not each other, as inf < inf is
+    # false. (double, as whole numbers could not be infinite)
     rank = rank.double().masked_fill(idx == mask_id, torch.inf)      # (B, L)
     before = rank[:, None, :] < rank[:, :, None]                     # (B, L, L)
     itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
@@ -447,20 +449,21 @@ class HeadSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, h, W, b, *rows):
         size = max(1, CHUNK // len(W))                               # rows of a chunk
-        train = any(ctx.needs_input_grad[1:4])                       # h, W, b
+        wanted = any(ctx.needs_input_grad[1:4])                      # h, W, b
         dh = dW = db = None
-        if train:
+        if wanted:
             dh, dW, db = torch.zeros_like(h), torch.zeros_like(W), torch.zeros_like(b)
         total = torch.zeros((), device=h.device)                     # a scalar
         for i in range(0, len(h), size):
             # this chunk's part of the sum
             part = slice(i, i + size)
-            logits = F.linear(h[part], W, b).requires_grad_(train)   # (n, V)
-            with torch.set_grad_enabled(train):
+            # autograd is off in here, so the graph begins at these logits (n, V)
+            logits = F.linear(h[part], W, b).requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
                 value = f(logits, *[r[part] for r in rows]).sum()
             total += value.detach()
             # and of the gradient
-            if train:
+            if wanted:
                 g, = torch.autograd.grad(value, logits)              # (n, V)
                 torch.mm(g, W, out=dh[part])
                 dW.addmm_(g.T, h[part])
@@ -503,23 +506,24 @@ def nll(model, x, start_id):
 
 
 def decode(model, token, slot, cache, seen):
-    """One decoding step: ids (B, 1), which go to slot (1,) of the cache -> logits (B, V).
-    Attention looks at `seen` slots, of which those after `slot` are masked. Only `seen`
-    changes a shape, so that a compiler makes few versions of this."""
+    """One decoding step: ids (B,), which go to slot (1,) of the cache, as that is their
+    position -> logits (B, V). Attention looks at `seen` slots, of which those after `slot`
+    are masked. Only `seen` changes a shape, so that a compiler makes few versions of this.
+    """
     mask = torch.arange(seen, device=token.device) <= slot           # (seen,)
     # each block has its own part of the cache
     attends = []
     for keys, values in zip(cache.k, cache.v):
         attends.append(functools.partial(see_step, keys=keys, values=values, slot=slot,
                                          mask=mask[None]))
-    return model.head(model.run(token[:, 0], slot, attends))
+    return model.head(model.run(token, slot, attends))
 
 
 @torch.no_grad()
 def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     """Autoregressive decoding with a KV cache: each token is read once.
     prompt: ids (B, P), P may be 0. length: tokens of the result, prompt included.
-    draw: logits (B, V) -> ids (B,), for example diffusion.categorical, or an argmax.
+    draw: logits (B, V) -> ids (B,), for example diffusion.categorical; V for NaN.
     step: decode, or a compiled form of it. grain: the number of slots that attention looks
     at is rounded up to a multiple of this, so that a compiled step has few shapes. cache: a
     KVCache to use again.
@@ -536,11 +540,11 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     cache = cache or model.cache(B, length)
 
     # prefill: the start symbol and the prompt, all texts at once
-    n = min(P + 1, length)
+    n = min(P + 1, length)               # P + 1, unless the prompt is the whole text
     row = torch.arange(B).repeat_interleave(n)                       # (B n,)
-    slot = torch.arange(n).repeat(B)                                 # (B n,)
-    new = Reading(idx=out[:, :n].flatten(), pos=slot.to(device), row=row, slot=slot,
-                  limit=slot)
+    place = torch.arange(n).repeat(B)                                # (B n,)
+    new = Reading(idx=out[:, :n].flatten(), pos=place.to(device), row=row, place=place,
+                  limit=place)
     h = model.read(cache, new).view(B, n, -1)                        # (B, n, C)
     logits = model.head(h[:, -1])                                    # (B, V)
 
@@ -550,7 +554,7 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
         out[:, i] = draw(logits)
         if i < length:                   # nothing follows the last token
             seen = min(length, (i // grain + 1) * grain)     # i + 1, rounded up
-            logits = step(model, out[:, i:i + 1], slots[i:i + 1], cache, seen)
+            logits = step(model, out[:, i], slots[i:i + 1], cache, seen)
 
     # a draw from NaN gives V, see diffusion.categorical. It is looked for only now, as each
     # look makes the CPU wait for a GPU

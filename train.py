@@ -35,7 +35,7 @@ from diffusion import nelbo, nll_in_order
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 
 
-# ---- the flags; [in brackets]: what it is where it is not given
+# ---- the flags; [in brackets]: the default, where it depends on other things
 
 @dataclasses.dataclass
 class LoopConfig:
@@ -54,7 +54,8 @@ class LoopConfig:
         "that of the given teacher]", choices=["full", "reveal"])
     out: str | None = flag(None, "folder of the results [out/DATASET-PRESET]")
 
-    # the batch. Each micro-batch has a seed of its own, so its size decides the noise
+    # the batch. Each micro-batch draws texts and noise from a seed of its own, so another
+    # size makes another run
     batch: int = flag(32, "sequences per step, over all processes", low=1)
     micro_batch: int | None = flag(
         None, "sequences per forward pass [batch / processes]", low=1)
@@ -149,8 +150,8 @@ def with_loss(model, loss, procs):
         return net
     # the gradients are views into the memory that is sent: no copy
     net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    # the buffers are constants (cos, sin): nothing to broadcast in every step. (Set here,
-    # which every version takes; some warn of the argument)
+    # the buffers are constants (cos, sin): nothing to broadcast in every step. (Set as an
+    # attribute, as some versions of PyTorch warn about the argument)
     net.broadcast_buffers = False
     return net
 
@@ -186,8 +187,8 @@ def fit(config, procs, data, run, loss, val_loss=None):
             log_now = last or (step + 1) % config.log_every == 0
             save_now = last or (step + 1) % config.save_every == 0
 
-            # the gradient of the global batch, clipped; and this process's part of the
-            # loss. (run.step is still the number of this step)
+            # the gradient of the global batch, clipped; and this process's mean loss.
+            # (Until it is set below, run.step is the number of this step)
             mine = forward_backward(config, procs, data, run, net, count)
             norm = clip_gradient(run.model, config.clip)
 
@@ -197,8 +198,8 @@ def fit(config, procs, data, run, loss, val_loss=None):
             if procs.device.type == "cpu" or show_now or log_now or save_now:
                 guard.stop_if_bad()
 
-            # the step, and the averaged weights, which follow: ever more slowly, by the
-            # number of updates that they have had
+            # the step; then the average, whose decay grows with the number of updates that
+            # it has had (those of earlier rounds included)
             optimizer_step(config, run)
             ema_update(run.ema, run.model, config.ema, run.updates_before + step)
             run.step = step + 1          # steps done
@@ -210,8 +211,9 @@ def fit(config, procs, data, run, loss, val_loss=None):
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
-            # the step itself may have spoiled the weights: look before saving, for which
-            # one batch is enough. (All processes compute the same, and so stop together)
+            # validation, of 4 batches for the log; before a save one batch is enough to see
+            # that this step has not made the weights NaN. (All processes compute the same
+            # value, and so stop together)
             if log_now or save_now:
                 batches = 4 if log_now else 1
                 value = validate(run.ema, val_loss or loss, data, config, batches)
@@ -238,12 +240,11 @@ def forward_backward(config, procs, data, run, net, count):
         # micro-batch number i * world + rank of this step: a resumed run repeats exactly
         seed_all(config.seed, run.path.stem, run.step, i * procs.world + procs.rank)
         x = data.batch("train", run.micro, run.model.config.context, procs.device)
-        # processes average their gradients once, in the last backward; one alone has
-        # nothing to average with
-        context = contextlib.nullcontext()
+        # DDP averages the gradients of all processes in backward: not before the last one
+        sync = contextlib.nullcontext()
         if procs.world > 1 and i < count - 1:
-            context = net.no_sync()
-        with context:
+            sync = net.no_sync()
+        with sync:
             # x (micro, L); / count, so that the gradients' sum is their mean
             value = net(x) / count
             value.backward()                                         # adds to the gradient
@@ -272,10 +273,10 @@ def optimizer_step(config, run):
 
 def micro_batches(config, procs, run=None):
     """(micro, count): sequences of a micro-batch, micro-batches of each process in a step.
-    micro is --micro_batch, or the size that the run has used before, or batch / processes,
-    where that does not fit any more. Another size means different noise: a run that must
-    change it says so. Raises UserError if the batch cannot be divided."""
-    before = run.micro if run else None                              # None in a new run
+    micro is --micro_batch, if given; else the size that the run used before, if it still
+    fits; else batch / processes. Another size means different noise: a run that must change
+    it says so. Raises UserError if the batch cannot be divided."""
+    before = run.micro if run else None                  # None: nothing was run yet
     fits = before is not None and config.batch % (before * procs.world) == 0
     if config.micro_batch is not None:
         micro = config.micro_batch
@@ -353,11 +354,11 @@ def new_model(config, data):
     sizes = dict(PRESETS[config.preset])
     sizes["context"] = data.context(config.context or sizes["context"])
     sizes["attention"] = "causal" if config.causal else config.attention or "full"
-    # if every row of the data begins a text, places mean something, not distances only
+    # if every row of the data begins a text, absolute positions carry information, too
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # with rope alone (relative) no biases in attention, as in the published MDLM, so that
-    # tools.convert can export it; otherwise biases, as in GPT-2
+    # with rope alone (relative) there are no biases in attention, as in the published MDLM,
+    # so that tools.convert can export it; otherwise there are, as in GPT-2
     model_config.attention_bias = not model_config.relative
     return Transformer(model_config)     # random weights
 
@@ -392,12 +393,13 @@ def train(config, procs, as_saved=False):
         print(f"{config.path} is there: {run.steps} steps, {run.seconds:.0f} s")
 
     # what is minimized: for diffusion the bound, for AR the next-token loss, which is exact
-    loss, val_loss = nelbo, None
+    loss = functools.partial(nelbo, mask_id=model.mask_id)
     if config.causal:
-        loss = ar_loss
-    elif model.config.attention == "reveal":
+        loss = functools.partial(ar_loss, mask_id=model.mask_id)
+    # and what is shown of validation text: the same; or the same bound, with less noise
+    val_loss = None
+    if model.config.attention == "reveal":
         val_loss = functools.partial(order_loss, mask_id=model.mask_id)
-    loss = functools.partial(loss, mask_id=model.mask_id)
     fit(config, procs, data, run, loss, val_loss)
     if procs.world > 1:
         dist.barrier()                   # process 0 has saved: now the others may read
