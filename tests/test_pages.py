@@ -1,0 +1,736 @@
+"""Every figure that README.md, results/README.md and results/exact.md print is computed here from
+the files under results/, so that no page says a number that its file does not hold.
+
+A statement is a piece of a page: its words as they stand there, its figures from the rows. The
+functions below yield them, a function for each part of a page, in the page's order. Who edits a
+sentence of a page edits it here, too: the test prints the text that it wants, and what stands
+there. A figure without a statement fails as well, unless it is one of NO_FIGURES: settings, sizes
+and names.
+
+No test here has a false alarm: the rows are saved, nothing random is looked at.
+"""
+import functools
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+import distill
+from data import measures
+from data.stories import language
+from model import PRESETS, ModelConfig, Transformer
+from sample import EXACT, Sampling
+from tools import bench_setup, crossover, envelope, experiments, figures, precision
+from tools.exact import ALL
+from train import TrainConfig
+
+ROOT = Path(distill.__file__).resolve().parent
+SEEDS = 0, 1                             # of training
+
+
+# ---- rows: where a figure comes from
+
+@functools.cache
+def load(name):
+    """What a file under results/ holds; of .jsonl a list with an object for each line."""
+    text = (ROOT / "results" / name).read_text()
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
+
+
+def rows_of(name, part="rows"):
+    """The rows of a file. part: which of its tables."""
+    content = load(name)
+    if isinstance(content, dict):
+        return content[part]
+    return content
+
+
+def row(name, part="rows", **fields):
+    """THE row of a file that has these fields: where none has them, or several, the test fails."""
+    found = []
+    for one in rows_of(name, part):
+        if all(one.get(key) == value for key, value in fields.items()):
+            found.append(one)
+    if len(found) != 1:
+        pytest.fail(f"results/{name}: {len(found)} rows have {fields}, not one")
+    return found[0]
+
+
+def sampled(model, steps=None, seed=0, file="exact.json", **more):
+    """A row of tools.exact: at temperature 1, not stopped, 8 tokens ahead, if `more` says nothing
+    else."""
+    fields = dict(model=model, steps=steps, trained_with_seed=seed, temperature=1, ahead=8,
+                  max_calls=None)
+    if model == "data":
+        fields["temperature"] = None
+    return row(file, **(fields | more))
+
+
+def both_sampled(model, steps=None, **more):
+    """The rows of both seeds."""
+    return [sampled(model, steps, seed, **more) for seed in SEEDS]
+
+
+def trained(file, variant, round, steps, dataset="stories"):
+    """The rows of tools.experiments of both seeds, at temperature 1. steps None: likelihoods;
+    round 0: the teacher."""
+    temperature = 1
+    if steps is None:
+        temperature = None
+    return [row(file, variant=variant, round=round, steps=steps, dataset=dataset, seed=seed,
+                temperature=temperature) for seed in SEEDS]
+
+
+def timed(file, **fields):
+    """How many times as fast as AR a row of bench.py is."""
+    return row(file, **fields)["vs_ar"]
+
+
+# ---- figures as the pages print them
+
+def seeds(rows, key, form):
+    """A value of each seed's row, "1.54/1.55"; what is the very same for both seeds, once."""
+    values = [one[key] for one in rows]
+    if values[0] == values[1]:
+        values = values[:1]
+    return "/".join(format(value, form) for value in values)
+
+
+def percent(share, form=".0f"):
+    """A share as "59 %"."""
+    return f"{100 * share:{form}} %"
+
+
+def valid(rows):
+    """The share of valid stories of each seed, "59/56 %"."""
+    shares = [{"valid": 100 * one["valid"]} for one in rows]
+    return seeds(shares, "valid", ".0f") + " %"
+
+
+def calls(rows):
+    """Calls of the network, "7.5/7.4"; a whole number that both seeds have, without ".0"."""
+    text = seeds(rows, "calls", ".1f")
+    if "/" in text:
+        return text
+    return text.removesuffix(".0")
+
+
+def with_error(one, key, form):
+    """A value and its standard error."""
+    return f"{one[key]:{form}} ± {one[key + '_se']:{form}}"
+
+
+def listed(values, form=""):
+    """"1, 8 and 32"."""
+    *first, last = [format(value, form) for value in values]
+    return ", ".join(first) + " and " + last
+
+
+def agreed(values, form):
+    """Values that are one figure when printed."""
+    texts = {format(value, form) for value in values}
+    assert len(texts) == 1, texts
+    return texts.pop()
+
+
+def cells(*values):
+    """A row of a Markdown table."""
+    return "| " + " | ".join(str(value) for value in values) + " |"
+
+
+def updates(objective):
+    """Optimizer steps of train.py on stories, unless --steps says otherwise."""
+    return f"{TrainConfig(objective=objective).steps:,}"
+
+
+def weights(preset):
+    """Millions of weights of a model of stories."""
+    sizes = PRESETS[preset] | dict(vocab=len(language.VOCABULARY), context=50, positions="both")
+    model = Transformer(ModelConfig(**sizes))
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
+
+
+# ---- README.md
+
+NANO = distill.DistillConfig(preset="nano")
+LEFT_OUT = "entropy", "contradictions", "copies", "choices", "calls", "reads a token"
+BATCHES = 1, 8, 32                       # of latency.json and ar-cpu.json
+
+
+def quick_start():
+    """The size of the dataset."""
+    length = row("latency.json", engine="ar", batch=1)["length"]
+    yield f"a dataset of {length}-word stories"
+
+
+def table_of_rounds():
+    """How it works: dt and steps of each round, by distill.schedule."""
+    here = distill.schedule(NANO.teacher_steps, NANO.rounds)
+    paper = distill.schedule(1024, NANO.rounds)
+    yield cells("round", *range(1, NANO.rounds + 1))
+    yield cells("dt of the teacher's step, here (preset nano)", *[f"1/{n:g}" for n in here[:-1]])
+    yield cells("steps the student is made for", *[f"{n:g}" for n in here[1:]])
+    yield cells("the paper: dt", *[f"1/{n:g}" for n in paper[:-1]])
+
+
+def quick_table():
+    """The table that distill.py prints, without the lines and columns that the page leaves out."""
+    shown = []
+    for one in rows_of("stories-nano.json"):
+        if (one["model"] in ("data", "ar", "teacher", "round 7")
+                and one["steps"] in (None, 4, 8, 32, 1024)):
+            shown.append(one)
+    lines = measures.table(shown).splitlines()
+    return "\n".join(line for line in lines if line[10:26].strip() not in LEFT_OUT)
+
+
+def what_it_shows():
+    """What the quick start prints: results/stories-nano.json."""
+    yield quick_table()
+    quick = functools.partial(row, "stories-nano.json")
+    few, many = quick(model="teacher", steps=8), quick(model="teacher", steps=1024)
+    student = quick(model="round 7", steps=8)
+    yield (f"{percent(few['valid'])} of its stories are valid at 8 steps, "
+           f"{percent(many['valid'])} at 1,024")
+    yield (f"**The student needs few**: {percent(student['valid'])} at 8; its 32 steps beat the "
+           "teacher's 1,024, the paper's headline")
+    before = quick(model="teacher", steps=32)["pooled_entropy"]
+    after = quick(model="round 7", steps=32)["pooled_entropy"]
+    yield (f"in 32 steps the entropy of all texts falls from {before:.2f} to {after:.2f}, as if "
+           f"from {math.exp(before):.0f} equally frequent words to {math.exp(after):.0f}.")
+    yield f"The AR model has {updates('ar')} updates here, the teacher {updates('mdlm')}:"
+
+
+def speed():
+    """Speed, and the KV cache: results/latency.json."""
+    full, cached = students_in_time()
+    yield (f"in 8 steps the student is {listed(full, '.1f')} times as fast as AR at batch "
+           f"{listed(BATCHES)} on two cores (`results/latency.json`)")
+    yield f"and in 8 steps is {listed(cached, '.1f')} times as fast as AR at these batches"
+
+
+def students_in_time():
+    """How many times as fast as AR students are in 8 steps, for each batch: with full attention,
+    and with the cache."""
+    full, cached = [], []
+    for batch in BATCHES:
+        full.append(timed("latency.json", model="kld/round7", steps=8, batch=batch))
+        cached.append(timed("latency.json", model="reveal/round7", steps=8, batch=batch))
+    return full, cached
+
+
+def exact_samples():
+    """Exact samples in a few calls: results/exact.json, first seed."""
+    yield f"of {updates('mdlm')} updates like the teacher (`results/exact.json`, first seed):"
+    exact, cool = sampled("teacher", EXACT), sampled("teacher", EXACT, temperature=0.3, ahead=ALL)
+    for title, one in (
+            ("teacher, one token at a time", sampled("teacher", 1024)),
+            ("teacher, exact", exact), ("teacher, exact, temperature 0.3", cool),
+            ("round 7, 8 steps", sampled("round 7", 8)), ("AR", sampled("ar"))):
+        yield cells(title, calls([one, one]), f"{one['gen_ppl']:.2f}",
+                    f"{one['pooled_entropy']:.2f}", percent(one["valid"]))
+
+    stopped = sampled("teacher", EXACT, ahead=ALL, max_calls=4)
+    yield (f"In 4 calls SDTT has {percent(sampled('round 7', 4)['valid'])} valid, exact sampling "
+           f"stopped there {percent(stopped['valid'])}:")
+    yield f"From {cool['calls']:.0f} on exact sampling keeps the full diversity, or, cooled,"
+    yield f"for each token it computes {exact['reads']:.1f} positions (AR: one)"
+
+
+# ---- results/README.md
+
+def torch_version(file):
+    """"2.13" of a file that bench.py made."""
+    return load(file)["machine"]["torch"].rsplit(".", 1)[0]
+
+
+def how_to_read():
+    """The heading, and how to read the numbers honestly."""
+    yield f"Intel Xeon with AVX-512, torch {torch_version('latency.json')}, float32;"
+    length = row("latency.json", engine="ar", batch=1)["length"]
+    yield f"Models are nano ({weights('nano')} million weights), texts have {length} words."
+
+    law = row("precision.json", draw="the law")["rare"]
+    usual = row("precision.json", draw="both at once in float32")["rare"]
+    ours = row("precision.json", draw="which opens, then which token in float64")
+    ours = {"rare": 100 * ours["rare"], "rare_se": 100 * ours["rare_se"]}
+    tokens = precision.PrecisionConfig().tokens
+    yield (f"Of a law of {tokens:,} tokens the field's usual draw brings rare tokens in "
+           f"{percent(usual, '.1f')} of the cases, where the law has {100 * law:.1f} and the exact "
+           f"draw {with_error(ours, 'rare', '.1f')} (`results/precision.json`)")
+    either = [row(file, "samples", model="teacher", steps=1024)["gen_ppl"]
+              for file in ("exact-1024.json", "joint-1024.json")]
+    yield (f"With the stories' {len(language.VOCABULARY)} words it changes nothing: "
+           f"{agreed(either, '.2f')} at 1,024 steps either way")
+    yield f"is more than {figures.LOW} nats below the data's"
+    yield f"trained for {updates('ar')} updates, the teacher for {updates('mdlm')}:"
+
+
+FINDINGS = [                             # rows of the table: (file, variant, round)
+    ("divergences.json", "kld", 0), ("divergences.json", "kld", 7), ("divergences.json", "mse", 7),
+    ("divergences.json", "tvd", 7), ("divergences.json", "fkl", 7), ("divergences.json", "jsd", 7),
+    ("rounds.json", "quarter", 7), ("sizes.json", "w80", 7), ("sizes.json", "w184", 7),
+    ("attention.json", "reveal", 0), ("attention.json", "reveal", 7),
+    ("attention.json", "adapted", 7)]
+
+COLUMNS = {                              # its columns: keys of experiments.last_rows, and formats
+    "stories": (("any_order", ".2f"), ("gen_ppl 8", ".2f"), ("pooled_entropy 8", ".2f"),
+                ("valid 8", ".0%"), ("at kld", ".2f")),
+    "pydoc": (("any_order", ".2f"), ("gen_ppl 8", ".0f"), ("pooled_entropy 8", ".2f"),
+              ("at kld", ".0f"))}
+
+
+@functools.cache
+def last_rows(file, dataset):
+    """{(variant, round): what tools.experiments shows of it, a list of both seeds' values for each
+    column}."""
+    rows = [one for one in experiments.with_teachers(rows_of(file)) if one["dataset"] == dataset]
+    return {(one["variant"], one["round"]): one for one in experiments.last_rows(rows)}
+
+
+def table_of_findings():
+    """The text table; round 0 is a teacher."""
+    yield "bound ppl, 8 all valid as kld's bound ppl, 8 all as kld's"
+    for file, variant, round in FINDINGS:
+        line = f"{variant} {round}"
+        for dataset, columns in COLUMNS.items():
+            one = last_rows(file, dataset)[variant, round]
+            for key, form in columns:
+                line += " " + experiments.as_cell(one[key], form)
+        yield line
+
+
+def findings():
+    """The list below the table: what the paper claims."""
+    def ppl(file, variant, round, steps, dataset="stories"):
+        form = {"stories": ".2f", "pydoc": ".0f"}[dataset]
+        return seeds(trained(file, variant, round, steps, dataset), "gen_ppl", form)
+
+    own = "divergences.json"
+    yield ("**32 steps of the student beat 1,024 of the teacher**, the paper's headline: on "
+           f"stories {ppl(own, 'kld', 7, 32)} against {ppl(own, 'kld', 0, 1024)}, at temperature 1 "
+           "only")
+    yield (f"Not on pydoc, {ppl(own, 'kld', 7, 32, 'pydoc')} against "
+           f"{ppl(own, 'kld', 0, 1024, 'pydoc')}.")
+    sizes = "sizes.json"
+    yield (f"(w80, {weights('w80')} million weights; w184, {weights('w184')} million): likewise on "
+           f"stories, {ppl(sizes, 'w80', 7, 32)} against {ppl(sizes, 'w184', 0, 1024)}; not on "
+           f"pydoc, {ppl(sizes, 'w80', 7, 32, 'pydoc')} against "
+           f"{ppl(sizes, 'w184', 0, 1024, 'pydoc')}, where only the largest model's own student "
+           f"draws level, in 128 steps ({ppl(sizes, 'w184', 7, 128, 'pydoc')}).")
+
+    worse = []                           # in percent, of both seeds
+    for mine, plain in zip(trained("attention.json", "reveal", 7, 32, "pydoc"),
+                           trained("attention.json", "kld", 7, 32, "pydoc")):
+        worse.append(100 * (mine["gen_ppl"] / plain["gen_ppl"] - 1))
+    yield f"on pydoc {listed(worse, '.0f')} % worse at 32 steps"
+
+
+def larger_k():
+    """k = 4 and 8, and the round of k = 2 after as many updates: results/rounds.json."""
+    step = experiments.STEPS["stories"]  # updates in a round of k = 2
+    rounds, updates, last, ends = [], [6 * step], [], []
+    for k in (4, 8):
+        variant = experiments.variants(step)["rounds"][f"k{k}"]
+        rounds.append(variant["rounds"])
+        updates.append(variant["rounds"] * variant["steps_per_round"])
+        last.append(distill.schedule(NANO.teacher_steps, variant["rounds"], k)[-1])
+        ends.append(quality(trained("rounds.json", f"k{k}", variant["rounds"], 8)))
+    yield (f"**k = 4 and 8** end, after {listed(rounds)} rounds and {agreed(updates, 'd')} "
+           f"updates, in a student for {agreed(last, '.0f')} steps: {ends[0]} nats, and "
+           f"{ends[1]}, where k = 2 has {quality(trained('rounds.json', 'kld', 6, 8))} after as "
+           "many (round 6).")
+
+
+def quality(rows):
+    """Perplexity at which entropy of all texts, of both seeds."""
+    return f"{seeds(rows, 'gen_ppl', '.2f')} at {seeds(rows, 'pooled_entropy', '.2f')}"
+
+
+def last_words():
+    """Their accuracy, of every divergence and round: results/divergences.json."""
+    right = {}                           # in percent, by dataset and seed
+    for one in rows_of("divergences.json"):
+        if "left" in one:
+            right.setdefault((one["dataset"], one["seed"]), []).append(100 * one["left"])
+    first, second = [agreed(right["stories", seed], "g") for seed in SEEDS]
+    pydoc = right["pydoc", 0] + right["pydoc", 1]
+    yield (f"No divergence changes their accuracy (stories {first} %/{second} %, pydoc "
+           f"{min(pydoc):.0f} to {max(pydoc):.0f} %).")
+
+
+def table_of_speed():
+    """Against AR, at nano size: results/latency.json."""
+    full, cached = students_in_time()
+    yield cells("student, 8 steps", f"batch {BATCHES[0]}", *BATCHES[1:])
+    yield cells("full attention (kld)", *[f"{x:.1f}" for x in full])
+    yield cells("order of reveal, KV cache", *[f"{x:.1f}" for x in cached])
+
+
+def speed_of_gpt2():
+    """At GPT-2's size, and in training."""
+    small, steps, kv = "bench-small.json", "bench-small-steps.json", "bench-kv.json"
+
+    def seconds(file, engine, **more):
+        return row(file, engine=engine, **more)["seconds"]
+
+    def line(title, time, file):
+        return cells(title, f"{time:.1f}", f"`results/{file}`")
+    length = row(small, engine="ar")["length"]
+    yield f"(preset small, V = {bench_setup.VOCAB:,}), random weights, {length:,} tokens, float32:"
+    yield line("AR, one text", seconds(small, "ar", batch=1), small)
+    yield line("diffusion, 32 steps", seconds(small, "diffusion", steps=32, batch=1), small)
+    times = [timed(steps, engine="diffusion", steps=n) for n in (16, 8)]
+    yield cells("diffusion, 16 and 8 steps", f"{listed(times, '.1f')} times as fast as AR",
+                f"`results/{steps}`")
+    yield line("diffusion-naive, 32 steps", seconds(small, "diffusion-naive", steps=32, batch=1),
+               small)
+    yield line("AR, eight texts", seconds(kv, "ar", batch=8), kv)
+    cached = {n: seconds(kv, "diffusion-kv", steps=n, batch=8) for n in (16, 32)}
+    for n, time in cached.items():
+        yield line(f"with the KV cache, eight texts, {n} steps", time, kv)
+    less = {n: seconds(kv, "diffusion", steps=n, batch=8) / cached[n] for n in (16, 32)}
+    yield (f"With the cache eight texts take {less[16]:.1f} times less than with full attention in "
+           f"16 steps, and {less[32]:.1f} times less in 32.")
+
+    faster = [1 / timed("ar-cpu.json", engine="transformers", batch=batch) for batch in BATCHES]
+    bandwidth = row("ar-cpu.json", engine="ar", batch=1)["roofline"]
+    yield (f"our AR is {listed(faster, '.1f')} times as fast at batch {listed(BATCHES)}, at "
+           f"{percent(bandwidth)} of the bandwidth for one text (`results/ar-cpu.json`)")
+
+    def share(form, key):
+        """Of what the papers' pseudo-code needs."""
+        mine, plain = [row("bench-train.json", objective="sdtt", form=one)[key]
+                       for one in (form, "plain")]
+        return f"{mine / plain:.2f}"
+    yield (f"an SDTT step takes {share('chunked', 'seconds')} of the time and "
+           f"{share('chunked', 'peak_bytes')} of the memory of the papers' pseudo-code, "
+           f"{share('recompute', 'seconds')} and {share('recompute', 'peak_bytes')} with "
+           "`--recompute`")
+
+
+def muon():
+    """The last line of each log of training."""
+    steps = TrainConfig(objective="mdlm").steps
+    losses = {}
+    for name in ("muon-4e-3", "adamw-5e-4", "adamw-1e-3", "adamw-2e-3", "adamw-4e-3"):
+        losses[name] = row(f"{name}.jsonl", step=steps)["val_loss"]
+    muon = losses.pop("muon-4e-3")
+    best = min(losses, key=losses.get)
+    yield (f"validation loss {muon:.3f} after {steps:,} steps, AdamW {losses[best]:.3f} at the "
+           f"best of four rates (`results/muon-4e-3.jsonl`, `results/{best}.jsonl`)")
+
+
+# ---- results/exact.md
+
+def stories():
+    """Stories: results/exact.json, both seeds."""
+    yield f"torch {torch_version('bench-exact.json')}, float32, but for time and likelihood"
+    samples = {one["samples"] for one in rows_of("exact.json")}
+    yield f"`results/exact.json` has {agreed(samples, 'd')} stories a row, two seeds"
+    yield f"Here that model has as many updates as the teacher, {updates('mdlm')}."
+    yield f"the default for {Sampling().ahead} tokens"
+    yield f"({len(language.BEATS)} sentences, {len(language.WORDS)} words)"
+
+    whole = dict(steps=EXACT, ahead=ALL)
+    for title, fields in (
+            ("data", dict(model="data")),
+            ("teacher, one token at a time", dict(model="teacher", steps=1024)),
+            ("teacher, exact", dict(model="teacher", steps=EXACT)),
+            ("teacher, exact, all ahead", dict(model="teacher", **whole)),
+            ("the same at T = 0.5", dict(model="teacher", temperature=0.5, **whole)),
+            ("the same at T = 0.3", dict(model="teacher", temperature=0.3, **whole)),
+            ("stopped after 4 calls, T = 1", dict(model="teacher", max_calls=4, **whole)),
+            ("teacher, 8 steps", dict(model="teacher", steps=8)),
+            ("round 5, 8 steps", dict(model="round 5", steps=8)),
+            ("round 6, 8 steps", dict(model="round 6", steps=8)),
+            ("round 7, 8 steps", dict(model="round 7", steps=8)),
+            ("round 7, 4 steps", dict(model="round 7", steps=4)),
+            ("round 7, 32 steps", dict(model="round 7", steps=32)),
+            ("round 7, exact, all ahead", dict(model="round 7", **whole)),
+            ("AR", dict(model="ar")),
+            ("AR, exact, all ahead", dict(model="ar", **whole)),
+            ("AR, T = 0.5", dict(model="ar", temperature=0.5))):
+        rows = both_sampled(**fields)
+        cost = "", ""                    # of the data none
+        if title != "data":
+            cost = calls(rows), seeds(rows, "reads", ".1f")
+        yield cells(title, *cost, seeds(rows, "gen_ppl", ".2f"),
+                    seeds(rows, "pooled_entropy", ".2f"), valid(rows),
+                    seeds(rows, "choices", ".1f"))
+
+
+SHOWN = 5                                # levels of diversity
+
+
+def equal_diversity():
+    """At equal diversity: the table of tools.envelope, without its last level."""
+    key = "pooled_entropy"
+    groups = envelope.groups_of(rows_of("exact.json"))
+    groups = [groups["stories", seed] for seed in SEEDS]
+    levels = [envelope.levels(rows, key, envelope.LEVELS)[:SHOWN] for rows in groups]
+    curves = [envelope.curves_of(rows) for rows in groups]
+    yield cells("seed 0/1, entropy of all texts", *[f"{a:.2f}/{b:.2f}" for a, b in zip(*levels)])
+    for title, method in (
+            ("teacher, 8 steps", "teacher, 8 steps"), ("KLD, 8 steps", "kld, 8 steps"),
+            ("teacher, exact, all ahead", "teacher, exact"), ("AR", "AR")):
+        line = []
+        for at in zip(*levels):
+            best = [envelope.best_at(of[method], key, level) for of, level in zip(curves, at)]
+            line.append(best_of_both(best))
+        yield cells(title, *line)
+
+
+def best_of_both(best):
+    """A cell of that table, from (perplexity, SE, model) of both seeds."""
+    (a, _, model), (b, _, other) = best
+    if a is None and b is None:
+        return "-"
+    text = f"{a:.2f}/{b:.2f}"
+    if model.startswith("round"):
+        text += f" ({model.removeprefix('round ')}/{other.removeprefix('round ')})"
+    return text
+
+
+def law_is_kept():
+    """How far exact samples are from samples of one token at a time: both seeds, 8 ahead and all
+    ahead, each measure, in standard errors of the difference."""
+    apart = []
+    for seed in SEEDS:
+        one = sampled("teacher", 1024, seed)
+        for ahead in (8, ALL):
+            exact = sampled("teacher", EXACT, seed, ahead=ahead)
+            for key in ("gen_ppl", "entropy", "pooled_entropy", "valid", "choices"):
+                error = math.hypot(one[key + "_se"], exact[key + "_se"])
+                apart.append(abs(one[key] - exact[key]) / error)
+    yield (f"all {len(apart)} comparisons of exact sampling with one token at a time (perplexity, "
+           "both entropies, valid, choices) are within "
+           f"{math.ceil(10 * max(apart)) / 10} standard errors.")
+
+
+IN_WORDS = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
+
+
+def what_follows():
+    """What follows for stories: results/exact.json."""
+    whole = dict(steps=EXACT, ahead=ALL)
+    cool, student = sampled("teacher", temperature=0.3, **whole), sampled("round 7", 32)
+    yield (f"In about {cool['calls']:.0f} calls the exact teacher at T = 0.3 has "
+           f"{cool['gen_ppl']:.2f} at {cool['pooled_entropy']:.2f} nats and "
+           f"{percent(cool['valid'])} valid; the headline's student, 32 steps of round 7, "
+           f"{student['gen_ppl']:.2f} at {student['pooled_entropy']:.2f} and "
+           f"{percent(student['valid'])}.")
+    yield f"Exact sampling reads {IN_WORDS[round(cool['reads'] / student['reads'])]} as much:"
+
+    # with as many calls the student can be drawn exactly
+    fewest = sampled("round 7", **whole)["calls"]
+    yield f"**What SDTT is for**: fewer than {fewest:.0f} calls."
+    in_four = both_sampled("round 7", 4)
+    stopped = both_sampled("teacher", max_calls=4, **whole)
+    yield (f"In 4, round 7 has {seeds(in_four, 'gen_ppl', '.2f')} where the exact teacher, stopped "
+           f"there, has {seeds(stopped, 'gen_ppl', '.2f')},")
+
+    ar, teacher = both_sampled("ar"), both_sampled("teacher", 1024)
+    good = [100 * one["valid"] for one in ar]
+    less = [100 * one["valid"] for one in teacher]
+    yield f"{listed(good, '.0f')} % valid where the teacher has {listed(less, '.0f')} %,"
+    fewer = both_sampled("ar", **whole)
+    mean = sum(one["calls"] for one in fewer) / len(fewer)
+    yield f"takes it from {calls(ar)} to {mean:.0f} calls."
+
+
+def exact_in_time():
+    """What follows for time: results/bench-exact.json."""
+    batches = 1, 2, 4, 8, 32
+    times, against_one, ar = [], [], []
+    for batch in batches:
+        exact = row("bench-exact.json", engine="diffusion-exact", model="teacher", batch=batch)
+        one = row("bench-exact.json", engine="diffusion-kv", model="teacher", batch=batch)
+        times.append(exact["vs_ar"])
+        against_one.append(one["seconds"] / exact["seconds"])
+        ar.append(timed("bench-exact.json", engine="ar-exact", batch=batch))
+    level = crossover.overtakes(list(zip(batches, times))).split()[-1]
+    yield (f"(`results/bench-exact.json`, two cores, {Sampling().ahead} slots ahead): at batch "
+           f"{listed(batches)} the exact teacher is {listed(times, '.1f')} times as fast as AR "
+           f"(level at {float(level):.0f} texts), and {listed(against_one, '.1f')} times as fast "
+           f"as one token at a time; exact AR is {max(ar):.1f} to {min(ar):.1f} times as fast as "
+           "AR.")
+
+
+def likelihood():
+    """What follows for the likelihood: results/likelihood-reveal.json."""
+    teacher, student = [row("likelihood-reveal.json", "likelihood", model=name)
+                        for name in ("teacher", "round7")]
+    yield (f"The likelihood** of {teacher['sequences']} stories, read exactly in 8 orders "
+           f"(`results/likelihood-reveal.json`): {with_error(teacher, 'any_order', '.4f')} nats a "
+           f"token, {teacher['mixture']:.4f} as a mixture of the orders; round 7 "
+           f"{with_error(student, 'any_order', '.4f')} and {student['mixture']:.4f}.")
+
+
+def docstrings():
+    """What follows for docstrings: results/exact-pydoc.json."""
+    pydoc = functools.partial(sampled, file="exact-pydoc.json")
+    one, exact = pydoc("teacher", 1024), pydoc("teacher", EXACT)
+    whole = pydoc("teacher", EXACT, ahead=ALL)
+    samples = {one["samples"] for one in rows_of("exact-pydoc.json")}
+    yield f"(`results/exact-pydoc.json`, {agreed(samples, 'd')} texts, one seed;"
+    yield (f"one token at a time {with_error(one, 'gen_ppl', '.0f')} in {one['calls']:.0f} calls; "
+           f"exact {with_error(exact, 'gen_ppl', '.0f')} in {exact['calls']:.1f} "
+           f"({exact['reads']:.1f} reads), all ahead {with_error(whole, 'gen_ppl', '.0f')} in "
+           f"{whole['calls']:.1f}.")
+    yield (f"The teacher is weak (data {pydoc('data')['gen_ppl']:.0f}, AR "
+           f"{pydoc('ar')['gen_ppl']:.0f}),")
+    few = [with_error(pydoc(name, 8), "gen_ppl", ".0f") for name in ("teacher", "round 7")]
+    yield f"in 8 steps the teacher has {few[0]}, round 7 {few[1]}."
+    yield (f"AR, left to right, gains little: {pydoc('ar', EXACT, ahead=ALL)['calls']:.0f} calls "
+           f"instead of {pydoc('ar')['calls']:.0f}.")
+
+
+def growth():
+    """What follows for longer texts: results/exact-growth.json."""
+    lengths = 8, 16, 32, 64
+    needed = {}
+    for name in ("teacher", "ar"):
+        needed[name] = [sampled(name, EXACT, file="exact-growth.json", ahead=ALL, length=n)["calls"]
+                        for n in lengths]
+    first, *_, last = needed["teacher"]
+    doublings = len(lengths) - 1
+    yield (f"{listed(needed['teacher'], '.1f')} calls for {listed(lengths)} tokens, all ahead: "
+           f"{(last - first) / doublings:.1f} more for each doubling; AR "
+           f"{listed(needed['ar'], '.1f')}: it doubles.")
+
+
+# ---- the pages, and what they say
+
+PAGES = {
+    "README.md": [quick_start, table_of_rounds, what_it_shows, speed, exact_samples],
+    "results/README.md": [how_to_read, table_of_findings, findings, larger_k, last_words,
+                          table_of_speed, speed_of_gpt2, muon],
+    "results/exact.md": [stories, equal_diversity, law_is_kept, what_follows, exact_in_time,
+                         likelihood, docstrings, growth]}
+
+NO_FIGURES = [                           # (what stands on a page, why it is no figure)
+    (r"`[^`]*`", "names of files, flags and commands"),
+    (r"\]\([^)]*\)", "the address of a link"),
+    (r"\b\d{4}\.\d{5}\b", "a paper's number on arXiv"),
+    (r"GPT-2|[Ff]loat(32|64)|AVX-512|AVX2|UTF-8|Python 3\.11|Jordan et al\., 2024", "names"),
+    (r"\b1/t\b|\bt = [01]\b", "formulas"),
+    (r"(as|\|) 0/1\b", "how both seeds are given"),
+    (r"above 1:", "where both are as fast"),
+    (r"\b([Rr]ound|[Tt]emperature) \d\b", "a setting: which round, which temperature"),
+    (r"\b(in|at) \d steps\b", "a setting: sampling steps"),
+    (r"teacher has 3,000 updates, AR, which is also the judge, 1,000", "settings: --steps, above"),
+    (r"position 30, where .*? he 6%", "an example: tools.lesson prints it, no file has it"),
+    (r"6 to 20 minutes|some 5 minutes", "how long it takes on the reader's own machine")]
+
+
+def plain(text):
+    """A text without line breaks, and one space between words."""
+    return " ".join(text.split())
+
+
+@functools.cache
+def read(page):
+    """A page as plain text, without its blocks of commands and the fences of others."""
+    text = (ROOT / page).read_text()
+    text = re.sub(r"```sh\n.*?```", "", text, flags=re.S)
+    return plain(re.sub(r"```\w*\n", "", text))
+
+
+def places(text, page):
+    """Where a text stands on a page, as the set of its positions. Part of a figure is not the
+    figure: 1.3 stands neither in 11.3 nor in 1.35."""
+    positions = set()
+    for found in re.finditer(r"(?<!\d)(?<!\d[.,])" + re.escape(text) + r"(?![.,]?\d)", page):
+        positions.update(range(*found.span()))
+    return positions
+
+
+@functools.cache
+def said(page):
+    """The positions of all statements of a page."""
+    positions = set()
+    for part in PAGES[page]:
+        for text in part():
+            positions |= places(plain(text), read(page))
+    return positions
+
+
+def unsaid(page, pattern=r"\d[\d.,]*"):
+    """What matches a pattern on a page and has a digit that no statement has: the positions of each
+    such digit, in a list of sets."""
+    text = read(page)
+    open_ones = {i for i, letter in enumerate(text) if letter.isdigit()} - said(page)
+    found = []
+    for match in re.finditer(pattern, text):
+        digits = open_ones.intersection(range(*match.span()))
+        if digits:
+            found.append(digits)
+    return found
+
+
+def instead(text, page):
+    """What stands on a page with the words of a text and other figures."""
+    figure = r"\d[\d.,]*(?<=\d)"
+    words = [re.escape(part) for part in re.split(figure, text)]
+    found = re.search(figure.join(words), page)
+    if found is None:
+        return "(other words)"
+    return found[0]
+
+
+# ---- the properties
+
+PARTS = []
+for page, parts in PAGES.items():
+    PARTS += [(page, part) for part in parts]
+NAMES = [f"{page}: {part.__name__}" for page, part in PARTS]
+
+
+@pytest.mark.parametrize("page, part", PARTS, ids=NAMES)
+def test_statements_stand_on_their_page(page, part):
+    """With every figure as its file has it."""
+    missing = ""
+    for text in map(plain, part()):
+        if not places(text, read(page)):
+            missing += f"\n\nwanted: {text}\nis:     {instead(text, read(page))}"
+    assert not missing, f"{page} does not say what the files under results/ hold{missing}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_figure_has_a_statement(page):
+    """Or is one of NO_FIGURES."""
+    allowed = set()
+    for pattern, _ in NO_FIGURES:
+        for found in re.finditer(pattern, read(page)):
+            allowed.update(range(*found.span()))
+    around = ""
+    for digits in unsaid(page):
+        if digits - allowed:
+            around += "\n" + read(page)[max(0, min(digits) - 40):max(digits) + 40]
+    assert not around, f"no statement has these figures of {page}:{around}"
+
+
+def test_table_is_what_distill_prints_of_the_saved_results():
+    """Line by line, space by space."""
+    assert f"```text\n{quick_table()}\n```" in (ROOT / "README.md").read_text()
+
+
+def test_all_that_is_no_figure_is_needed():
+    """Each of NO_FIGURES stands on some page, with a digit that no statement has."""
+    for pattern, why in NO_FIGURES:
+        found = [unsaid(page, pattern) for page in PAGES]
+        assert any(found), f"{pattern} ({why}) is not needed any more"
+
+
+def test_part_of_a_figure_is_not_the_figure():
+    """Nor is a figure that a page rounds otherwise."""
+    for page in ("it is 11.3", "it is 1.35", "it is 2,1.3", "it is 1.3,5", "it is 1.30"):
+        assert not places("1.3", page)
+    for page in ("it is 1.3.", "1.3, 5", "(1.3)", "1.3/1.4", "±1.3"):
+        assert places("1.3", page)
+    assert instead("has 1.35 in 8 steps", "it has 1.4 in 16 steps.") == "has 1.4 in 16 steps"
