@@ -7,7 +7,7 @@ that is left.) Time runs backward when sampling, from t to s < t.
 
 A "model" is model.py's Transformer, or a table of probabilities, as in tests/toy.py. This
 file uses its config and
-    model.hidden(z, at=None, rank=None)    states (B, L, C); at = (row, pos): these, (N, C)
+    model.hidden(z, at=None, rank=None)    states (B, L, C); at = (row, pos): (B, M, C)
     model.head(h)                          logits (N, V): what it predicts from states
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
     model.cache, model.read                the KV cache, for attention "reveal" and for AR
@@ -271,19 +271,37 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
 def sample_full(model, z, order, when, draw, watch=None):
     """sample with full attention: each step computes whole sequences, the last block only
     where tokens are revealed. z (B, L) is filled in place; order, when: see plan."""
+    row = torch.arange(len(z), device=z.device)[:, None]             # (B, 1)
     for i in range(steps_of(when)):
-        row, j = (when == i).nonzero(as_tuple=True)               # the N masks revealed now
-        row, pos = row.to(z.device), order[row, j].to(z.device)
+        # the masks revealed now, M of a text at most, N together
+        slot, valid = span((when < i).sum(1), (when <= i).sum(1))    # (B, M) both
+        pos = order.gather(1, slot).to(z.device)
         # what the network says there
         if i == 0:
-            h = first_states(model, z, row, pos)                     # (N, C)
+            h = first_states(model, z, row, pos)                     # (B, M, C)
         else:
             h = model.hidden(z, at=(row, pos))
         # and what is drawn from it
-        z[row, pos] = draw_tokens(model, h, draw)
+        h = h[valid.to(z.device)]                                    # (N, C)
+        z[listed(pos, valid)] = draw_tokens(model, h, draw)
         if watch:
             watch(z.clone())
     return z
+
+
+def span(begin, end):
+    """Slots begin[b] to end[b] - 1 of each text, side by side: slot (B, M), M those of the
+    text with most, and valid (B, M) bool, False in the gaps of texts with fewer, whose
+    slots are 0. begin, end: (B,)."""
+    slot = begin[:, None] + torch.arange(int((end - begin).max()))
+    valid = slot < end[:, None]
+    return slot.where(valid, 0), valid
+
+
+def listed(slot, valid):
+    """The N slots of a span as a pair of ids (N,): of texts, and of slots."""
+    text, column = valid.nonzero(as_tuple=True)
+    return text, slot[text, column]
 
 
 def first_states(model, z, row, pos):
@@ -291,67 +309,74 @@ def first_states(model, z, row, pos):
     alike: texts without a prompt are nothing but masks."""
     alike = bool((z == z[:1]).all())                     # all texts are equal
     # one of them has a mask at least, so if its ids are equal all are masks
-    blank = alike and bool((z[0] == z[0, 0]).all())
-    if blank and model.config.relative:
-        return one_for_all(model, z, row)
+    if alike and bool((z[0] == z[0, 0]).all()) and model.config.relative:
+        return blank_state(model, z).expand(*pos.shape, -1)
     if alike:
-        return model.hidden(z[:1], at=(torch.zeros_like(row), pos))
+        # one text, at the positions of all (1, B M)
+        h = model.hidden(z[:1], at=(row[:1], pos.reshape(1, -1)))
+        return h.view(*pos.shape, -1)
     return model.hidden(z, at=(row, pos))
 
 
-def one_for_all(model, z, row):
-    """The states (N, C) of masks in the texts with numbers row (N,), where all is masked
-    and config.relative holds: a single mask, alone, has the state of all, as
-    ModelConfig.relative explains."""
+def blank_state(model, z):
+    """The state (1, C) of a mask in a text of nothing but masks, where config.relative
+    holds: a single mask, alone, has the state of all, as ModelConfig.relative explains."""
     # any rank will do for a single position; without one the model would draw it
     rank = torch.zeros(1, 1, device=z.device)
-    return model.hidden(z[:1, :1], rank=rank)[0].expand(len(row), -1)
+    return model.hidden(z[:1, :1], rank=rank)[0]
 
 
 def sample_cached(model, z, order, when, draw, watch=None):
     """sample with attention in the order of reveal, and its exact KV cache: a step reads
     the tokens revealed in the one before, whose keys and values stay in the cache, and the
     masks that are revealed now. So each position is read twice, whatever the number of
-    steps. z (B, L) is filled in place; order, when: see plan."""
+    steps. z (B, L) is what to fill; order, when: see plan."""
     B, L = z.shape
     n = order.shape[1]                                               # masks of a text
     cache = model.cache(B, L)
-
-    # from now on by slot: the prompt's tokens come first, as if revealed in step -1;
-    # order[b, slot] is the position of a slot
+    # from now on by slot, the prompt first, as if revealed in step -1
     order = prompt_first(order, L)                                   # (B, L)
     when = torch.cat((torch.full((B, L - n), -1), when), 1)          # (B, L)
+    order_z = order.to(z.device)
+    x = z.gather(1, order_z)                                         # (B, L)
 
+    read = torch.zeros(B, dtype=torch.long)              # tokens in the cache, of each text
     for i in range(steps_of(when)):
+        known, end = (when < i).sum(1), (when <= i).sum(1)           # (B,) both
         # tokens that were not read yet, and the N masks revealed now
-        token_row, token_slot = (when == i - 1).nonzero(as_tuple=True)
-        row, slot = (when == i).nonzero(as_tuple=True)
-        known = (when < i).sum(1)                                    # (B,) tokens
-        pos = order[row, slot]                                       # (N,)
+        masks = span(known, end)
         if i == 0 and n == L and model.config.relative:
             # no prompt: nothing to store yet, and all masks have the same state
-            h = one_for_all(model, z, row)                           # (N, C)
+            h = blank_state(model, z).expand(int(masks[1].sum()), -1)            # (N, C)
         else:
-            new = reading(z, order, token_row, token_slot, row, slot, known)
+            # a mask has the place that its token will have, which then overwrites it
+            new = reading(model, x, order, span(read, known), masks, known, place=masks[0])
             h = model.read(cache, new)                               # (N, C)
-        z[row, pos] = draw_tokens(model, h, draw)
+            read = known
+        x[listed(*masks)] = draw_tokens(model, h, draw)
         if watch:
-            watch(z.clone())
-    return z
+            watch(by_position(x, order_z))
+    return by_position(x, order_z)
 
 
-def reading(z, order, token_row, token_slot, mask_row, mask_slot, known):
-    """What model.read needs: tokens that were not read yet and, after them, masks. A token
-    sees itself and those before it, a mask itself and all `known` (B,) tokens. A mask has
-    the place in the cache that its token will have, which then overwrites it."""
-    limit = torch.cat((token_slot, known[mask_row]))
-    first = len(token_row)                                           # masks begin here
-    row = torch.cat((token_row, mask_row))
-    slot = torch.cat((token_slot, mask_slot))
-    pos = order[row, slot]
-    idx = z[row, pos]
-    return Reading(idx=idx, pos=pos.to(z.device), row=row, place=slot, limit=limit,
-                   wanted_from=first)
+def reading(model, x, order, tokens, masks, known, place):
+    """What model.read needs for tokens of x (B, L), which is by slot, and for masks: both
+    are spans. A token sees itself and those in slots before it, a mask itself and those of
+    them that are `known` (B,). place (B, M): of the masks in the cache; a token's is its
+    slot."""
+    slot, valid = torch.cat((tokens[0], masks[0]), 1), torch.cat((tokens[1], masks[1]), 1)
+    first = tokens[0].shape[1]                                       # masks begin here
+    idx = x.gather(1, slot.to(x.device))
+    idx[:, first:] = model.mask_id
+    limit = torch.cat((tokens[0], masks[0].minimum(known[:, None])), 1)
+    place = torch.cat((tokens[0], place), 1)
+    return Reading(idx=idx, pos=order.gather(1, slot), place=place, limit=limit,
+                   valid=valid, wanted_from=first)
+
+
+def by_position(x, order):
+    """What is in the order of slots, x (B, L), in that of positions again: (B, L)."""
+    return torch.empty_like(x).scatter_(1, order, x)
 
 
 def steps_of(when):
@@ -405,11 +430,10 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     ask, order = how_to_ask(model, z, mask_id)
     order_z = order.to(z.device)
     x = z.gather(1, order_z)             # (B, L), tokens by slot; a mask where no guess is
-    slot = torch.arange(L).expand(B, L)
 
-    # of each text, (B, 1): slots 0 to final - 1 are done, those up to guessed - 1 hold
+    # of each text, (B,): slots 0 to final - 1 are done, those up to guessed - 1 hold
     # guesses, and the rest masks
-    final = (x != mask_id).sum(1, keepdim=True).cpu()
+    final = (x != mask_id).sum(1).cpu()
     guessed = final
     # the first slot whose token the cache lacks, or holds an old one of. -1: as if AR's
     # start symbol were the token of a slot before 0
@@ -419,37 +443,33 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     calls, made = torch.zeros(B, dtype=torch.long), 0
     while bool((final < L).any()) and made != max_calls:
         made += 1
-        calls += final[:, 0] < L
-        # what is asked: the slots from `final` to `end`
+        calls += final < L
+        # what is asked: the slots from `final` to `end` - 1 (B,), N together
         end = final + (ahead + final)
         if made == max_calls:
             end = end + L                                # no slot may stay without a guess
-        end = end.clamp(max=L)                           # (B, 1)
-        asked = (slot >= final) & (slot < end)           # (B, L), N of them
-        h = ask(model, cache, order, x, unread, guessed, asked)      # (N, C)
+        end = end.clamp(max=L)
+        h = ask(model, cache, order, x, unread, guessed, (final, end))           # (N, C)
         if states is None:
             states = h.new_zeros(B, L, h.shape[1])
 
         # each guess becomes a draw from its new prediction
+        at = listed(*span(final, end))                   # (N,) text, slot
         old, x = x, x.clone()
-        x[asked] = couple(model, h, states[asked], old[asked], mask_id, adjust)
-        states[asked] = h
-        # c (B, 1): the first slot that changed, or `end` if none did; with it all is final
+        x[at] = couple(model, h, states[at], old[at], mask_id, adjust)
+        states[at] = h
+        # c (B,): the first slot that changed, or `end` if none did; with it all is final
         changed = (x != old).cpu()
-        c = torch.where(changed, slot, end).amin(1, keepdim=True)
+        c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
         final = (c + 1).minimum(end)
         guessed = end
         # the call has read all final tokens but the last one; what it left in the cache of
         # the slots behind is overwritten by the next call
         unread = final - 1
         if watch:
-            watch(by_position(x, order_z), by_position(slot < final, order))
+            done = torch.arange(L) < final[:, None]      # (B, L), by slot
+            watch(by_position(x, order_z), by_position(done, order))
     return without_masks(by_position(x, order_z), mask_id), calls
-
-
-def by_position(x, order):
-    """What is in the order of slots, x (B, L), in that of positions again: (B, L)."""
-    return torch.empty_like(x).scatter_(1, order, x)
 
 
 def how_to_ask(model, z, mask_id):
@@ -468,28 +488,17 @@ def how_to_ask(model, z, mask_id):
 
 def ask_masks(model, cache, order, x, unread, guessed, asked):
     """One call of a model with attention in the order of reveal: the states (N, C) of masks
-    at the N slots `asked` (B, L). It reads, first, the tokens of x (B, L) that the cache
-    lacks, from slot `unread` on; then the masks. Both the token of slot s and its mask see
-    the tokens of the slots before s that have one. The cache keeps the token of slot s in
-    place s, and its mask in place L + s: here one call reads both."""
-    L = x.shape[1]
-    slots = torch.arange(L)
-    # the last slot asked (B, 1), 0 if there is none; its token is not read, as nothing that
-    # is asked comes after it
-    last = (slots * asked).amax(1, keepdim=True)
-    tokens = (slots >= unread) & (slots < last.minimum(guessed))     # (B, L)
-    token_row, token_slot = tokens.nonzero(as_tuple=True)
-    mask_row, mask_slot = asked.nonzero(as_tuple=True)
-    # tokens, then masks
-    row = torch.cat((token_row, mask_row))
-    slot = torch.cat((token_slot, mask_slot))
-    idx = x[row, slot]
-    idx[len(token_row):] = model.mask_id     # asked with masks, not with their guesses
-    limit = torch.cat((token_slot, mask_slot.minimum(guessed[mask_row, 0])))
-    place = torch.cat((token_slot, L + mask_slot))
-    new = Reading(idx=idx, pos=order[row, slot].to(x.device), row=row, place=place,
-                  limit=limit, wanted_from=len(token_row))
-    return model.read(cache, new)
+    at the slots from begin to end - 1, with asked = begin, end, (B,) both; N together. It
+    reads, first, the tokens of x (B, L) that the cache lacks, from slot `unread` (B,) on;
+    then the masks. Both the token of slot s and its mask see the tokens of the slots before
+    s that have one. The cache keeps the token of slot s in place s, and its mask in place
+    L + s: here one call reads both."""
+    begin, end = asked
+    masks = span(begin, end)
+    # the token of the last slot asked is not read: nothing that is asked comes after it
+    tokens = span(unread.clamp(min=0), (end - 1).minimum(guessed))
+    place = masks[0] + x.shape[1]
+    return model.read(cache, reading(model, x, order, tokens, masks, guessed, place))
 
 
 def ask_tokens(model, cache, order, x, unread, guessed, asked):
@@ -500,16 +509,17 @@ def ask_tokens(model, cache, order, x, unread, guessed, asked):
     B, L = x.shape
     start = torch.full((B, 1), model.mask_id, device=x.device)
     shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
-    slots = torch.arange(L)
-    last = (slots * asked).amax(1, keepdim=True).minimum(guessed)    # (B, 1)
-    # > and not >=, as place s has the token of slot s - 1
-    row, place = ((slots > unread) & (slots <= last)).nonzero(as_tuple=True)
-    new = Reading(idx=shifted[row, place], pos=place.to(x.device), row=row, place=place,
-                  limit=place)
+    # from the place after that of the last token read, to that of the last slot asked; a
+    # text that is finished asks for nothing
+    begin, end = asked
+    last = (end - 1).minimum(guessed).where(begin < end, unread)
+    place, valid = span(unread + 1, last + 1)                        # (B, M) both
+    new = Reading(idx=shifted.gather(1, place.to(x.device)), pos=place, place=place,
+                  limit=place, valid=valid)
     h = model.read(cache, new)
     states = h.new_zeros(B, L, h.shape[1])
-    states[row, place] = h
-    return states[asked]                                             # (N, C)
+    states[listed(place, valid)] = h
+    return states[listed(*span(begin, end))]                         # (N, C)
 
 
 @torch.no_grad()
@@ -523,11 +533,10 @@ def nll_in_order(model, x, mask_id):
     B, L = x.shape
     order = random_order(torch.full_like(x, mask_id), mask_id)       # (B, L)
     by_slot = x.gather(1, order.to(x.device))                        # (B, L)
-    guessed = torch.full((B, 1), L)
-    unread = torch.zeros_like(guessed)                   # no token is in the cache
-    everything = torch.ones(B, L, dtype=torch.bool)
+    begin, end = torch.zeros(B, dtype=torch.long), torch.full((B,), L)
     cache = model.cache(B, L, spare=L)
-    h = ask_masks(model, cache, order, by_slot, unread, guessed, everything)     # (B L, C)
+    # all slots are guessed, no token is in the cache, and every slot is asked
+    h = ask_masks(model, cache, order, by_slot, begin, end, (begin, end))        # (B L, C)
     return nats_of(model, h, by_slot.flatten()).view(B, L).sum(1)    # (B,)
 
 

@@ -1,10 +1,10 @@
 """One transformer for three jobs: masked diffusion (bidirectional, or in the order of
 reveal), its distilled students (the same), and the autoregressive (AR) baseline (causal).
 
-Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H; N is a number of
-positions picked from several sequences. The vocabulary has V real tokens; id V is the mask
-of a diffusion model and the start symbol of an AR one. The embedding therefore has V + 1
-rows and the head V: no model here can ever predict the mask.
+Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H; M is a number of
+positions picked from each sequence, N of positions picked from all. The vocabulary has V
+real tokens; id V is the mask of a diffusion model and the start symbol of an AR one. The
+embedding therefore has V + 1 rows and the head V: no model here can ever predict the mask.
 
 Who calls whom:
 
@@ -122,17 +122,16 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, at=None):
         """x (..., C) -> the same shape. rope: the tables of rotate, or None.
         attend(q, k, v), each (..., H, D), returns what positions see in others.
-        at, in the last block only, indexes x: a pair (row, pos) from hidden, a slice from
-        read. Then only x[at] is wanted, (N, C), and attend returns just these, (N, H, D).
-        """
+        at, in the last block only, is an index of x: only x[at] is wanted, and attend
+        returns just these."""
         qkv = self.qkv(self.norm1(x))                                # (..., 3 C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, D) each
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         # the only place where positions meet
-        y = attend(q, k, v).flatten(-2)                              # (..., C) or (N, C)
+        y = attend(q, k, v).flatten(-2)                              # (..., C), or those at
         if at is not None:
-            x = x[at]                                                # (N, C)
+            x = x[at]
         # both halves add to the stream x
         x = x + self.dropout(self.attn_out(y))
         return x + self.dropout(self.mlp_out(gelu(self.mlp_in(self.norm2(x)))))
@@ -141,73 +140,52 @@ class Block(nn.Module):
 # ---- who sees whom
 
 def see_sequence(q, k, v, mask=None, causal=False):
-    """Attention over whole sequences: q, k, v (B, L, H, D) -> (B, L, H, D).
-    mask (B, L, L) bool: who sees whom, row by row. Without one, each position sees all
-    others, or, if causal, those that are not later."""
+    """Attention within sequences: q (B, M, H, D), k and v (B, L, H, D) -> (B, M, H, D); M
+    is L where all positions ask. mask (B, M, L) bool: who sees whom, row by row. Without
+    one, each position sees all others, or, if causal, those that are not later."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)    # (B, H, L, D)
     if mask is not None:
-        mask = mask[:, None]                                        # the same for all heads
+        mask = mask[:, None]                                         # alike for all heads
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
-    return y.transpose(1, 2)                                         # (B, L, H, D)
+    return y.transpose(1, 2)                                         # (B, M, H, D)
 
 
-class Ragged(typing.NamedTuple):
-    """N queries of B texts, some of which have more than others. For attention they are
-    padded to a rectangle (B, most), where query i stands in row[i], col[i]."""
-    row: torch.Tensor            # (N,) the text of each
-    place: torch.Tensor          # (N,) among the keys: its position, or place in a cache
-    col: torch.Tensor            # (N,) 0, 1, 2, ... among those of its text
-    B: int
-    most: int                    # the largest number of queries in one text
-    mask: torch.Tensor | None = None     # (B, most, keys) bool, who sees what; None: all
-
-    def pad(self, x):
-        """x (N, ...) -> (B, most, ...), zeros in the empty places."""
-        padded = x.new_zeros(self.B, self.most, *x.shape[1:])
-        padded[self.row, self.col] = x
-        return padded
-
-    def attention(self, q, k, v):
-        """q (N, H, D), k and v (B, H, keys, D) -> (N, H, D)."""
-        mask = None
-        if self.mask is not None:
-            mask = self.mask[:, None]                               # the same for all heads
-        q = self.pad(q).transpose(1, 2)                              # (B, H, most, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask)            # (B, H, most, D)
-        return y.transpose(1, 2)[self.row, self.col]                 # (N, H, D)
+def see_at(q, k, v, at, mask=None):
+    """see_sequence, asked at some positions only: q, k, v (B, L, H, D), at a pair of ids
+    (B, 1) of texts and (B, M) of positions -> (B, M, H, D). mask (B, L, L) or None."""
+    if mask is not None:
+        mask = mask[at]                                              # (B, M, L)
+    return see_sequence(q[at], k, v, mask)
 
 
-def make_ragged(row, place, B):
-    """Queries of texts row (N,) at places place (N,), in any order, as a Ragged."""
-    # sort the queries by text. number: a query's place in that list; begin: where a text
-    # begins there. (On the right an example, row = (1, 1, 0))
-    count = torch.bincount(row, minlength=B)                         # (B,)  (1, 2)
-    by_row = row.argsort(stable=True)                                # (N,)  (2, 0, 1)
-    number = torch.empty_like(row)
-    number[by_row] = torch.arange(len(row), device=row.device)       # (N,)  (1, 2, 0)
-    begin = count.cumsum(0) - count                                  # (B,)  (0, 1)
-    col = number - begin[row]                                        # (N,)  (0, 1, 0)
-    return Ragged(row, place, col, B, int(count.max()))
+def see_cache(q, k, v, keys, values, row, place, mask, wanted_from=0):
+    """Attention of M positions of each text to the text's cache: q, k, v (B, M, H, D) ->
+    (B, M - wanted_from, H, D). The new keys and values are stored first, those of text
+    row (B, 1) at place (B, M); then each position, but for the first wanted_from, which
+    only fill the cache, looks where mask (B, M, seen) allows, itself included."""
+    # keys are (B, H, places, D); two indices around a slice give (B, M, H, D), as k has
+    keys[row, :, place] = k
+    values[row, :, place] = v
+    seen = mask.shape[-1]                            # nobody sees beyond these places
+    q, mask = q[:, wanted_from:].transpose(1, 2), mask[:, None, wanted_from:]
+    y = F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask)
+    return y.transpose(1, 2)
 
 
-def see_at(q, k, v, queries):
-    """see_sequence at the N queries of a Ragged only: (B, L, H, D) -> (N, H, D)."""
-    q = q[queries.row, queries.place]                                # (N, H, D)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)                      # (B, H, L, D)
-    return queries.attention(q, k, v)
+def see_packed(q, k, v, at, wanted, **cache):
+    """see_cache of N positions that stand side by side, without the gaps of a rectangle:
+    q, k, v (N, H, D) -> the wanted of them, (n, H, D). at: the pair of ids (N,) where each
+    stands in the rectangle (B, M), a text and a column; wanted: ids (n,) of positions; the
+    rest as see_cache has it."""
+    B, M, _ = cache["mask"].shape
 
-
-def see_cache(q, k, v, keys, values, queries, wanted_from=0):
-    """Attention of N positions to their texts' caches: q, k, v (N, H, D) -> the same shape,
-    without the first wanted_from, which only fill the cache. The new keys and values are
-    stored first, each at its queries.place; then each looks where queries.mask allows,
-    itself included."""
-    # keys are (B, H, places, D); two indices around a slice give (N, H, D), as k has
-    keys[queries.row, :, queries.place] = k
-    values[queries.row, :, queries.place] = v
-    seen = queries.mask.shape[-1]                    # nobody sees beyond these places
-    y = queries.attention(q, keys[:, :, :seen], values[:, :, :seen])
-    return y[wanted_from:]
+    def spread(x):
+        """x (N, H, D) in the rectangle (B, M, H, D), with zeros in its gaps."""
+        rectangle = x.new_zeros(B, M, *x.shape[1:])
+        rectangle[at] = x
+        return rectangle
+    y = see_cache(spread(q), spread(k), spread(v), **cache)          # (B, M, H, D)
+    return y[at][wanted]
 
 
 def see_step(q, k, v, keys, values, slot, mask):
@@ -227,7 +205,8 @@ class KVCache:
     are stored after their rotation, so tokens may be read in any order of positions."""
 
     def __init__(self, config, B, slots, device=None, dtype=torch.float32):
-        shape = (B, config.heads, slots, config.width // config.heads)   # (B, H, slots, D)
+        # (B, H, places, D), where the last place is no token's, see Transformer.read
+        shape = (B, config.heads, slots + 1, config.width // config.heads)
         new = functools.partial(torch.zeros, shape, device=device, dtype=dtype)
         self.k = [new() for _ in range(config.layers)]
         self.v = [new() for _ in range(config.layers)]
@@ -235,19 +214,20 @@ class KVCache:
 
 
 class Reading(typing.NamedTuple):
-    """N positions for Transformer.read: tokens or masks of the texts in a cache, (N,) each.
+    """M positions of each text for Transformer.read: tokens or masks of the texts in a
+    cache. Texts that have fewer leave gaps in the rectangle (B, M). All on the CPU, but for
+    idx.
     One rule serves all that use a cache: a position sees places 0 to limit - 1 of its
     text's cache, and its own place.
     AR: place = limit = position. Attention "reveal": the i-th token of the order (from 0)
     has place = limit = i. A mask has limit = the number of tokens known so far; its own key
     must be somewhere for it to see itself, so it borrows a place that nobody else sees."""
-    idx: torch.Tensor            # ids, on the model's device
-    pos: torch.Tensor            # positions, there too
-    # on the CPU: shapes depend on these, and to read them from a GPU the CPU must wait
-    row: torch.Tensor            # the text of each
-    place: torch.Tensor          # where in the cache its key and value are stored
-    limit: torch.Tensor
-    wanted_from: int = 0         # those before this one only fill the cache: no states
+    idx: torch.Tensor            # (B, M) ids, on the model's device
+    pos: torch.Tensor            # (B, M) positions
+    place: torch.Tensor          # (B, M) where in the cache key and value are stored
+    limit: torch.Tensor          # (B, M)
+    valid: torch.Tensor          # (B, M) bool: False in the gaps
+    wanted_from: int = 0         # columns before this one only fill the cache: no states
 
 
 # ---- the network
@@ -304,8 +284,8 @@ class Transformer(nn.Module):
 
     def run(self, idx, pos, attends, at=None):
         """Embedding and blocks: ids idx (...) -> states (..., C), before the last norm.
-        The shape of idx is (B, L) from hidden, (N,) from read, (B,) from decode; that of
-        its positions pos broadcasts to it.
+        The shape of idx is (B, L) from hidden, (B, M) or (N,) from read, (B,) from decode;
+        that of its positions pos broadcasts to it.
         attends: who sees whom, a function for each block. at: see Block; for the last
         block only, as the others' states are needed everywhere."""
         # what stands where
@@ -322,7 +302,7 @@ class Transformer(nn.Module):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
                     # forward, and not block(...), which train.py may have compiled: the
-                    # number of positions N differs in every call
+                    # number of positions that are wanted differs in every call
                     x = block.forward(x, rope, attend, at)
                 elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -331,9 +311,9 @@ class Transformer(nn.Module):
         return x
 
     def hidden(self, idx, at=None, rank=None, pos=None):
-        """States of whole sequences: ids (B, L) in 0..V -> (B, L, C). With at = (row, col),
-        both (N,), only those of idx[row, col], (N, C): then the last block computes no
-        others. (Not for causal models.)
+        """States of whole sequences: ids (B, L) in 0..V -> (B, L, C). With at, a pair of
+        ids (B, 1) of texts, 0..B-1, and (B, M) of positions, only the states there,
+        (B, M, C): the last block computes no others. (Not for causal models.)
         rank (B, L): for attention "reveal", when each token was revealed (only the order
         of the numbers counts); random unless given, as training must serve every order.
         pos: positions (L,) or (B, L), 0..L-1 unless given.
@@ -353,13 +333,7 @@ class Transformer(nn.Module):
 
         # but the last block's queries are needed at the wanted positions only
         if at is not None:
-            queries = make_ragged(*at, B)
-            if mask is not None:
-                # empty places see all: to see nothing could give NaN
-                padded = torch.ones(B, queries.most, L, dtype=torch.bool, device=idx.device)
-                padded[queries.row, queries.col] = mask[at]
-                queries = queries._replace(mask=padded)
-            attends[-1] = functools.partial(see_at, queries=queries)
+            attends[-1] = functools.partial(see_at, at=at, mask=mask)
         return self.run(idx, pos, attends, at)
 
     def cache(self, B, slots, spare=0):
@@ -372,36 +346,49 @@ class Transformer(nn.Module):
         return KVCache(self.config, B, slots + spare, self.embed.weight.device, dtype)
 
     def read(self, cache, new):
-        """States of the N positions of a Reading, (N - new.wanted_from, C); their keys and
-        values are left in the cache. Raises ValueError where it has too few places."""
-        B, device = len(cache.k[0]), new.idx.device
-        places = torch.arange(int(new.place.max()) + 1)              # up to the last used
-        if len(places) > cache.slots:
-            raise ValueError(f"the KV cache holds {cache.slots} tokens, "
-                             f"{len(places)} were given")
+        """States of a Reading's valid positions from column wanted_from on, text by text,
+        (N, C); the keys and values of all are left in the cache. Raises ValueError where it
+        has too few places."""
+        device, wanted_from = new.idx.device, new.wanted_from
+        seen = int(new.place[new.valid].max()) + 1                   # places used so far
+        if seen > cache.slots:
+            raise ValueError(f"the KV cache holds {cache.slots} tokens, {seen} were given")
 
-        # who sees whom; empty places of the rectangle see all, as in hidden
-        queries = make_ragged(new.row, new.place, B)
-        mask = torch.ones(B, queries.most, len(places), dtype=torch.bool)
-        before = places < new.limit[:, None]                         # (N, places)
-        itself = places == new.place[:, None]
-        mask[new.row, queries.col] = before | itself
-
-        # onto the device, all at once
-        queries = queries._replace(row=new.row.to(device), place=new.place.to(device),
-                                   col=queries.col.to(device), mask=mask.to(device))
+        # what stands in a gap goes to the last place, and sees all: to see nothing could
+        # give NaN
+        gap = ~new.valid
+        place = new.place.masked_fill(gap, cache.slots).to(device)   # (B, M)
+        limit = new.limit.masked_fill(gap, seen).to(device)
+        # who sees whom
+        places = torch.arange(seen, device=device)
+        before = places < limit[..., None]                           # (B, M, seen)
+        itself = places == place[..., None]
+        row = torch.arange(len(place), device=device)[:, None]       # (B, 1)
         # each block has its own part of the cache
         attends = []
         for keys, values in zip(cache.k, cache.v):
-            attends.append(functools.partial(see_cache, keys=keys, values=values,
-                                             queries=queries))
+            attends.append(functools.partial(see_cache, keys=keys, values=values, row=row,
+                                             place=place, mask=before | itself))
 
-        if new.wanted_from == 0:
-            return self.run(new.idx, new.pos, attends)
-        # the first wanted_from only had to fill the cache: the last block drops them, from
-        # attention's result (see_cache) and from the stream x (at)
-        attends[-1] = functools.partial(attends[-1], wanted_from=new.wanted_from)
-        return self.run(new.idx, new.pos, attends, slice(new.wanted_from, None))
+        # columns before wanted_from only had to fill the cache: the last block drops them
+        pos = new.pos.to(device)
+        if not bool(gap.any()):
+            attends[-1] = functools.partial(attends[-1], wanted_from=wanted_from)
+            at = (slice(None), slice(wanted_from, None))
+            return self.run(new.idx, pos, attends, at).flatten(0, 1)
+
+        # where there are gaps, only attention needs the rectangle: all else is computed for
+        # the N valid positions, side by side
+        text, column = new.valid.nonzero(as_tuple=True)              # (N,) both
+        wanted = (column >= wanted_from).nonzero()[:, 0].to(device)  # (n,)
+        at = text.to(device), column.to(device)
+        everyone = slice(None)
+        packed = []
+        for attend in attends:
+            packed.append(functools.partial(see_packed, at=at, wanted=everyone,
+                                            **attend.keywords))
+        packed[-1] = functools.partial(packed[-1], wanted=wanted)
+        return self.run(new.idx[at], pos[at], packed, wanted)
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
@@ -541,12 +528,11 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
 
     # prefill: the start symbol and the prompt, all texts at once
     n = min(P + 1, length)               # P + 1, unless the prompt is the whole text
-    row = torch.arange(B).repeat_interleave(n)                       # (B n,)
-    place = torch.arange(n).repeat(B)                                # (B n,)
-    new = Reading(idx=out[:, :n].flatten(), pos=place.to(device), row=row, place=place,
-                  limit=place)
-    h = model.read(cache, new).view(B, n, -1)                        # (B, n, C)
-    logits = model.head(h[:, -1])                                    # (B, V)
+    place = torch.arange(n).expand(B, n)
+    new = Reading(idx=out[:, :n], pos=place, place=place, limit=place,
+                  valid=torch.ones(B, n, dtype=torch.bool), wanted_from=n - 1)
+    h = model.read(cache, new)                                       # (B, C), of the last
+    logits = model.head(h)                                           # (B, V)
 
     # one token a step
     slots = torch.arange(length, device=device)

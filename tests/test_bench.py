@@ -191,7 +191,7 @@ def test_bfloat16_is_in_the_matrices_and_logits_are_float32():
     assert types["embed.weight"] == types["norm.weight"] == torch.float32
     logits = half(z)
     assert logits.dtype == torch.float32 and 0 < (logits - exact).abs().max() < 0.05
-    at = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 1, 2, 7])
+    at = torch.arange(2)[:, None], torch.tensor([[3, 1], [2, 7]])
     assert (half.head(half.hidden(z, at)) - logits[at]).abs().max() < 0.05
 
 

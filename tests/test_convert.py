@@ -233,10 +233,10 @@ def test_fixtures(name):
         B, begin, out, cache = len(idx), 0, idx[:, :5], model.cache(len(idx), 25)
         while out.shape[1] < 25:                         # by the cache, without a start symbol
             n = out.shape[1] - begin
-            row = torch.arange(B).repeat_interleave(n)
-            slot = torch.arange(begin, out.shape[1]).repeat(B)
+            slot = torch.arange(begin, out.shape[1]).expand(B, n)
+            valid = torch.ones(B, n, dtype=torch.bool)
             with torch.no_grad():
-                h = model.read(cache, Reading(out[:, begin:].flatten(), slot, row, slot, slot))
+                h = model.read(cache, Reading(out[:, begin:], slot, slot, slot, valid))
             best = model.head(h.view(B, n, -1)[:, -1]).argmax(-1, keepdim=True)
             begin, out = out.shape[1], torch.cat((out, best), 1)
         assert torch.equal(out, expected["greedy"])

@@ -236,9 +236,10 @@ def test_text_is_that_of_one_call_per_token_with_the_same_noise(monkeypatch, att
     ask_name = "ask_tokens" if attention == "causal" else "ask_masks"
 
     def ask(model, cache, order, x, unread, guessed, asked, usual=getattr(diffusion, ask_name)):
-        now.update(order=order, asked=asked)
+        now.update(order=order)
         h = usual(model, cache, order, x, unread, guessed, asked)
-        kept[asked] = h
+        now["asked"] = diffusion.listed(*diffusion.span(*asked))
+        kept[now["asked"]] = h
         return h
 
     def largest(model, h, was, x, mask_id, adjust=None):

@@ -51,10 +51,10 @@ def in_chunks(model, idx, sizes, pos=None, cache=None):
     pos = torch.arange(L).expand(B, L) if pos is None else pos.expand(B, L)
     for n in sizes:
         part = slice(begin, begin + n)
-        row, slot = torch.arange(B).repeat_interleave(n), torch.arange(begin, begin + n).repeat(B)
+        slot = torch.arange(begin, begin + n).expand(B, n)
         limit = slot if model.config.causal else torch.full_like(slot, begin + n)
-        h = model.read(cache, Reading(idx[:, part].flatten(), pos[:, part].flatten(), row,
-                                        slot, limit))
+        h = model.read(cache, Reading(idx[:, part], pos[:, part], slot, limit,
+                                      torch.ones(B, n, dtype=torch.bool)))
         logits.append(model.head(h).view(B, n, -1))
         begin += n
     assert begin == L
@@ -218,13 +218,13 @@ def test_logits_at_chosen_positions_equal_the_same_rows_of_all():
 
 @pytest.mark.parametrize("positions", ["rope", "learned", "both"])
 def test_last_block_at_some_positions_equals_the_same_rows_of_all(positions):
-    """In any order, as many as one likes of each row, the same one twice too; and many of a single
-    row. No false alarm: float32's rounding."""
+    """In any order, the same one twice too; and many of a single row. No false alarm: float32's
+    rounding."""
     model, idx = model_of(positions=positions), torch.randint(12, (3, 9))
-    at = torch.tensor([2, 0, 0, 2, 2, 0, 0]), torch.tensor([8, 4, 0, 6, 6, 8, 4])
+    at = torch.arange(3)[:, None], torch.tensor([[8, 4, 0, 6], [6, 6, 8, 4], [0, 1, 2, 3]])
     assert far(model.head(model.hidden(idx, at)), model(idx)[at]) < CLOSE
-    row, pos = torch.zeros(20, dtype=torch.long), torch.randint(9, (20,))
-    assert far(model.head(model.hidden(idx[:1], (row, pos))), model(idx)[row, pos]) < CLOSE
+    at = torch.zeros(1, 1, dtype=torch.long), torch.randint(9, (1, 20))
+    assert far(model.head(model.hidden(idx[:1], at)), model(idx)[at]) < CLOSE
 
 
 def test_where_all_is_masked_relative_positions_all_look_the_same():
@@ -589,7 +589,8 @@ def test_compiled_decoding_of_float32_weights_keeps_the_type_of_the_blocks():
 @pytest.mark.parametrize("bf16, dtype", [(False, torch.float32), (True, torch.bfloat16)])
 def test_generation_stores_as_many_keys_as_it_needs_in_the_type_of_the_blocks(monkeypatch, bf16,
                                                                               dtype):
-    """One slot per token of the text (the start symbol has that of the last). No false alarm."""
+    """One slot per token of the text (the start symbol has that of the last), and one for gaps. No
+    false alarm."""
     made, model = [], model_of(attention="causal")
     monkeypatch.setattr("model.KVCache", lambda *args: made.append(KVCache(*args)) or made[0])
     model.bf16 = bf16
@@ -597,5 +598,5 @@ def test_generation_stores_as_many_keys_as_it_needs_in_the_type_of_the_blocks(mo
     [cache] = made
     assert len(cache.k) == len(cache.v) == 2
     for stored in cache.k + cache.v:
-        assert stored.shape == (2, 2, 8, 8) and stored.dtype == dtype
+        assert stored.shape == (2, 2, 8 + 1, 8) and stored.dtype == dtype
         assert (stored != 0).any(dim=(0, 1, 3)).all()

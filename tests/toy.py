@@ -107,11 +107,15 @@ class Ordered:
         return [{} for _ in range(B)]
 
     def read(self, cache, new):
-        read = list(zip(*[part.tolist() for part in new[:5]]))
-        for idx, pos, row, slot, limit in read:
+        read = []
+        for row, column in new.valid.nonzero().tolist():
+            idx, pos, slot, limit = [int(part[row, column]) for part in new[:4]]
+            read.append((row, column, pos, slot, limit))
             cache[row][slot] = pos, idx
         states = []
-        for idx, pos, row, slot, limit in read[new.wanted_from:]:
+        for row, column, pos, slot, limit in read:
+            if column < new.wanted_from:
+                continue
             if self.config.causal:       # slot 0 is the start symbol, slot j + 1 holds token j
                 known = tuple((i, cache[row][i + 1][1]) for i in range(slot))
             else:

@@ -154,11 +154,11 @@ def complete(model, x, w, mask_id, protocol):
     z[:, begin:] = mask_id
     # the last w positions of all texts
     rows = torch.arange(B, device=x.device)
-    at = rows.repeat_interleave(w), torch.arange(begin, L, device=x.device).repeat(B)
+    at = rows[:, None], torch.arange(begin, L, device=x.device).expand(B, w)
     rank = rank_of(model, x, w)
     for i in range(w):
-        logits = model.head(model.hidden(z, at, rank))               # (B w, V)
-        best, ids = logits.log_softmax(-1).view(B, w, -1).max(-1)    # (B, w) both
+        logits = model.head(model.hidden(z, at, rank))               # (B, w, V)
+        best, ids = logits.log_softmax(-1).max(-1)                   # (B, w) both
         if protocol == "one_pass":
             return ids
         if protocol == "left":

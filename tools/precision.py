@@ -43,7 +43,7 @@ class Law:
 
     def hidden(self, z, at=None, rank=None):
         row, pos = at
-        return torch.zeros(len(row), 1)
+        return torch.zeros(*pos.shape, 1)
 
     def head(self, h):
         return self.log_p.float().expand(len(h), -1)
