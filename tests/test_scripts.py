@@ -23,7 +23,7 @@ from data import checkpoints, prompts, script
 from data.dataset import make_tokenizer, write_data
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
-from tools import evaluate
+from tools import evaluate, score
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
@@ -62,7 +62,7 @@ def test_every_file_imports_silently():
 
 CONFIGS = {"train": train.TrainConfig, "distill": distill.DistillConfig,
            "sample": sample.SampleConfig, "bench": bench.BenchConfig,
-           "evaluate": evaluate.EvaluateConfig}
+           "evaluate": evaluate.EvaluateConfig, "score": score.ScoreConfig}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -71,7 +71,7 @@ def test_help_lists_every_flag_with_its_default(name):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as stop:
         script.parse_flags(CONFIGS[name], "about", ["-h"], **(
-            {"checkpoint": "a file"} if name in ("sample", "evaluate") else {}))
+            {"checkpoint": "a file"} if name in ("sample", "evaluate", "score") else {}))
     shown = " ".join(text.getvalue().split())
     assert stop.value.code == 0
     for field in dataclasses.fields(CONFIGS[name]):
