@@ -523,21 +523,25 @@ def ask_tokens(model, cache, order, x, unread, guessed, asked):
 
 
 @torch.no_grad()
-def nll_in_order(model, x, mask_id):
-    """-log p(x | order) of each text of x (B, L), in a random order of its own, exactly and
-    in one call, in nats: (B,). For attention in the order of reveal.
+def nll_in_order(model, x, mask_id, order=None, known=0):
+    """-log p(x | order) of each text of x (B, L), exactly and in one call, in nats: (B,).
+    For attention in the order of reveal. order (B, L): positions, on the CPU; random ones
+    unless given. known: the first so many of each order are given, and cost nothing.
     The same reading as in sample_exact, with the text itself as the guess: a mask at each
     slot says what the token costs given those before it. The mean over orders is at least
     -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
     are drawn, and every token counts."""
     B, L = x.shape
-    order = random_order(torch.full_like(x, mask_id), mask_id)       # (B, L)
+    if order is None:
+        order = random_order(torch.full_like(x, mask_id), mask_id)   # (B, L)
     by_slot = x.gather(1, order.to(x.device))                        # (B, L)
-    begin, end = torch.zeros(B, dtype=torch.long), torch.full((B,), L)
+    # all slots are guessed and no token is in the cache; asked are those that are not known
+    unread, begin = torch.zeros(B, dtype=torch.long), torch.full((B,), known)
+    end = torch.full((B,), L)
     cache = model.cache(B, L, spare=L)
-    # all slots are guessed, no token is in the cache, and every slot is asked
-    h = ask_masks(model, cache, order, by_slot, begin, end, (begin, end))        # (B L, C)
-    return nats_of(model, h, by_slot.flatten()).view(B, L).sum(1)    # (B,)
+    h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))
+    nats = nats_of(model, h, by_slot[:, known:].flatten())           # (B (L - known),)
+    return nats.view(B, L - known).sum(1)                            # (B,)
 
 
 def nats_of(model, h, ids):

@@ -158,34 +158,41 @@ def see_at(q, k, v, at, mask=None):
     return see_sequence(q[at], k, v, mask)
 
 
-def see_cache(q, k, v, keys, values, row, place, mask, wanted_from=0):
+def see_cache(q, k, v, stored, at, mask, packed=None):
     """Attention of M positions of each text to the text's cache: q, k, v (B, M, H, D) ->
-    (B, M - wanted_from, H, D). The new keys and values are stored first, those of text
-    row (B, 1) at place (B, M); then each position, but for the first wanted_from, which
-    only fill the cache, looks where mask (B, M, seen) allows, itself included."""
+    (B, n, H, D). The new keys and values are stored first, at a pair of ids of texts (B, 1)
+    and places (B, M). Then the last n look where mask (B, n, seen) allows, itself included;
+    those before only fill the cache. stored: the cache's keys and values.
+    packed: a Packed, if q, k, v and ids are those of its N positions only."""
+    keys, values = stored
+    text, place = at
     # keys are (B, H, places, D); two indices around a slice give (B, M, H, D), as k has
-    keys[row, :, place] = k
-    values[row, :, place] = v
-    seen = mask.shape[-1]                            # nobody sees beyond these places
-    q, mask = q[:, wanted_from:].transpose(1, 2), mask[:, None, wanted_from:]
-    y = F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask)
-    return y.transpose(1, 2)
+    keys[text, :, place] = k
+    values[text, :, place] = v
+    if packed:
+        q = packed.spread(q)
+    n, seen = mask.shape[1:]                         # nobody sees beyond these places
+    q = q[:, q.shape[1] - n:].transpose(1, 2)                        # (B, H, n, D)
+    k, v = keys[:, :, :seen], values[:, :, :seen]                    # (B, H, seen, D)
+    y = F.scaled_dot_product_attention(q, k, v, mask[:, None])
+    y = y.transpose(1, 2)                                            # (B, n, H, D)
+    if packed:
+        y = y[packed.at][packed.wanted]
+    return y
 
 
-def see_packed(q, k, v, at, wanted, **cache):
-    """see_cache of N positions that stand side by side, without the gaps of a rectangle:
-    q, k, v (N, H, D) -> the wanted of them, (n, H, D). at: the pair of ids (N,) where each
-    stands in the rectangle (B, M), a text and a column; wanted: ids (n,) of positions; the
-    rest as see_cache has it."""
-    B, M, _ = cache["mask"].shape
+class Packed(typing.NamedTuple):
+    """N positions that stand side by side, without the gaps of the rectangle (B, M) that
+    attention needs."""
+    shape: torch.Size            # of the rectangle
+    at: tuple                    # a pair of ids (N,): the text and the column of each
+    wanted: object = slice(None)     # an index: of which of them attention's result is
 
-    def spread(x):
+    def spread(self, x):
         """x (N, H, D) in the rectangle (B, M, H, D), with zeros in its gaps."""
-        rectangle = x.new_zeros(B, M, *x.shape[1:])
-        rectangle[at] = x
+        rectangle = x.new_zeros(*self.shape, *x.shape[1:])
+        rectangle[self.at] = x
         return rectangle
-    y = see_cache(spread(q), spread(k), spread(v), **cache)          # (B, M, H, D)
-    return y[at][wanted]
 
 
 def see_step(q, k, v, keys, values, slot, mask):
@@ -223,10 +230,11 @@ class Reading(typing.NamedTuple):
     has place = limit = i. A mask has limit = the number of tokens known so far; its own key
     must be somewhere for it to see itself, so it borrows a place that nobody else sees."""
     idx: torch.Tensor            # (B, M) ids, on the model's device
-    pos: torch.Tensor            # (B, M) positions
-    place: torch.Tensor          # (B, M) where in the cache key and value are stored
-    limit: torch.Tensor          # (B, M)
-    valid: torch.Tensor          # (B, M) bool: False in the gaps
+    # (B, M) each
+    pos: torch.Tensor            # positions
+    place: torch.Tensor          # where in the cache key and value are stored
+    limit: torch.Tensor          # see above
+    valid: torch.Tensor          # bool: False in the gaps
     wanted_from: int = 0         # columns before this one only fill the cache: no states
 
 
@@ -354,8 +362,8 @@ class Transformer(nn.Module):
         if seen > cache.slots:
             raise ValueError(f"the KV cache holds {cache.slots} tokens, {seen} were given")
 
-        # what stands in a gap goes to the last place, and sees all: to see nothing could
-        # give NaN
+        # what stands in a gap goes to the last place, if it is stored, and sees all: to see
+        # nothing could give NaN
         gap = ~new.valid
         place = new.place.masked_fill(gap, cache.slots).to(device)   # (B, M)
         limit = new.limit.masked_fill(gap, seen).to(device)
@@ -363,32 +371,33 @@ class Transformer(nn.Module):
         places = torch.arange(seen, device=device)
         before = places < limit[..., None]                           # (B, M, seen)
         itself = places == place[..., None]
-        row = torch.arange(len(place), device=device)[:, None]       # (B, 1)
-        # each block has its own part of the cache
-        attends = []
-        for keys, values in zip(cache.k, cache.v):
-            attends.append(functools.partial(see_cache, keys=keys, values=values, row=row,
-                                             place=place, mask=before | itself))
-
-        # columns before wanted_from only had to fill the cache: the last block drops them
-        pos = new.pos.to(device)
+        mask = before | itself
+        text = torch.arange(len(place), device=device)[:, None]      # (B, 1)
+        at, pos = (text, place), new.pos.to(device)
         if not bool(gap.any()):
-            attends[-1] = functools.partial(attends[-1], wanted_from=wanted_from)
-            at = (slice(None), slice(wanted_from, None))
-            return self.run(new.idx, pos, attends, at).flatten(0, 1)
+            # columns before wanted_from only had to fill the cache: the last block, whose
+            # mask is narrower, drops them
+            masks = [mask] * (len(self.blocks) - 1) + [mask[:, wanted_from:]]
+            attends = []
+            for stored, seen_by in zip(zip(cache.k, cache.v), masks):
+                attends.append(functools.partial(see_cache, stored=stored, at=at,
+                                                 mask=seen_by))
+            wanted = (slice(None), slice(wanted_from, None))
+            return self.run(new.idx, pos, attends, wanted).flatten(0, 1)
 
         # where there are gaps, only attention needs the rectangle: all else is computed for
         # the N valid positions, side by side
         text, column = new.valid.nonzero(as_tuple=True)              # (N,) both
         wanted = (column >= wanted_from).nonzero()[:, 0].to(device)  # (n,)
-        at = text.to(device), column.to(device)
-        everyone = slice(None)
-        packed = []
-        for attend in attends:
-            packed.append(functools.partial(see_packed, at=at, wanted=everyone,
-                                            **attend.keywords))
-        packed[-1] = functools.partial(packed[-1], wanted=wanted)
-        return self.run(new.idx[at], pos[at], packed, wanted)
+        text, column = text.to(device), column.to(device)
+        packed = Packed(gap.shape, (text, column))
+        at = text, place[text, column]
+        attends = []
+        for stored in zip(cache.k, cache.v):
+            attends.append(functools.partial(see_cache, stored=stored, at=at, mask=mask,
+                                             packed=packed))
+        attends[-1].keywords["packed"] = packed._replace(wanted=wanted)
+        return self.run(new.idx[packed.at], pos[packed.at], attends, wanted)
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""

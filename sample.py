@@ -21,7 +21,7 @@ from data.checkpoints import load_model
 from data.cost import Cost, calls_as_text, counted_calls
 from data.dataset import make_tokenizer
 from data.files import UserError
-from data.prompts import known_tokens
+from data.prompts import known_tokens, refuse_until_end, up_to_end
 from data.script import command, flag, parse_flags
 from diffusion import categorical, sample, sample_exact, sharpen
 from model import generate
@@ -72,6 +72,8 @@ class SampleConfig:
         "of its own, any other underscore is text")
     num_samples: int = flag(4, "how many texts", low=1)
     length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
+    until_end: bool = flag(
+        False, "show each text up to its first end-of-text token, where the data have one")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
 
 
@@ -184,6 +186,7 @@ def main():
     tokenizer = make_tokenizer(content["tokenizer"])
 
     refuse_exact([config.steps], config.max_calls, model, config.checkpoint)
+    refuse_until_end(config, tokenizer)
     # every text begins with the same known tokens
     known = known_tokens(config, model, tokenizer)                   # (P,)
     prompts = known.expand(config.num_samples, -1)                   # (n, P)
@@ -200,6 +203,8 @@ def main():
         x = x[:, :len(known)]                                        # (n, P)
     if procs.rank == 0:
         for row in x.tolist():
+            if config.until_end:
+                row = up_to_end(row, len(known), tokenizer.end)
             # one text a line, unless it has line ends of its own
             print(tokenizer.decode(row))
         # apart from the texts, which may go into a file

@@ -1,4 +1,4 @@
-"""The text that a sample is given: a prompt, or a text with gaps."""
+"""The text that a sample is given, a prompt or a text with gaps, and where it ends."""
 import re
 import sys
 
@@ -63,3 +63,30 @@ def known_tokens(config, model, tokenizer):
         raise UserError(f"--{name} has {len(ids)} tokens, more than the text's {length}; "
                         "shorten it")
     return torch.tensor(ids, dtype=torch.long)
+
+
+def refuse_until_end(config, tokenizer):
+    """Raise UserError where --until_end is asked for and means nothing."""
+    if not config.until_end:
+        return
+    if config.infill is not None:
+        raise UserError("--until_end and --infill together; a text with gaps ends where it "
+                        "was given to end, so leave --until_end out")
+    if tokenizer.end is None:
+        raise UserError(f"--until_end: {config.checkpoint} has no end-of-text token, as "
+                        "its tokens are single words or characters; leave it out, or train "
+                        "on data that data/text/prepare.py made with --tokenizer bpe")
+
+
+def up_to_end(ids, P, end):
+    """A text's ids (a list) up to its first `end` after the P ids of the prompt, without
+    it; the whole text where there is none. Without a prompt, an end that comes before all
+    else begins the text, as in rows of --chunk, and is dropped."""
+    begin = 0
+    if P == 0:
+        while begin < len(ids) and ids[begin] == end:
+            begin += 1
+    stop = max(P, begin)
+    while stop < len(ids) and ids[stop] != end:
+        stop += 1
+    return ids[begin:stop]

@@ -117,7 +117,7 @@ def test_no_placeholder_and_only_files_that_exist(page):
 SMALL = {                                # flags that come after a page's own and make it quick
     "distill.py": "--steps_per_round 1 --samples 2 --batch 2",
     "train.py": "--steps 2 --batch 2", "tools.evaluate": "--samples 4 --sequences 4",
-    "tools.exact": "--samples 4 --what steps heat",
+    "tools.exact": "--samples 4 --what steps heat", "tools.score": "--orders 2",
     "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",
     "tools.choices": "--samples 4", "tools.precision": "--tokens 300 --length 64 --steps 8"}
 ELSEWHERE = {                            # what these need, and the tests that run them in small
@@ -133,8 +133,9 @@ ELSEWHERE = {                            # what these need, and the tests that r
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder to run in, and a copy of the project in it, so that prepare scripts write there: a
-    dataset pydoc of random words, text for the others, out/stories-nano by the first command, and
-    checkpoints where the experiments would leave them. All presets are tiny."""
+    dataset pydoc of random words, text for the others, the texts that tools.score reads,
+    out/stories-nano by the first command, and checkpoints where the experiments would leave them.
+    All presets are tiny."""
     top = tmp_path_factory.mktemp("home")
     gc.collect()
     gc.freeze()                                          # see conftest.modules_are_no_garbage
@@ -158,6 +159,9 @@ def home(tmp_path_factory):
         (top / "some/folder").mkdir(parents=True)
         for path in ("input.txt", "some/folder/a.txt"):
             (top / path).write_text("many words of little sense , one after the other . " * 400)
+        # the lines of text that a page shows
+        shown = re.search(r'```text\n({"text".*?)```', (ROOT / "tools/README.md").read_text(), re.S)
+        (top / "texts.jsonl").write_text(shown[1])
         run(words_of("python data/stories/prepare.py --train 64 --val 16"))
         run(words_of("python distill.py --rounds 7"))
         run(words_of("python distill.py --rounds 7 --attention reveal"))

@@ -6,6 +6,7 @@ its docstring says so.
 import contextlib
 import dataclasses
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from data import checkpoints, prompts, script
 from data.dataset import make_tokenizer, write_data
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
-from tools import evaluate
+from test_evaluate import save
+from tools import evaluate, score
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
@@ -62,7 +64,7 @@ def test_every_file_imports_silently():
 
 CONFIGS = {"train": train.TrainConfig, "distill": distill.DistillConfig,
            "sample": sample.SampleConfig, "bench": bench.BenchConfig,
-           "evaluate": evaluate.EvaluateConfig}
+           "evaluate": evaluate.EvaluateConfig, "score": score.ScoreConfig}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -71,7 +73,7 @@ def test_help_lists_every_flag_with_its_default(name):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as stop:
         script.parse_flags(CONFIGS[name], "about", ["-h"], **(
-            {"checkpoint": "a file"} if name in ("sample", "evaluate") else {}))
+            {"checkpoint": "a file"} if name in ("sample", "evaluate", "score") else {}))
     shown = " ".join(text.getvalue().split())
     assert stop.value.code == 0
     for field in dataclasses.fields(CONFIGS[name]):
@@ -305,3 +307,42 @@ def test_a_checkpoint_alone_is_enough_to_sample(made, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     shutil.copy(made / "out/teacher.pt", tmp_path / "out/teacher.pt")
     assert len(text(capsys, tmp_path, "teacher.pt", "--steps", 3)) == 4
+
+
+@pytest.mark.parametrize("ids, P, shown", [
+    ([1, 2, 9, 3, 9], 0, [1, 2]), ([1, 2, 3], 0, [1, 2, 3]), ([1, 2, 9, 3], 2, [1, 2]),
+    ([1, 2, 3, 9, 4], 2, [1, 2, 3]), ([1, 9, 2, 9, 3], 2, [1, 9, 2]), ([1, 2], 2, [1, 2]),
+    ([9, 9, 1, 2, 9, 3], 0, [1, 2]), ([9, 9], 0, []), ([], 0, [])])
+def test_a_text_is_cut_at_the_first_end_after_its_prompt(ids, P, shown):
+    """9 is the end. Without any the text stays whole; before all else it begins the text. Exact."""
+    assert prompts.up_to_end(ids, P, 9) == shown
+
+
+@pytest.mark.parametrize("kind", ["ar", "mdlm"])
+def test_until_end_shows_the_same_texts_up_to_their_ends(tmp_path, capsys, kind):
+    """Of a model that writes a to e and, in one of six places, <end>: with the same seed, with a
+    prompt and without, what stands before the first <end> in the texts that are shown in full; some
+    of 30 texts of 8 have none, and some have one."""
+    spec = dict(kind="bpe", pattern=r"\S", items=[chr(i) for i in range(256)])
+    attention = "causal" if kind == "ar" else "full"
+    model = Transformer(ModelConfig(257, 8, 1, 1, 2, attention=attention))
+    torch.nn.init.constant_(model.lm_head.bias, -50)
+    model.lm_head.bias.data[[*b"abcde", 256]] = 0
+    (tmp_path / "out").mkdir()
+    save(tmp_path / "out/model.pt", kind, model, "data", spec)
+    for prompt in ("", "abc"):
+        argv = ["--num_samples", 30, "--prompt", prompt]
+        whole = text(capsys, tmp_path, "model.pt", *argv)
+        cut = text(capsys, tmp_path, "model.pt", *argv, "--until_end")
+        begun = [re.sub("^(<end>)+", "", line) for line in whole]
+        assert cut == [line.split("<end>")[0] for line in begun]
+        assert 0 < sum("<end>" in line for line in begun) < 30
+        assert all(line.startswith(prompt) for line in cut)
+
+
+def test_until_end_is_refused_where_nothing_ends(made, capsys):
+    """Tokens that are words have no end; a text with gaps has its own. Exact."""
+    message = refused(capsys, sample, made / "out/ar.pt", "--until_end")
+    assert "--until_end" in message and "ar.pt has no end-of-text token" in message
+    message = refused(capsys, sample, made / "out/teacher.pt", "--infill", "w1 _", "--until_end")
+    assert "--until_end and --infill" in message

@@ -1,4 +1,5 @@
-"""The papers' sampler as they write it: bench.py's diffusion-naive, tools.evaluate's --joint.
+"""The papers' sampler as they write it: diffusion-naive of bench.py, --joint of
+tools.evaluate.
 """
 import torch
 

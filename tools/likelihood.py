@@ -13,7 +13,7 @@ import torch
 from data.files import UserError
 from data.lambada.prepare import WORD
 from data.measures import NO_VALUE, add_mean, exp, mean_se
-from diffusion import nats_of, nll_in_order, states_at
+from diffusion import nats_of, nll_in_order, prompt_first, random_order, states_at
 from model import nll, shifted
 
 LONGEST = 5                  # tokens of a word whose orders are enumerated: 120
@@ -77,6 +77,14 @@ def in_orders(model, x, mask_id, draws):
     nats = torch.stack(nats)                                         # (draws, B)
     mixture = math.log(draws) - torch.logsumexp(-nats, dim=0)
     return nats.mean(0) / x.shape[1], mixture / x.shape[1]
+
+
+def known_first(x, known, mask_id):
+    """A random order of the positions of each text of x (B, L), for nll_in_order, in which
+    the first `known` positions come before all others: (B, L), on the CPU."""
+    z = x.clone()
+    z[:, known:] = mask_id
+    return prompt_first(random_order(z, mask_id), x.shape[1])
 
 
 def exact(model, x, mask_id):
