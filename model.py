@@ -212,8 +212,7 @@ class KVCache:
     are stored after their rotation, so tokens may be read in any order of positions."""
 
     def __init__(self, config, B, slots, device=None, dtype=torch.float32):
-        # (B, H, places, D), where the last place is no token's, see Transformer.read
-        shape = (B, config.heads, slots + 1, config.width // config.heads)
+        shape = (B, config.heads, slots, config.width // config.heads)   # (B, H, slots, D)
         new = functools.partial(torch.zeros, shape, device=device, dtype=dtype)
         self.k = [new() for _ in range(config.layers)]
         self.v = [new() for _ in range(config.layers)]
@@ -362,12 +361,10 @@ class Transformer(nn.Module):
         if seen > cache.slots:
             raise ValueError(f"the KV cache holds {cache.slots} tokens, {seen} were given")
 
-        # what stands in a gap goes to the last place, if it is stored, and sees all: to see
-        # nothing could give NaN
+        # who sees whom; gaps see all, as to see nothing could give NaN
         gap = ~new.valid
-        place = new.place.masked_fill(gap, cache.slots).to(device)   # (B, M)
-        limit = new.limit.masked_fill(gap, seen).to(device)
-        # who sees whom
+        limit = new.limit.masked_fill(gap, seen).to(device)          # (B, M)
+        place = new.place.to(device)
         places = torch.arange(seen, device=device)
         before = places < limit[..., None]                           # (B, M, seen)
         itself = places == place[..., None]

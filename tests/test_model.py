@@ -589,8 +589,7 @@ def test_compiled_decoding_of_float32_weights_keeps_the_type_of_the_blocks():
 @pytest.mark.parametrize("bf16, dtype", [(False, torch.float32), (True, torch.bfloat16)])
 def test_generation_stores_as_many_keys_as_it_needs_in_the_type_of_the_blocks(monkeypatch, bf16,
                                                                               dtype):
-    """One slot per token of the text (the start symbol has that of the last), and one for gaps. No
-    false alarm."""
+    """One slot per token of the text (the start symbol has that of the last). No false alarm."""
     made, model = [], model_of(attention="causal")
     monkeypatch.setattr("model.KVCache", lambda *args: made.append(KVCache(*args)) or made[0])
     model.bf16 = bf16
@@ -598,5 +597,5 @@ def test_generation_stores_as_many_keys_as_it_needs_in_the_type_of_the_blocks(mo
     [cache] = made
     assert len(cache.k) == len(cache.v) == 2
     for stored in cache.k + cache.v:
-        assert stored.shape == (2, 2, 8 + 1, 8) and stored.dtype == dtype
+        assert stored.shape == (2, 2, 8, 8) and stored.dtype == dtype
         assert (stored != 0).any(dim=(0, 1, 3)).all()
