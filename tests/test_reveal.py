@@ -244,7 +244,7 @@ def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
     assert {row["divergence"] for row in heated if row["model"] == "round 1"} == {"kld"}
     call(exact, "out/d-nano-reveal", "--samples", 4, "--lengths", 5, 12, "--json", "grow.json")
     grown = json.loads((folder / "grow.json").read_text())["rows"]
-    assert len(grown) == 8 and {row["length"] for row in grown} == {5, 12}
+    assert len(grown) == 6 and {row["length"] for row in grown} == {5, 12}
     assert "--lengths 13" in refused(capsys, exact, "out/d-nano-reveal", "--lengths", 13)
     assert "--plot" in refused(capsys, exact, "x", "--lengths", 5, "--plot", "p.png")
     for content in ('{"rows"', "[]", '{"rows": [{"model": "a"}]}'):
