@@ -23,6 +23,7 @@ from data.stories import language
 from model import PRESETS, ModelConfig, Transformer
 from sample import EXACT, Sampling
 from tools import bench_setup, crossover, envelope, experiments, figures, precision
+from tools import weights as small_weights
 from tools.exact import ALL
 from train import TrainConfig
 
@@ -435,6 +436,7 @@ def stories():
     yield f"Here that model has as many updates as the teacher, {updates('mdlm')}."
     yield f"the default for {Sampling().ahead} tokens"
     yield f"({len(language.BEATS)} sentences, {len(language.WORDS)} words)"
+    yield f"which moves no logit by {small_weights.LIMIT:.2f}."
 
     whole = dict(steps=EXACT, ahead=ALL)
     for title, fields in (
