@@ -341,6 +341,20 @@ def test_animate_shows_one_checkpoint_and_ar_from_left_to_right(made, capsys):
     assert "token 5 of 10" in shown and "w1 w2 ░░" in shown
 
 
+def test_without_an_argument_the_models_in_weights_are_shown(capsys):
+    """The student in 8 steps, the text that sample.py prints for it; in a race all of them, the
+    teacher's exact samples as well. Exact."""
+    call(sample, "--num_samples", 1)
+    text = capsys.readouterr().out
+    call(animate)
+    shown = capsys.readouterr().out
+    assert "round7, 8 steps: call 8 of 8" in shown and " ".join(shown.split()).endswith(text.strip())
+    call(animate, "--race")
+    shown = capsys.readouterr().out
+    assert shown.count("times AR's speed") == 4 and "student (round7), 8 steps: call 8" in shown
+    assert "teacher, exact: call" in shown and "░" in shown
+
+
 def test_a_folder_shows_teacher_and_last_student_and_a_race_ar_too(made, capsys, tmp_path):
     """Side by side at one number of steps; the race by measured times, with their ratio. Exact."""
     call(animate, made, "--html", tmp_path / "page.html", "--infill", "w1 _ w2")
