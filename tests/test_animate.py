@@ -63,6 +63,20 @@ def test_exact_sampling_is_recorded_with_its_guesses(attention):
     assert animate.style_of(trace, trace.opened.index(max(trace.opened)), 1) == "2"
 
 
+def test_with_few_guesses_ahead_the_rest_has_none():
+    """After each call at most what is final and two places more have text, the others "". Exact."""
+    torch.manual_seed(1)
+    known = torch.tensor([3])
+    trace = animate.record_exact(network("reveal"), known, 10, own_law, WORDS, "x", ahead=2)
+    before = 1                           # final ones, before a call
+    for frame, texts in enumerate(trace.guesses, 1):
+        guessed = sum(text != "" for text in texts)
+        final = sum(opened <= frame for opened in trace.opened)
+        assert before < final <= guessed <= 2 * before + 2
+        before = final
+    assert guessed == 10 and trace.guesses[-1] == trace.texts
+
+
 @pytest.mark.parametrize("attention", ["full", "reveal"])
 def test_a_recorded_text_is_the_one_that_the_sampler_writes(attention):
     """Same seed, same text; the prompt was there in frame 0; what opened when is what the sampler's

@@ -136,8 +136,9 @@ def record(model, known, length, steps, law, tokenizer, title):
     return Trace(title, pieces(tokenizer, ids), opened, seconds, steps)
 
 
-def record_exact(model, known, length, law, tokenizer, title):
-    """record with sample_exact, all of the text guessed ahead."""
+def record_exact(model, known, length, law, tokenizer, title, ahead=None):
+    """record with sample_exact, by default all of the text guessed ahead. A position that
+    is not guessed yet has the guess ""."""
     begin = torch.full((1, length), model.mask_id, device=known.device)
     begin[0, :len(known)] = known
     states, final, seconds = [], [(begin != model.mask_id)[0].tolist()], [0.0]
@@ -149,12 +150,22 @@ def record_exact(model, known, length, law, tokenizer, title):
         final.append(settled[0].tolist())
         seconds.append(time.perf_counter() - began)
 
-    x, _ = sample_exact(model, begin, model.mask_id, law, ahead=None, watch=watch)
+    x, _ = sample_exact(model, begin, model.mask_id, law, ahead, watch=watch)
     texts = pieces(tokenizer, x[0].tolist())
-    guesses = [pieces(tokenizer, ids) for ids in states]
+    guesses = [guess_pieces(tokenizer, ids, model.mask_id) for ids in states]
     # the first frame in which a position is final
     opened = [column.index(True) for column in zip(*final)]
     return Trace(title, texts, opened, seconds, EXACT, guesses)
+
+
+def guess_pieces(tokenizer, ids, mask_id):
+    """pieces of ids among which there may be mask_id: "" for each of these."""
+    # any token in their place, as a mask has no text
+    texts = pieces(tokenizer, [0 if i == mask_id else i for i in ids])
+    for i, one in enumerate(ids):
+        if one == mask_id:
+            texts[i] = ""
+    return texts
 
 
 def record_ar(model, known, length, draw, watch):
