@@ -1,22 +1,24 @@
 """Text from any checkpoint, a masked diffusion model or an autoregressive one.
 
+    python sample.py             # watch the student in weights/ write a story in 8 steps
     python sample.py out/stories-nano/round7.pt --steps 8 --num_samples 4
     python sample.py out/stories-nano/round7.pt --prompt "one sunny day tom went to"
     python sample.py out/stories-nano/teacher.pt --infill "one sunny day _ went to the _ ."
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
     python sample.py out/stories-nano-reveal/teacher.pt --steps exact
 
-The checkpoint is all that is needed. Tokens are drawn in float64, as rounding in float32
+A checkpoint is all that is needed. Tokens are drawn in float64, as rounding in float32
 would change the distribution. --temperature and --top_p change it on purpose, and are off
 unless given. To watch a text being written, alone or as a race: python -m tools.animate.
 """
 import argparse
+import runpy
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from common import seed_all, spread, start
+from common import ROOT, seed_all, spread, start
 from data.checkpoints import load_model
 from data.cost import Cost, calls_as_text, counted_calls
 from data.dataset import make_tokenizer
@@ -29,6 +31,8 @@ from model import generate
 BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
 DTYPES = {32: torch.float32, 64: torch.float64}          # bits: type of a token draw
+OURS = ROOT / "weights/round7.pt"        # the student that comes with the code
+OUR_STEPS = 8                    # of it; made for 2, where few of its stories are valid
 EXACT = "exact"                  # instead of a number of steps: see diffusion.sample_exact
 
 
@@ -46,7 +50,7 @@ def steps_or_exact(text):
 @dataclass
 class SampleConfig:
     """The flags of sample.py."""
-    checkpoint: str                          # the argument without --
+    checkpoint: str | None                   # the argument without --; None: OURS
     # how the text is drawn
     steps: int | str | None = flag(
         None, "diffusion steps [what a student was distilled for; a teacher 32]; an "
@@ -180,7 +184,17 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
 def main():
     # checkpoint: the help of that argument
     config = parse_flags(SampleConfig, __doc__,
-                         checkpoint="of train.py, distill.py or tools.convert")
+                         checkpoint="of train.py, distill.py or tools.convert [the student "
+                         "in weights/]")
+    # nothing is asked for and somebody looks on: python -m tools.animate, which shows how
+    # a text comes about
+    if len(sys.argv) == 1 and sys.stdout.isatty():
+        runpy.run_module("tools.animate", run_name="__main__", alter_sys=True)
+        return
+    if config.checkpoint is None:
+        config.checkpoint = OURS
+        config.steps = config.steps or OUR_STEPS
+
     procs = start(config.device)
     model, content = load_model(config.checkpoint, procs.device)     # averaged weights
     tokenizer = make_tokenizer(content["tokenizer"])

@@ -100,7 +100,8 @@ def value_type(hint):
 
 def parse_flags(Config, description, argv=None, **positional):
     """argv (sys.argv unless given) -> a Config. positional: name=help of arguments without
-    --. Exits with usage and status 2 on an unknown, ill-typed or out-of-range flag."""
+    --; one whose type has None may be left out. Exits with usage and status 2 on an
+    unknown, ill-typed or out-of-range flag."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(Config)                            # types of the fields
@@ -109,8 +110,13 @@ def parse_flags(Config, description, argv=None, **positional):
 
     # arguments without --
     for name, text in positional.items():
-        _, several = value_type(hints[name])         # list[str]: one or more
-        parser.add_argument(name, help=text, nargs="+" if several else None)
+        _, several = value_type(hints[name])
+        nargs = None
+        if several:                                  # list[str]: one or more
+            nargs = "+"
+        elif type(None) in typing.get_args(hints[name]):         # str | None: one or none
+            nargs = "?"
+        parser.add_argument(name, help=text, nargs=nargs)
     # flags
     for field in fields:
         kind, several = value_type(hints[field.name])

@@ -63,6 +63,20 @@ def test_exact_sampling_is_recorded_with_its_guesses(attention):
     assert animate.style_of(trace, trace.opened.index(max(trace.opened)), 1) == "2"
 
 
+def test_with_few_guesses_ahead_the_rest_has_none():
+    """After each call at most what is final and two places more have text, the others "". Exact."""
+    torch.manual_seed(1)
+    known = torch.tensor([3])
+    trace = animate.record_exact(network("reveal"), known, 10, own_law, WORDS, "x", ahead=2)
+    before = 1                           # final ones, before a call
+    for frame, texts in enumerate(trace.guesses, 1):
+        guessed = sum(text != "" for text in texts)
+        final = sum(opened <= frame for opened in trace.opened)
+        assert before < final <= guessed <= 2 * before + 2
+        before = final
+    assert guessed == 10 and trace.guesses[-1] == trace.texts
+
+
 @pytest.mark.parametrize("attention", ["full", "reveal"])
 def test_a_recorded_text_is_the_one_that_the_sampler_writes(attention):
     """Same seed, same text; the prompt was there in frame 0; what opened when is what the sampler's
@@ -339,6 +353,20 @@ def test_animate_shows_one_checkpoint_and_ar_from_left_to_right(made, capsys):
     call(animate, made / "ar.pt", "--prompt", "w1 w2")
     shown = capsys.readouterr().out
     assert "token 5 of 10" in shown and "w1 w2 ░░" in shown
+
+
+def test_without_an_argument_the_models_in_weights_are_shown(capsys):
+    """The student in 8 steps, the text that sample.py prints for it; in a race all of them, the
+    teacher's exact samples as well. Exact."""
+    call(sample, "--num_samples", 1)
+    text = capsys.readouterr().out
+    call(animate)
+    shown = capsys.readouterr().out
+    assert "round7, 8 steps: call 8 of 8" in shown and " ".join(shown.split()).endswith(text.strip())
+    call(animate, "--race")
+    shown = capsys.readouterr().out
+    assert shown.count("times AR's speed") == 4 and "student (round7), 8 steps: call 8" in shown
+    assert "teacher, exact: call" in shown and "░" in shown
 
 
 def test_a_folder_shows_teacher_and_last_student_and_a_race_ar_too(made, capsys, tmp_path):

@@ -23,6 +23,7 @@ from data.stories import language
 from model import PRESETS, ModelConfig, Transformer
 from sample import EXACT, Sampling
 from tools import bench_setup, crossover, envelope, experiments, figures, precision
+from tools import weights as small_weights
 from tools.exact import ALL
 from train import TrainConfig
 
@@ -161,6 +162,31 @@ LEFT_OUT = "entropy", "contradictions", "copies", "choices", "calls", "reads a t
 BATCHES = 1, 8, 32                       # of latency.json and ar-cpu.json
 
 
+def top():
+    """The table below the picture: results/exact.json, first seed, and speeds for one text. Teacher
+    and student have the same sizes, so in 8 steps they take the same time."""
+    one_text = functools.partial(timed, "bench-exact.json", batch=1)
+    few = timed("latency.json", engine="diffusion-kv", model="reveal/round7", steps=8, batch=1)
+    exact, cool = sampled("teacher", EXACT), sampled("teacher", EXACT, temperature=0.3, ahead=ALL)
+    for title, one, speed in (
+            ("data", sampled("data"), None), ("AR", sampled("ar"), one_text(engine="ar")),
+            ("teacher, one token at a time", sampled("teacher", 1024),
+             one_text(engine="diffusion-kv", model="teacher")),
+            ("teacher, 8 steps", sampled("teacher", 8), few),
+            ("student of round 7, 8 steps", sampled("round 7", 8), few),
+            ("teacher, exact", exact, one_text(engine="diffusion-exact", model="teacher")),
+            ("teacher, exact, temperature 0.3", cool, None)):
+        cost = "", ""
+        if title != "data":
+            cost = calls([one, one]), "-"
+        if speed:
+            cost = cost[0], f"{speed:.1f}"
+        yield cells(title, *cost, f"{one['gen_ppl']:.2f}", f"{one['pooled_entropy']:.2f}",
+                    percent(one["valid"]))
+    samples = {one["samples"] for one in rows_of("exact.json")}
+    yield f"Quality and diversity are of {agreed(samples, 'd')} stories (`results/exact.json`"
+
+
 def quick_start():
     """The size of the dataset."""
     length = row("latency.json", engine="ar", batch=1)["length"]
@@ -181,7 +207,7 @@ def quick_table():
     """The table that distill.py prints, without the lines and columns that the page leaves out."""
     shown = []
     for one in rows_of("stories-nano.json"):
-        if (one["model"] in ("data", "ar", "teacher", "round 7")
+        if (one["model"] in ("data", "teacher", "round 7")
                 and one["steps"] in (None, 4, 8, 32, 1024)):
             shown.append(one)
     lines = measures.table(shown).splitlines()
@@ -202,7 +228,8 @@ def what_it_shows():
     after = quick(model="round 7", steps=32)["pooled_entropy"]
     yield (f"in 32 steps the entropy of all texts falls from {before:.2f} to {after:.2f}, as if "
            f"from {math.exp(before):.0f} equally frequent words to {math.exp(after):.0f}.")
-    yield f"The AR model has {updates('ar')} updates here, the teacher {updates('mdlm')}:"
+    yield (f"The AR model, the judge, has {updates('ar')} updates here, the teacher "
+           f"{updates('mdlm')} (at the top both have {updates('mdlm')}).")
 
 
 def speed():
@@ -225,15 +252,7 @@ def students_in_time():
 
 def exact_samples():
     """Exact samples in a few calls: results/exact.json, first seed."""
-    yield f"of {updates('mdlm')} updates like the teacher (`results/exact.json`, first seed):"
     exact, cool = sampled("teacher", EXACT), sampled("teacher", EXACT, temperature=0.3, ahead=ALL)
-    for title, one in (
-            ("teacher, one token at a time", sampled("teacher", 1024)),
-            ("teacher, exact", exact), ("teacher, exact, temperature 0.3", cool),
-            ("round 7, 8 steps", sampled("round 7", 8)), ("AR", sampled("ar"))):
-        yield cells(title, calls([one, one]), f"{one['gen_ppl']:.2f}",
-                    f"{one['pooled_entropy']:.2f}", percent(one["valid"]))
-
     stopped = sampled("teacher", EXACT, ahead=ALL, max_calls=4)
     yield (f"In 4 calls SDTT has {percent(sampled('round 7', 4)['valid'])} valid, exact sampling "
            f"stopped there {percent(stopped['valid'])}:")
@@ -435,6 +454,7 @@ def stories():
     yield f"Here that model has as many updates as the teacher, {updates('mdlm')}."
     yield f"the default for {Sampling().ahead} tokens"
     yield f"({len(language.BEATS)} sentences, {len(language.WORDS)} words)"
+    yield f"which moves no logit by {small_weights.LIMIT:.2f}."
 
     whole = dict(steps=EXACT, ahead=ALL)
     for title, fields in (
@@ -494,6 +514,43 @@ def best_of_both(best):
     if model.startswith("round"):
         text += f" ({model.removeprefix('round ')}/{other.removeprefix('round ')})"
     return text
+
+
+def share(row, choice, value):
+    """How many of the stories that make a choice choose a value, in percent."""
+    counts = row["counts"][choice]
+    return percent(counts[value] / sum(counts.values()))
+
+
+def given_up():
+    """What the student has given up: results/choices.json."""
+    chosen = functools.partial(row, "choices.json")
+    data, teacher = chosen(model="data"), chosen(model="teacher, 8 steps")
+    student, exact = chosen(model="round7, 8 steps"), chosen(model="round7, exact")
+    samples = {one["samples"] for one in rows_of("choices.json")}
+    yield f"(`results/choices.json`, {agreed(samples, ',')} stories each, first seed)"
+
+    def nats(choice):
+        return [f"{one['entropies'][choice]:.2f}" for one in (student, data)]
+    yield "of the opening {} of the data's {} nats,".format(*nats("opening"))
+    yield "of the help {} of {},".format(*nats("help"))
+    yield "of the feeling most, {} of {}.".format(*nats("feeling"))
+    most = max(language.BEATS, key=lambda beat: student["entropies"][beat])
+    assert most == "feeling"
+    yield (f"The hero is lily in {share(student, 'NAME', 'lily')} of the stories instead of "
+           f"{share(data, 'NAME', 'lily')}, the thing a ball in {share(student, 'THING', 'ball')} "
+           f"instead of {share(data, 'THING', 'ball')}.")
+    yield "colour {} of {} nats,".format(*nats("COLOUR"))
+    yield "place {} of {},".format(*nats("PLACE"))
+    yield "weather {} of {}.".format(*nats("WEATHER"))
+    # those that the story of the likeliest patterns names once
+    story = " ".join(max(student["counts"][beat], key=student["counts"][beat].get)
+                     for beat in language.BEATS).split()
+    once = {slot for slot in language.WORDS if story.count(slot) == 1}
+    assert once == {"COLOUR", "PLACE", "WEATHER"}
+    yield (f"(opening {exact['entropies']['opening']:.2f}, lily {share(exact, 'NAME', 'lily')}): it "
+           "is its distribution, not the steps.")
+    yield f"(choices {teacher['choices']:.1f} nats, the data {data['choices']:.1f})"
 
 
 def law_is_kept():
@@ -607,10 +664,10 @@ def growth():
 # ---- the pages, and what they say
 
 PAGES = {
-    "README.md": [quick_start, table_of_rounds, what_it_shows, speed, exact_samples],
+    "README.md": [top, quick_start, table_of_rounds, what_it_shows, speed, exact_samples],
     "results/README.md": [how_to_read, table_of_findings, findings, larger_k, last_words,
                           table_of_speed, speed_of_gpt2, muon],
-    "results/exact.md": [stories, equal_diversity, law_is_kept, what_follows, exact_in_time,
+    "results/exact.md": [stories, equal_diversity, given_up, law_is_kept, what_follows, exact_in_time,
                          likelihood, docstrings, growth]}
 
 NO_FIGURES = [                           # (what stands on a page, why it is no figure)

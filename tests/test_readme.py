@@ -134,8 +134,8 @@ ELSEWHERE = {                            # what these need, and the tests that r
 def home(tmp_path_factory):
     """A folder to run in, and a copy of the project in it, so that prepare scripts write there: a
     dataset pydoc of random words, text for the others, the texts that tools.score reads,
-    out/stories-nano by the first command, and checkpoints where the experiments would leave them.
-    All presets are tiny."""
+    out/stories-nano by the first command, checkpoints where the experiments would leave them, and
+    weights/. All presets are tiny."""
     top = tmp_path_factory.mktemp("home")
     gc.collect()
     gc.freeze()                                          # see conftest.modules_are_no_garbage
@@ -154,7 +154,10 @@ def home(tmp_path_factory):
                 shutil.copy(path, copy)
         patch.setattr(dataset, "ROOT", top)
         patch.setattr(common, "ROOT", top)               # of what tools.precision writes
+        shutil.copytree(ROOT / "weights", top / "weights")
         (top / "results").mkdir()
+        for name in ("bench-exact.json", "latency.json"):            # that tools.race reads
+            shutil.copy(ROOT / "results" / name, top / "results")
         make_dataset(top / "data/pydoc")
         (top / "some/folder").mkdir(parents=True)
         for path in ("input.txt", "some/folder/a.txt"):
@@ -176,13 +179,15 @@ def home(tmp_path_factory):
 
 
 def run(words):
-    """A command line in this process, with SMALL's flags after its own, and short texts. Only the
-    folders out/stories-nano* need seven rounds, for the commands that read round7.pt there."""
+    """A command line in this process, with SMALL's flags after its own, and short texts. Only
+    out/stories-nano* and out/reveal-0 need seven rounds, for the commands that read round7.pt
+    there."""
     name = words[2] if words[1] == "-m" else words[1]
     flags = SMALL.get(name, "").split()
     if "--length" in words:
         flags += ["--length", "16"]
-    if name == "distill.py" and ("--out" in words or "--dataset" in words or "--teacher" in words):
+    others = "--out" in words or "--dataset" in words or "--teacher" in words
+    if name == "distill.py" and others and "out/reveal-0" not in words:
         flags += ["--rounds", "2"]
     start(words + flags, Path())
 

@@ -104,6 +104,21 @@ def test_defaults_and_given_flags_reach_the_config():
     assert (c.teacher_steps, c.bf16, c.reset_optimizer, c.context) == (1024, False, True, 128)
 
 
+def test_an_argument_may_be_left_out_where_its_type_says_so():
+    """str | None; of str and list[str] one is needed. Exact."""
+    @dataclasses.dataclass
+    class Optional:
+        file: str | None
+
+    assert script.parse_flags(Optional, "", [], file="") == Optional(None)
+    assert script.parse_flags(Optional, "", ["a"], file="") == Optional("a")
+    for kind in (str, list[str]):
+        needed = dataclasses.make_dataclass("Needed", [("file", kind)])
+        with pytest.raises(SystemExit) as stop:
+            script.parse_flags(needed, "", [], file="")
+        assert stop.value.code == 2
+
+
 # ---- bad input
 
 def snapshot(folder):
@@ -300,6 +315,28 @@ def test_exact_samples_say_what_they_cost(made, capsys):
     assert "calls of the network" in error and "not exact" not in error
     call(sample, made / "out/ar.pt", *argv, "--max_calls", 1)
     assert "1 at most; a text that was cut off there is not exact" in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_the_student_in_weights_writes_in_8_steps(capsys):
+    """The same texts as with its path, also with other flags; in 8 steps, not in the 2 that it was
+    made for. Exact."""
+    for flags, same in ([], ["--steps", 8]), (["--num_samples", 2], ["--num_samples", 2, "--steps", 8]), (
+            ["--steps", 2], ["--steps", 2]):
+        call(sample, *flags)
+        alone = capsys.readouterr().out
+        call(sample, ROOT / "weights/round7.pt", *same)
+        assert capsys.readouterr().out == alone and alone.count("lily") > 1
+
+
+def test_a_terminal_shows_how_the_text_comes_about_where_nothing_is_asked_for(capsys, monkeypatch):
+    """tools.animate does, which test_animate looks at; with any flag the text is printed. Exact."""
+    ran = []
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sample.runpy, "run_module", lambda name, **how: ran.append(name))
+    call(sample)
+    assert ran == ["tools.animate"] and not capsys.readouterr().out
+    call(sample, "--num_samples", 1)
+    assert ran == ["tools.animate"] and "lily" in capsys.readouterr().out
 
 
 def test_a_checkpoint_alone_is_enough_to_sample(made, tmp_path, capsys):

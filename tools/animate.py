@@ -1,5 +1,7 @@
 """How a text comes about: recorded, then played in a terminal, as a web page, or as a GIF.
 
+    python -m tools.animate                                      # the student in weights/
+    python -m tools.animate --race                               # beside AR and teacher
     python -m tools.animate out/stories-nano/round7.pt --steps 8
     python -m tools.animate out/stories-nano --html text.html    # teacher and last student
     python -m tools.animate out/stories-nano --race              # and AR, by measured time
@@ -32,14 +34,15 @@ from data.results import round_files
 from data.script import command, flag, package, parse_flags
 from diffusion import categorical, sample, sample_exact, sharpen
 from model import generate
-from sample import DEFAULT_STEPS, EXACT, refuse_exact, steps_or_exact
+from sample import (DEFAULT_STEPS, EXACT, OUR_STEPS, OURS, refuse_exact,
+                    steps_or_exact)
 
 PAGE = Path(__file__).with_name("animate.html")
 BLOCK = "░"                              # a cell of a masked token
 # from the first frame to the last, blue to yellow: of a terminal's 256, and on white
 COLORS = (63, 69, 74, 79, 113, 149, 185, 221)
 VIRIDIS = ("#414487", "#2a788e", "#22a884", "#7ad151", "#c9a800")
-SECONDS = 6.0                            # that an animation takes in a terminal or a GIF
+SECONDS = 5.0                            # that an animation takes in a terminal or a GIF
 RUNS = 5                                 # timed runs of each in a race, at most
 LONGEST = 30.0                           # seconds after which none of them begins
 # of a GIF, in inches: the width of a cell, the height of a line
@@ -49,11 +52,12 @@ CELL, LINE = 0.075, 0.2
 @dataclasses.dataclass
 class AnimateConfig:
     """The flags of tools.animate."""
-    checkpoint: str                      # the argument without --
+    checkpoint: str | None               # the argument without --; None: weights/
     # the text
     steps: int | str | None = flag(
         None, "diffusion steps, or exact, see sample.py [what the model was distilled for; "
-        "a teacher 32; of a folder 8, in a race the teacher's 128]", type=steps_or_exact)
+        "a teacher 32; of a folder, and of the student in weights/, 8; in a race the "
+        "teacher's 128]", type=steps_or_exact)
     prompt: str = flag("", "how the text begins")
     infill: str | None = flag(None, "a text with gaps, see sample.py")
     length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
@@ -132,8 +136,9 @@ def record(model, known, length, steps, law, tokenizer, title):
     return Trace(title, pieces(tokenizer, ids), opened, seconds, steps)
 
 
-def record_exact(model, known, length, law, tokenizer, title):
-    """record with sample_exact, all of the text guessed ahead."""
+def record_exact(model, known, length, law, tokenizer, title, ahead=None):
+    """record with sample_exact, by default all of the text guessed ahead. A position that
+    is not guessed yet has the guess ""."""
     begin = torch.full((1, length), model.mask_id, device=known.device)
     begin[0, :len(known)] = known
     states, final, seconds = [], [(begin != model.mask_id)[0].tolist()], [0.0]
@@ -145,12 +150,22 @@ def record_exact(model, known, length, law, tokenizer, title):
         final.append(settled[0].tolist())
         seconds.append(time.perf_counter() - began)
 
-    x, _ = sample_exact(model, begin, model.mask_id, law, ahead=None, watch=watch)
+    x, _ = sample_exact(model, begin, model.mask_id, law, ahead, watch=watch)
     texts = pieces(tokenizer, x[0].tolist())
-    guesses = [pieces(tokenizer, ids) for ids in states]
+    guesses = [guess_pieces(tokenizer, ids, model.mask_id) for ids in states]
     # the first frame in which a position is final
     opened = [column.index(True) for column in zip(*final)]
     return Trace(title, texts, opened, seconds, EXACT, guesses)
+
+
+def guess_pieces(tokenizer, ids, mask_id):
+    """pieces of ids among which there may be mask_id: "" for each of these."""
+    # any token in their place, as a mask has no text
+    texts = pieces(tokenizer, [0 if i == mask_id else i for i in ids])
+    for i, one in enumerate(ids):
+        if one == mask_id:
+            texts[i] = ""
+    return texts
 
 
 def record_ar(model, known, length, draw, watch):
@@ -458,7 +473,7 @@ def racers(config):
                         "them")
 
     # side by side they take the same steps, in a race each as many as it needs
-    steps = config.steps or 8
+    steps = config.steps or OUR_STEPS
     student = (rounds[-1], f"student ({rounds[-1].stem})", steps)
     if not config.race:
         return [(path / "teacher.pt", "teacher", steps), student]
@@ -543,7 +558,13 @@ def print_times(traces, warning):
 
 def main():
     config = parse_flags(AnimateConfig, __doc__,
-                         checkpoint="of train.py or distill.py, or a folder")
+                         checkpoint="of train.py or distill.py, or a folder [weights/]")
+    # the models that come with the code: the student, in a race all
+    if config.checkpoint is None and config.race:
+        config.checkpoint = OURS.parent
+    elif config.checkpoint is None:
+        config.checkpoint = OURS
+        config.steps = config.steps or OUR_STEPS
     procs = start(config.device)
     warning = busy()                     # asked before this program is busy itself
 

@@ -8,6 +8,7 @@ wrong. Choices are skewed, as in natural language: the i-th word of a list has w
     log_prob(words)          the log-probability of a story under the generator, in nats
     contradictions(words)    what is wrong with it, one reason for each fault;
                              [] exactly when log_prob > -inf
+    faults(words)            the same, and which words each fault lies in
 """
 import math
 
@@ -169,54 +170,59 @@ def generate(rng):
 # ---- the oracle
 
 def parse(words):
-    """Find the beats of a story (a list of words): ({beat: (sentence, option)}, what is
-    wrong), sentences as lists of words. A sentence that is none, or comes after one of its
-    own or of a later beat, is left out, and wrong."""
+    """Find the beats of a story (a list of words): ({beat: (sentence, option, begin)},
+    faults), sentences as lists of words, begin: the position of the first of them. A
+    sentence that is none, or comes after one of its own or of a later beat, is left out,
+    and wrong."""
     said = {}
     wrong = []
     order = list(BEATS)
     latest = -1                                          # number of the last beat found
+    begin = 0                                            # of the sentence
     for sentence in " ".join(words).replace(" .", " .\n").split("\n"):
         sentence = sentence.split()
         if not sentence:                                 # after the last full stop
             continue
+        where = list(range(begin, begin + len(sentence)))
         beat, option = SENTENCES.get(skeleton(sentence), ("", None))
         if option is None:
-            wrong.append(f"not a sentence: {' '.join(sentence)}")
+            wrong.append((f"not a sentence: {' '.join(sentence)}", where))
         elif order.index(beat) <= latest:
-            wrong.append(f"out of order: {' '.join(sentence)}")
+            wrong.append((f"out of order: {' '.join(sentence)}", where))
         else:
-            said[beat] = sentence, option
+            said[beat] = sentence, option, begin
             latest = order.index(beat)
+        begin += len(sentence)
     return said, wrong
 
 
 def read(words):
     """Parse a story (a list of words), and tell it again as the generator would:
-    (log-probability in nats, contradictions)."""
+    (log-probability in nats, faults)."""
     said, wrong = parse(words)
     total = 0.0
     facts = {}                                           # slot: word
     plot = ""
     for beat in BEATS:
         # a beat that is not told; one with an empty pattern tells itself
-        sentence, option = said.get(beat, ([], BEATS[beat][0]))
+        sentence, option, begin = said.get(beat, ([], BEATS[beat][0], 0))
         if not sentence and option[2]:
-            wrong.append(f"no {beat}")
+            wrong.append((f"no {beat}", []))
             continue
         # the choice of the sentence
         chances = options(beat, plot)
         if option not in chances:
-            wrong.append(f"does not fit the trouble: {' '.join(sentence)}")
+            where = list(range(begin, begin + len(sentence)))
+            wrong.append((f"does not fit the trouble: {' '.join(sentence)}", where))
         total += math.log(chances.get(option, 1))
         plot = plot or option[1]
         # the choice of the words in its slots; what was said first holds
-        for slot, word in zip(option[2].split(), sentence):
+        for i, (slot, word) in enumerate(zip(option[2].split(), sentence), begin):
             if slot.isupper():
                 chances = fillers(slot, facts)
                 if word not in chances and chances:
                     right = " or ".join(chances)
-                    wrong.append(f"the {slot.lower()} is {right}, not {word}")
+                    wrong.append((f"the {slot.lower()} is {right}, not {word}", [i]))
                 total += math.log(chances.get(word, 1))
                 facts.setdefault(slot, word)
     # the story is impossible if anything is wrong
@@ -230,7 +236,7 @@ def choices(words):
     sentence, and the first word of each slot that is drawn."""
     said, _ = parse(words)
     chosen = {}
-    for beat, (sentence, option) in said.items():
+    for beat, (sentence, option, _) in said.items():
         chosen[beat] = option[2]
         for slot, word in zip(option[2].split(), sentence):
             if slot in WORDS:
@@ -259,6 +265,13 @@ def log_prob(words):
     return read(words)[0]
 
 
-def contradictions(words):
-    """What is wrong with a story (a list of words), one reason for each fault."""
+def faults(words):
+    """What is wrong with a story (a list of words): [(reason, positions of the words that
+    it is about)]. A sentence that is missing has no position, one that does not belong
+    where it stands those of all its words."""
     return read(words)[1]
+
+
+def contradictions(words):
+    """The reasons alone, one for each fault."""
+    return [reason for reason, _ in faults(words)]
