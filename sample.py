@@ -7,8 +7,9 @@
     python sample.py out/stories-nano-reveal/teacher.pt --steps exact
 
 The checkpoint is all that is needed. Tokens are drawn in float64, as rounding in float32
-would change the distribution. --temperature and --top_p change it on purpose, and are off
-unless given. To watch a text being written, alone or as a race: python -m tools.animate.
+would change the distribution. --temperature, --top_p and --order change it on purpose, and
+are off unless given. To watch a text being written, alone or as a race: python -m
+tools.animate.
 """
 import argparse
 import sys
@@ -21,6 +22,7 @@ from data.checkpoints import load_model
 from data.cost import Cost, calls_as_text, counted_calls
 from data.dataset import make_tokenizer
 from data.files import UserError
+from data.orders import ORDERS, refuse_order, sample_confident
 from data.prompts import known_tokens
 from data.script import command, flag, parse_flags
 from diffusion import categorical, sample, sample_exact, sharpen
@@ -64,6 +66,9 @@ class SampleConfig:
     top_p: float = flag(
         1.0, "draw only among the likeliest tokens that have this probability together; "
         "changes the distribution", low=0.01, high=1)
+    order: str = flag(
+        "random", "which tokens a step reveals: any, or (confidence) the surest, with full "
+        "attention; the latter changes the distribution", choices=ORDERS)
     seed: int = flag(0, "seed of the samples")
     # what is given, and how much is wanted
     prompt: str = flag("", "how the text begins")
@@ -88,6 +93,7 @@ class Sampling:
     top_p: float = 1.0           # 1: any token may be drawn
     precision: int = 64          # bits of a token draw, 32 or 64; of EXACT always 64
     sampler: object = None       # f(model, z, sampling) in place of diffusion.sample
+    order: str = "random"        # "confidence" is another law, see data/orders.py
     length: int | None = None    # tokens of a text; None: the model's context
     ahead: int = 8               # of EXACT, see diffusion.sample_exact
     max_calls: int | None = None         # likewise
@@ -132,6 +138,8 @@ def draw_batch(model, known, sampling):
         return generate(model, known, length, draw), None            # with its KV cache
     if sampling.sampler:
         return sampling.sampler(model, z, sampling), None            # such as tools.joint's
+    if sampling.order == "confidence":
+        return sample_confident(model, z, sampling.steps, model.mask_id, draw), None
     # some texts are finished before others: of each text, the calls that revealed something
     # in it
     calls = torch.zeros(len(z), dtype=torch.long)                    # (B,)
@@ -184,13 +192,14 @@ def main():
     tokenizer = make_tokenizer(content["tokenizer"])
 
     refuse_exact([config.steps], config.max_calls, model, config.checkpoint)
+    refuse_order(config.order, model, config.checkpoint)
     # every text begins with the same known tokens
     known = known_tokens(config, model, tokenizer)                   # (P,)
     prompts = known.expand(config.num_samples, -1)                   # (n, P)
     # a student is made for a number of steps, a teacher for none
     steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
     sampling = Sampling(steps, config.seed, config.temperature, config.top_p,
-                        length=config.length, ahead=config.ahead,
+                        order=config.order, length=config.length, ahead=config.ahead,
                         max_calls=config.max_calls)
     costs = []                                           # of each batch
     x = draw_samples(model, config.num_samples, sampling, procs, prompts, costs=costs)

@@ -248,9 +248,13 @@ def step_key(steps):
     return math.inf if steps == EXACT else steps
 
 
-def in_steps(steps):
-    """"8 steps", or "exact"."""
-    return steps if steps == EXACT else f"{steps} steps"
+def in_steps(steps, order=None):
+    """"8 steps", or "exact"; or "8 steps, confidence", as an order of reveal that is not
+    the model's own is always named."""
+    text = steps if steps == EXACT else f"{steps} steps"
+    if order not in (None, "random"):
+        text += f", {order}"
+    return text
 
 
 def summary(row):
