@@ -19,7 +19,7 @@ import model
 import train
 from data import dataset, measures, script
 from helpers import make_dataset
-from tools import machine
+from tools import figures, machine
 
 ROOT = Path(common.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
@@ -125,6 +125,24 @@ def test_table_is_what_distill_prints_of_the_saved_results():
     lines = measures.table(rows).splitlines()
     shown = [line for line in lines if line[10:26].strip() not in LEFT_OUT]
     assert "```text\n" + "\n".join(shown) + "\n```" in README
+
+
+def test_table_of_orders_is_that_of_the_saved_rows():
+    """results/README.md, line by line, without the rows that it leaves out: one token a step is both
+    50 and 1,024 steps in the order confidence. Its last sentence has their rounded numbers. Exact."""
+    results = json.loads((ROOT / "results/orders.json").read_text())
+    rows = {(row["order"], row["steps"]): row for row in results["samples"]}
+    columns = [column for column in figures.SAMPLES if column[1] in (
+        "model", "steps", "order", "gen_ppl", "entropy", "pooled_entropy", "choices", "valid")]
+    shown = [row for key, row in rows.items() if key not in (("random", 50), ("confidence", 1024))]
+    page = (ROOT / "results/README.md").read_text()
+    assert f"```text\n{figures.rows_as_text(shown, columns)}\n```" in page
+    choices = [f"{rows[key]['choices']:.1f}" for key in (("confidence", 50), (None, None),
+                                                         ("random", 1024))]
+    words = " ".join(page.split())
+    sentence = "make {} nats of choices where the data make {}, and the teacher in random order {}."
+    assert sentence.format(*choices) in words
+    assert "--" + " ".join(results["argv"]).split("--", 1)[1] in words.replace(" \\", "")
 
 
 def test_saved_exact_samples_have_the_values_of_one_token_at_a_time():
