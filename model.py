@@ -432,8 +432,9 @@ def reveal_mask(idx, rank, mask_id):
     itself and all tokens. The ranks are random unless given."""
     if rank is None:
         rank = torch.rand(idx.shape, device=idx.device)
-    # a mask comes after all tokens (double: whole numbers have no infinity)
-    rank = rank.double().masked_fill(idx == mask_id, torch.inf)      # (B, L)
+    if not rank.is_floating_point():
+        rank = rank.float()              # whole numbers have no infinity
+    rank = rank.masked_fill(idx == mask_id, torch.inf)   # a mask comes after all tokens
     before = rank[:, None, :] < rank[:, :, None]                     # (B, L, L)
     itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
     return itself | before

@@ -24,7 +24,7 @@ from data.dataset import make_tokenizer
 from data.files import UserError
 from data.orders import ORDERS, refuse_order, sample_confident
 from data.prompts import known_tokens
-from data.script import command, flag, parse_flags
+from data.script import command, device_flag, flag, parse_flags
 from diffusion import categorical, sample, sample_exact, sharpen
 from model import generate
 
@@ -77,7 +77,7 @@ class SampleConfig:
         "of its own, any other underscore is text")
     num_samples: int = flag(4, "how many texts", low=1)
     length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
 
 
 # ---- drawing texts

@@ -7,6 +7,7 @@ the temperature were lower. So every table and every row that is made like this 
 """
 import torch
 
+from data.devices import in_float64
 from data.files import UserError
 from diffusion import categorical, draw_tokens, first_states, random_order, without_masks
 
@@ -38,6 +39,7 @@ def sample_confident(model, z, steps, mask_id, draw=categorical):
         ids, sure = draw_with_confidence(model, h, draw)             # (N,) both
         sure = sure.view(left.shape)                                 # (B, n)
         first = sure.argsort(dim=1, descending=True, stable=True)    # (B, n)
+        first = first.to(z.device)
         chosen = first[:, :count]                                    # (B, count)
         z.scatter_(1, left.gather(1, chosen), ids.view_as(left).gather(1, chosen))
         left = left.gather(1, first[:, count:])                      # (B, n - count)
@@ -65,10 +67,10 @@ def draw_with_confidence(model, h, draw):
         """Draw from logits (n, V), and keep the probabilities of what was drawn."""
         ids = draw(logits)                                           # (n,)
         # float64: in float32 every probability from 1 - 3e-8 on would be 1
-        p = logits.double().softmax(-1)                              # (n, V)
+        p = in_float64(logits).softmax(-1)                           # (n, V)
         # where predictions are NaN the draw is V, which without_masks will find
         token = ids.clamp(max=p.shape[-1] - 1)[:, None]              # (n, 1)
-        sure.append(p.gather(1, token)[:, 0])
+        sure.append(p.gather(1, token.to(p.device))[:, 0])
         return ids
 
     ids = draw_tokens(model, h, draw_and_note)

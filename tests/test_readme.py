@@ -128,8 +128,8 @@ def test_table_is_what_distill_prints_of_the_saved_results():
 
 
 def test_table_of_orders_is_that_of_the_saved_rows():
-    """results/README.md, line by line, without the rows that it leaves out: one token a step is both
-    50 and 1,024 steps in the order confidence. Its last sentence has their rounded numbers. Exact."""
+    """results/README.md, line by line, without the rows that it leaves out: in the order confidence
+    50 and 1,024 steps are the same. Its last sentence has their rounded numbers. Exact."""
     results = json.loads((ROOT / "results/orders.json").read_text())
     rows = {(row["order"], row["steps"]): row for row in results["samples"]}
     columns = [column for column in figures.SAMPLES if column[1] in (

@@ -27,7 +27,7 @@ from data.measures import (NO_VALUE, add_mean, exp, make_judge, mean_se, perplex
                            step_key)
 from data.orders import ORDERS, refuse_order
 from data.results import sample_row
-from data.script import command, flag, package, parse_flags
+from data.script import command, device_flag, flag, package, parse_flags
 from model import Transformer
 from sample import BATCH, EXACT, Sampling, draw_samples, refuse_exact, steps_or_exact
 from tools import figures, likelihood
@@ -89,7 +89,7 @@ class EvaluateConfig:
     # where the results go, and where this runs
     plot: str | None = flag(None, "picture of the frontier (needs matplotlib)")
     json: str | None = flag(None, "file for everything measured")
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
 
 
 # ---- rows: each is one model's, under one setting
