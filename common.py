@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data.devices import find_device
 from data.files import UserError
 from data.muon import Muon
 
@@ -32,25 +33,21 @@ class Processes(typing.NamedTuple):
 
 
 def start(device):
-    """Device and processes: 'auto' | 'cpu' | 'cuda' -> Processes.
+    """Device and processes: 'auto' | 'cpu' | 'cuda' | 'mps' | ... -> Processes.
     Under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK) the processes are joined, by
-    NCCL on GPUs and gloo on the CPU. Raises UserError if CUDA is asked for and absent."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but this PyTorch finds no CUDA GPU; use --device "
-                        "cpu")
-    if device == "auto":
-        # a GPU is used automatically
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    NCCL on GPUs and gloo on the CPU. Raises UserError if the device is absent, or is none
+    that several processes can use."""
     # without torchrun there is one process, number 0
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device} is for one process; use --device cpu or cuda")
     # a GPU for each process of this machine
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = find_device(device)                             # cpu, mps, cuda:0, cuda:1, ...
+    if device.type == "cuda":
         torch.cuda.set_device(device)  # for NCCL, and for plain 'cuda'
         # cuDNN's attention makes a plan for each new shape, some 50 ms each, and here most
         # steps of a sampler have a shape of their own; FlashAttention makes none
         torch.backends.cuda.enable_cudnn_sdp(False)
-    device = torch.device(device)                            # cpu, or cuda:0, cuda:1, ...
     if world > 1 and not dist.is_initialized():
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo",
@@ -155,13 +152,15 @@ def make_optimizers(model, config):
     decay = config.weight_decay          # of all tensors, vectors too
     # on a GPU fused: one kernel updates all tensors; on a CPU foreach: each operation is
     # called once for all tensors
-    on_cpu = rest[0].device.type == "cpu"
+    device = rest[0].device.type
+    on_cpu = device == "cpu"
     adamw = torch.optim.AdamW(rest, config.lr, weight_decay=decay, foreach=on_cpu,
                               fused=not on_cpu)
     if not matrices:                                                 # --optimizer adamw
         return [adamw]
-    # on a CPU ours, which takes the same steps, but without bfloat16, which is slow there
-    kind = Muon if on_cpu else torch.optim.Muon
+    # PyTorch's is for CUDA; ours takes the same steps without bfloat16, which is slow on a
+    # CPU, and which not every device has
+    kind = torch.optim.Muon if device == "cuda" else Muon
     muon = kind(matrices, config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 

@@ -21,6 +21,7 @@ Randomness comes from torch's global generators.
 """
 import torch
 
+from data.devices import float64_device, in_float64
 from model import NOT_FINITE, Reading, cross_entropy
 
 HEAD_ROWS = 512                  # states that the head is given at a time
@@ -123,8 +124,9 @@ def categorical(logits, dtype=torch.float64):
     A row that holds NaN gives V, the mask's id. The samplers check for that once, at their
     end; a check here would make the CPU wait for a GPU."""
     # probabilities up to a factor (float64 from the start takes 7 times as long)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_().to(dtype)          # (..., V)
-    return draw_from(weights)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()        # (..., V)
+    weights = weights.to(float64_device(logits.device)).to(dtype)
+    return draw_from(weights).to(logits.device)
 
 
 def draw_from(weights):
@@ -160,11 +162,11 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
     logits = logits / temperature
     if top_p >= 1:
         return logits
-    p, likeliest = logits.double().softmax(-1).sort(dim=-1, descending=True)
+    p, likeliest = in_float64(logits).softmax(-1).sort(dim=-1, descending=True)
     # a token is outside if those likelier than it have top_p; the likeliest always stays
     outside = p.cumsum(-1) - p >= top_p                      # (..., V), likeliest first
     outside = outside.scatter(-1, likeliest, outside)        # in the order of ids again
-    return logits.masked_fill(outside, -torch.inf)
+    return logits.masked_fill(outside.to(logits.device), -torch.inf)
 
 
 # ---- the reverse process
@@ -549,7 +551,7 @@ def nats_of(model, h, ids):
     given some states at a time, see draw_tokens."""
     nats = []
     for states, some in zip(h.split(HEAD_ROWS), ids.split(HEAD_ROWS)):
-        nats.append(cross_entropy(model.head(states), some).double())
+        nats.append(in_float64(cross_entropy(model.head(states), some)))
     return torch.cat(nats)
 
 
@@ -565,13 +567,14 @@ def couple(model, h, h_old, x, mask_id, adjust=None):
         logits = model.head(states)
         if adjust:
             logits = adjust(logits)
-        return logits.softmax(-1).double()
+        return in_float64(logits.softmax(-1))
 
     ids = []
     # some at a time, as in draw_tokens: never all (N, V)
     size = max(DRAW_ROWS, COUPLE_SIZE // model.config.vocab)
     for new, old, guess in zip(h.split(size), h_old.split(size), x.split(size)):
         p, q = probabilities(new), probabilities(old)                # (n, V) both
+        guess = guess.to(p.device)
         has_guess = guess != mask_id                                 # (n,)
         q[~has_guess] = 0                        # then max(p - q, 0), below, is p
         # p and q of the guess itself (n,); where there is none any token will do
@@ -586,4 +589,4 @@ def couple(model, h, h_old, x, mask_id, adjust=None):
         drawn = guess.clone()
         drawn[~stays] = draw_from(torch.where(empty, p[~stays], rest))
         ids.append(drawn)
-    return torch.cat(ids)
+    return torch.cat(ids).to(x.device)

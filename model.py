@@ -426,9 +426,11 @@ def reveal_mask(idx, rank, mask_id):
     itself and all tokens. The ranks are random unless given."""
     if rank is None:
         rank = torch.rand(idx.shape, device=idx.device)
-    # masks have rank infinity: they see all tokens, but not each other, as inf < inf is
-    # false. (double, as whole numbers could not be infinite)
-    rank = rank.double().masked_fill(idx == mask_id, torch.inf)      # (B, L)
+    # masks have rank infinity, as only floating-point numbers can: they see all tokens, but
+    # not each other, as inf < inf is false
+    if not rank.is_floating_point():
+        rank = rank.float()
+    rank = rank.masked_fill(idx == mask_id, torch.inf)               # (B, L)
     before = rank[:, None, :] < rank[:, :, None]                     # (B, L, L)
     itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
     return itself | before

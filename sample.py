@@ -8,8 +8,9 @@
     python sample.py out/stories-nano-reveal/teacher.pt --steps exact
 
 A checkpoint is all that is needed. Tokens are drawn in float64, as rounding in float32
-would change the distribution. --temperature and --top_p change it on purpose, and are off
-unless given. To watch a text being written, alone or as a race: python -m tools.animate.
+would change the distribution. --temperature, --top_p and --order change it on purpose, and
+are off unless given. To watch a text being written, alone or as a race: python -m
+tools.animate.
 """
 import argparse
 import runpy
@@ -23,8 +24,9 @@ from data.checkpoints import load_model
 from data.cost import Cost, calls_as_text, counted_calls
 from data.dataset import make_tokenizer
 from data.files import UserError
+from data.orders import ORDERS, refuse_order, sample_confident
 from data.prompts import known_tokens, refuse_until_end, up_to_end
-from data.script import command, flag, parse_flags
+from data.script import command, device_flag, flag, parse_flags
 from diffusion import categorical, sample, sample_exact, sharpen
 from model import generate
 
@@ -68,6 +70,9 @@ class SampleConfig:
     top_p: float = flag(
         1.0, "draw only among the likeliest tokens that have this probability together; "
         "changes the distribution", low=0.01, high=1)
+    order: str = flag(
+        "random", "which tokens a step reveals: any, or (confidence) the surest, with full "
+        "attention; the latter changes the distribution", choices=ORDERS)
     seed: int = flag(0, "seed of the samples")
     # what is given, and how much is wanted
     prompt: str = flag("", "how the text begins")
@@ -78,7 +83,7 @@ class SampleConfig:
     length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
     until_end: bool = flag(
         False, "show each text up to its first end-of-text token, where the data have one")
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
 
 
 # ---- drawing texts
@@ -94,6 +99,7 @@ class Sampling:
     top_p: float = 1.0           # 1: any token may be drawn
     precision: int = 64          # bits of a token draw, 32 or 64; of EXACT always 64
     sampler: object = None       # f(model, z, sampling) in place of diffusion.sample
+    order: str = "random"        # "confidence" is another law, see data/orders.py
     length: int | None = None    # tokens of a text; None: the model's context
     ahead: int = 8               # of EXACT, see diffusion.sample_exact
     max_calls: int | None = None         # likewise
@@ -138,6 +144,8 @@ def draw_batch(model, known, sampling):
         return generate(model, known, length, draw), None            # with its KV cache
     if sampling.sampler:
         return sampling.sampler(model, z, sampling), None            # such as tools.joint's
+    if sampling.order == "confidence":
+        return sample_confident(model, z, sampling.steps, model.mask_id, draw), None
     # some texts are finished before others: of each text, the calls that revealed something
     # in it
     calls = torch.zeros(len(z), dtype=torch.long)                    # (B,)
@@ -201,13 +209,14 @@ def main():
 
     refuse_exact([config.steps], config.max_calls, model, config.checkpoint)
     refuse_until_end(config, tokenizer)
+    refuse_order(config.order, model, config.checkpoint)
     # every text begins with the same known tokens
     known = known_tokens(config, model, tokenizer)                   # (P,)
     prompts = known.expand(config.num_samples, -1)                   # (n, P)
     # a student is made for a number of steps, a teacher for none
     steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
     sampling = Sampling(steps, config.seed, config.temperature, config.top_p,
-                        length=config.length, ahead=config.ahead,
+                        order=config.order, length=config.length, ahead=config.ahead,
                         max_calls=config.max_calls)
     costs = []                                           # of each batch
     x = draw_samples(model, config.num_samples, sampling, procs, prompts, costs=costs)

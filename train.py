@@ -29,7 +29,7 @@ from data.checkpoints import Run, model_from, resume, save, with_saved_flags
 from data.dataset import load_data
 from data.files import UserError, hold
 from data.log import rewind_log, write_log
-from data.script import GOES_ON, command, flag, parse_flags
+from data.script import GOES_ON, command, device_flag, flag, parse_flags
 from data.watch import Clock, Guard
 from diffusion import nelbo, nll_in_order
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
@@ -76,7 +76,7 @@ class LoopConfig:
 
     # where and how it runs: bf16 and compile change rounding only; another kind of device
     # also draws different noise
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
     bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
     compile: bool | None = flag(
         None, "compile the blocks with torch.compile [on a GPU only]")

@@ -9,6 +9,7 @@ from collections import Counter
 
 import torch
 
+from data.devices import in_float64
 from data.dataset import (choices, copies, copies_expected, make_tokenizer, oracle,
                           retokenise)
 from model import nll
@@ -22,7 +23,7 @@ VERSION = 2              # one more where texts or measures change: kept rows ar
 def mean_se(values):
     """The mean of values (n,) and its standard error; None for the mean of no values, and
     for the error of fewer than two."""
-    values, n = values.double(), len(values)
+    values, n = in_float64(values), len(values)
     if n == 0:
         return None, None
     if n == 1:
@@ -94,7 +95,8 @@ def make_judge(model, spec=None, tokenizer=None):
 
         batches = [nll(model, batch, model.mask_id) for batch in y.split(JUDGE_BATCH)]
         nats = torch.cat(batches)                                    # (n, W)
-        return (nats * counts).sum(1).double(), counts.sum(1)
+        nats = in_float64((nats * counts).sum(1))
+        return nats, counts.sum(1).to(nats.device)
     return judge
 
 
@@ -248,9 +250,13 @@ def step_key(steps):
     return math.inf if steps == EXACT else steps
 
 
-def in_steps(steps):
-    """"8 steps", or "exact"."""
-    return steps if steps == EXACT else f"{steps} steps"
+def in_steps(steps, order=None):
+    """"8 steps", or "exact"; or "8 steps, confidence", as an order of reveal that is not
+    the model's own is always named."""
+    text = steps if steps == EXACT else f"{steps} steps"
+    if order not in (None, "random"):
+        text += f", {order}"
+    return text
 
 
 def summary(row):

@@ -1,4 +1,4 @@
-"""The optimizer of the blocks' matrices, on a CPU."""
+"""The optimizer of the blocks' matrices, on everything but CUDA."""
 import math
 
 import torch

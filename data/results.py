@@ -135,14 +135,14 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     else:
         title = name
         if sampling.steps:                       # AR has no number of steps
-            title = f"{name}, {in_steps(sampling.steps)}"
+            title = f"{name}, {in_steps(sampling.steps, sampling.order)}"
         x = draw_samples(model, n, sampling, procs, title=title, costs=costs)
 
     # how the texts came about
     row = {"model": name, "steps": sampling.steps, "nfe": None, "calls": None,
            "reads": None, "temperature": sampling.temperature,
            "precision": sampling.precision, "joint": sampling.sampler is not None,
-           "seed": sampling.seed}
+           "order": sampling.order, "seed": sampling.seed}
     # nfe: calls of the network for a batch (number of function evaluations), the mean;
     # calls: until a text was finished, the mean of texts; reads: positions that the network
     # read for each token
@@ -152,6 +152,8 @@ def sample_row(name, model, n, sampling, judge, data, procs):
         row["reads"] = sum(cost.reads for cost in costs) / x.numel()
     if model is None:                            # data are not drawn here
         row["temperature"] = row["precision"] = None
+    if model is None or model.config.causal:     # nor does AR choose an order
+        row["order"] = None
 
     # what they are worth
     row |= measure(x.to(procs.device), judge, data)

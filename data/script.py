@@ -87,6 +87,12 @@ def flag(default, help, choices=None, low=None, high=None, type=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def device_flag():
+    """The flag --device, which data.devices.find_device explains."""
+    return flag("auto", "where to run: auto (a CUDA GPU, or else the CPU), cpu, cuda, or "
+                        "any device of PyTorch, such as mps")
+
+
 def value_type(hint):
     """Of a field's annotation: the type of one value, and whether the flag takes several:
     int | None -> int, False; list[int] | None -> int, True."""

@@ -289,7 +289,8 @@ def test_continuations_of_a_prompt_do_not_make_its_error_smaller(monkeypatch):
         return y[:, skip:].double().sum(1) / 99, torch.full((len(y),), 12 - skip)
     c.temperature, model = [1.0], random_model()
     everything = evaluate.Evaluation(c, CPU, {}, evaluate.Judge(judge, None, ""), None, {})
-    once, often = (evaluate.continuation_row(everything, "", m, 3, x, None) for m in (None, model))
+    once, often = (evaluate.continuation_row(everything, "", m, Sampling(3), x, None)
+                   for m in (None, model))
     for key in ("gen_ppl", "gen_ppl_se"):
         assert once[key] == pytest.approx(often[key], rel=1e-12)
     assert (once["texts"], often["texts"], once["prompts"]) == (5, 20, 5)

@@ -31,7 +31,7 @@ from data.files import UserError, write
 from data.measures import in_steps
 from data.prompts import known_tokens
 from data.results import round_files
-from data.script import command, flag, package, parse_flags
+from data.script import command, device_flag, flag, package, parse_flags
 from diffusion import categorical, sample, sample_exact, sharpen
 from model import generate
 from sample import (DEFAULT_STEPS, EXACT, OUR_STEPS, OURS, refuse_exact,
@@ -70,7 +70,7 @@ class AnimateConfig:
     race: bool = flag(
         False, "of a folder: AR, teacher and last student by measured time")
     seed: int = flag(0, "seed of the samples")
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ from common import seed_all
 from data.checkpoints import load_model
 from data.files import UserError
 from data.results import round_files
-from data.script import flag, package
+from data.script import device_flag, flag, package
 from model import PRESETS, ModelConfig, Transformer
 from tools import figures
 from tools.machine import prepare, transformers_gpt2
@@ -51,7 +51,7 @@ class BenchConfig:
     repeats: int = flag(3, "timed runs of each, but of diffusion-naive one", low=1)
     samples: int = flag(128, "texts for perplexity and entropy", low=2)
     # where and how
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
     dtype: str | None = flag(
         None, "[float32; on a GPU bfloat16]", choices=["float32", "bfloat16"])
     threads: int | None = flag(None, "CPU threads [PyTorch's choice]", low=1)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from common import seed_all, start
 from data.files import UserError, write_json
-from data.script import command, flag, parse_flags
+from data.script import command, device_flag, flag, parse_flags
 from diffusion import (categorical, mask_rate, mask_share, nelbo, q_sample, reveal_share,
                        sample_t)
 from distill import divergence, sdtt_loss
@@ -44,7 +44,7 @@ class BenchTrainConfig:
     batch: list[int] | None = flag(None, "sequences of a step [2]", low=1)
     length: list[int] | None = flag(None, "tokens of a sequence [1024]", low=2)
     repeats: int = flag(3, "timed runs of each", low=1)
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
     dtype: str | None = flag(
         None, "inside the blocks [float32; on a GPU bfloat16]",
         choices=["float32", "bfloat16"])

@@ -16,7 +16,7 @@ from common import start
 from data.dataset import choices, make_tokenizer
 from data.files import UserError, write_json
 from data.measures import add_mean, choice_entropy, in_steps, tally
-from data.script import command, flag, parse_flags
+from data.script import command, device_flag, flag, parse_flags
 from data.stories import language
 from sample import Sampling, draw_samples, refuse_exact, steps_or_exact
 from tools import figures
@@ -36,7 +36,7 @@ class ChoicesConfig:
         None, "folder of a dataset [the first checkpoint's]")
     plot: str | None = flag(None, "picture of all shares (needs matplotlib)")
     json: str | None = flag(None, "file for all counts")
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
 
 
 def choice_row(name, x, data):

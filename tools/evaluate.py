@@ -25,8 +25,9 @@ from data.files import UserError, read_text, write_json
 from data.lambada.prepare import parse_lambada
 from data.measures import (NO_VALUE, add_mean, exp, make_judge, mean_se, perplexity,
                            step_key)
+from data.orders import ORDERS, refuse_order
 from data.results import sample_row
-from data.script import command, flag, package, parse_flags
+from data.script import command, device_flag, flag, package, parse_flags
 from model import Transformer
 from sample import BATCH, EXACT, Sampling, draw_samples, refuse_exact, steps_or_exact
 from tools import figures, likelihood
@@ -66,6 +67,9 @@ class EvaluateConfig:
     frontier: bool = flag(
         False, "perplexity at equal entropy, from temperatures 0.7 to 1.1")
     precision: int = flag(64, "bits of the token draw", choices=[32, 64])
+    order: list[str] | None = flag(
+        None, "which tokens a step reveals [random]; confidence: the surest, with full "
+        "attention, which is another law", choices=ORDERS)
     joint: bool = flag(
         False, "draw tokens and whether they are revealed together, as public code does")
     seed: int = flag(0, "seed of the samples")
@@ -85,7 +89,7 @@ class EvaluateConfig:
     # where the results go, and where this runs
     plot: str | None = flag(None, "picture of the frontier (needs matplotlib)")
     json: str | None = flag(None, "file for everything measured")
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
 
 
 # ---- rows: each is one model's, under one setting
@@ -230,6 +234,7 @@ def set_defaults(config, models, data):
     config.prompt_tokens = config.prompt_tokens or config.length // 2
     config.sequences = config.sequences or max(32, 2 ** 15 // config.length)
     config.steps = sorted(config.steps or [8, 16, 32], key=step_key)
+    config.order = config.order or ["random"]
     if not config.temperature:
         config.temperature = [1.0]
         if config.frontier or config.plot:
@@ -253,8 +258,12 @@ def set_defaults(config, models, data):
     paths = figures.names(config.checkpoint)
     for name, (model, _) in models.items():
         refuse_exact(config.steps, config.max_calls, model, paths[name])
+        for order in config.order:
+            refuse_order(order, model, paths[name])
     if config.joint and EXACT in config.steps:
         raise UserError(f"--joint draws in steps; leave it or --steps {EXACT} out")
+    if config.joint and config.order != ["random"]:
+        raise UserError("--joint reveals in random order; leave it or --order out")
     if config.precision == 32 and EXACT in config.steps:
         raise UserError(f"--steps {EXACT} draws in 64 bits; leave it or --precision 32 out")
     if config.mauve and not config.continuations:
@@ -323,26 +332,28 @@ class Evaluation:
             write_json(self.config.json, self.results)
 
     def settings(self):
-        """(name, model, steps) of the data, which are model None, and of every model."""
-        yield "data", None, None
+        """(name, model, steps, order) of the data, which are model None, and of every
+        model."""
+        yield "data", None, None, "random"
         for name, model in self.models.items():
             if model.config.causal:
-                yield name, model, None
+                yield name, model, None, "random"
                 if EXACT in self.config.steps:
-                    yield name, model, EXACT
-            else:
+                    yield name, model, EXACT, "random"
+                continue
+            for order in self.config.order:
                 for steps in self.config.steps:
-                    yield name, model, steps
+                    yield name, model, steps, order
 
-    def sampling(self, model, steps, temperature=1.0):
+    def sampling(self, model, steps, order="random", temperature=1.0):
         """How texts of a model are drawn."""
         config = self.config
         sampler = None
         if config.joint and model is not None and not model.config.causal:
             sampler = joint_sampler
         return Sampling(steps, config.seed, temperature, precision=config.precision,
-                        sampler=sampler, length=config.length, ahead=config.ahead,
-                        max_calls=config.max_calls)
+                        sampler=sampler, order=order, length=config.length,
+                        ahead=config.ahead, max_calls=config.max_calls)
 
 
 def measure_readings(evaluation):
@@ -365,14 +376,14 @@ def measure_readings(evaluation):
 
 
 def measure_samples(evaluation):
-    """Texts of every model at every number of steps and every temperature."""
+    """Texts of every model in every order, at every number of steps and temperature."""
     config, results = evaluation.config, evaluation.results
-    for name, model, steps in evaluation.settings():
+    for name, model, steps, order in evaluation.settings():
         temperatures = config.temperature
         if model is None:                # data have one temperature, their own
             temperatures = [1.0]
         for temperature in temperatures:
-            sampling = evaluation.sampling(model, steps, temperature)
+            sampling = evaluation.sampling(model, steps, order, temperature)
             row = quality_row(name, model, config.samples, sampling, evaluation.judge.read,
                               evaluation.data, evaluation.procs)
             results["samples"].append(row)
@@ -382,19 +393,20 @@ def measure_samples(evaluation):
         results["frontier"] = figures.frontier(results["samples"], results["teacher"])
 
 
-def continuation_row(evaluation, name, model, steps, x, gpt2):
+def continuation_row(evaluation, name, model, sampling, x, gpt2):
     """Conditional text of a model: --continuations of the first --prompt_tokens tokens of
-    each of x (n, L), of as many tokens as x has; model None: x itself. Perplexity under the
-    judge given the prompt, self-BLEU among the continuations of a prompt, MAUVE against x
-    where gpt2 is given, as (model, tokenizer)."""
+    each of x (n, L), of as many tokens as x has, drawn as `sampling` says; model None: x
+    itself. Perplexity under the judge given the prompt, self-BLEU among the continuations
+    of a prompt, MAUVE against x where gpt2 is given, as (model, tokenizer)."""
     config, procs = evaluation.config, evaluation.procs
     P, m = config.prompt_tokens, config.continuations
-    row = {"model": name, "steps": steps}
+    row = {"model": name, "steps": sampling.steps, "order": None}
     y = x
     if model is not None:
+        if not model.config.causal:
+            row["order"] = sampling.order
         # m texts for each prompt, one after the other: (n m, L)
         prompts = x[:, :P].repeat_interleave(m, 0)
-        sampling = evaluation.sampling(model, steps, config.temperature[0])
         y = draw_samples(model, len(prompts), sampling, procs, prompts,
                          f"{name}, continuations")
         add_mean(row, "self_bleu4", NO_VALUE)
@@ -421,8 +433,9 @@ def measure_continuations(evaluation, gpt2):
     config = evaluation.config
     evaluation.results["continuations"] = []
     x = evaluation.data.pieces(config.prompts, config.length)        # (n, L)
-    for name, model, steps in evaluation.settings():
-        row = continuation_row(evaluation, name, model, steps, x, gpt2)
+    for name, model, steps, order in evaluation.settings():
+        sampling = evaluation.sampling(model, steps, order, config.temperature[0])
+        row = continuation_row(evaluation, name, model, sampling, x, gpt2)
         evaluation.add("continuations", row)
 
 
@@ -467,6 +480,9 @@ def main():
              f"seed {config.seed}")
     if config.joint:
         title += ", joint draws"
+    if "confidence" in config.order:
+        title += ("\norder confidence: the surest tokens are revealed first, which is "
+                  "another law than the model's")
     if note:
         title += "\n" + note
     print(title + "\n")

@@ -19,7 +19,7 @@ from data.dataset import Data, load_data
 from data.files import UserError, write_json
 from data.measures import VERSION, in_steps, make_judge
 from data.results import round_files, sample_row
-from data.script import command, flag, parse_flags
+from data.script import command, device_flag, flag, parse_flags
 from sample import EXACT, Sampling
 from tools import figures
 from tools.evaluate import with_oracle
@@ -48,7 +48,7 @@ class ExactConfig:
     seed: int = flag(0, "seed of the samples")
     json: str | None = flag(None, "file for the rows, and for those of an earlier run")
     plot: str | None = flag(None, "picture of quality against calls (needs matplotlib)")
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda"])
+    device: str = device_flag()
 
 
 def settings(name, model, what):

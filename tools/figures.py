@@ -134,7 +134,8 @@ LIKELIHOOD = (("model", "model", "s"), ("tokens", "tokens", ",d"),
               ("NELBO", "bound", ".4f±"), ("any order", "any_order", ".4f±"),
               ("8 orders", "mixture", ".4f±"),
               ("exact", "nll", ".4f±"), ("ppl", "ppl", ".3f±"))
-SAMPLES = (("model", "model", "s"), ("steps", "steps", ""), ("nfe", "nfe", ".3g"),
+SAMPLES = (("model", "model", "s"), ("steps", "steps", ""), ("order", "order", "s"),
+           ("nfe", "nfe", ".3g"),
            ("calls", "calls", ".3g"), ("reads", "reads", ".3g"),
            ("T", "temperature", ".2g"), ("bits", "precision", "d"),
            ("tokens", "tokens", ",d"), ("gen ppl", "gen_ppl", ".2f±"),
@@ -143,23 +144,25 @@ SAMPLES = (("model", "model", "s"), ("steps", "steps", ""), ("nfe", "nfe", ".3g"
            ("valid", "valid", ".0%±"), ("faults", "contradictions", ".2f±"),
            ("log p", "log_p", ".1f±"),
            ("too low", "low", "s"))
-DIVERSITY = (("model", "model", "s"), ("steps", "steps", ""), ("T", "temperature", ".2g"),
+DIVERSITY = (("model", "model", "s"), ("steps", "steps", ""), ("order", "order", "s"),
+             ("T", "temperature", ".2g"),
              ("self-BLEU-1", "self_bleu1", ".3f±"), ("self-BLEU-2", "self_bleu2", ".3f±"),
              ("self-BLEU-3", "self_bleu3", ".3f±"), ("self-BLEU-4", "self_bleu4", ".3f±"),
              ("distinct-1", "distinct1", ".3f±"), ("distinct-2", "distinct2", ".3f±"),
              ("distinct-3", "distinct3", ".3f±"), ("distinct-4", "distinct4", ".3f±"),
              ("8-grams seen", "seen", ".1%±"), ("repeats", "repetition", ".1%±"),
              ("copies", "copies", ".1%±"), ("expected", "copies_expected", ".1%±"))
-FRONTIER = (("model", "model", "s"), ("steps", "steps", ""), ("entropy", "entropy", ".3f"),
-            ("gen ppl", "at_entropy", ".2f±"), ("of all", "pooled_entropy", ".3f"),
-            ("gen ppl", "at_pooled_entropy", ".2f±"))
+FRONTIER = (("model", "model", "s"), ("steps", "steps", ""), ("order", "order", "s"),
+            ("entropy", "entropy", ".3f"), ("gen ppl", "at_entropy", ".2f±"),
+            ("of all", "pooled_entropy", ".3f"), ("gen ppl", "at_pooled_entropy", ".2f±"))
 LAST_WORDS = (("model", "model", "s"), ("tasks", "tasks", "d"),
               ("one pass", "one_pass", ".1%±"), ("certain", "confident", ".1%±"),
               ("left", "left", ".1%±"), ("word ppl", "word_ppl", ".2f±"),
               ("by bound", "by_bound", "d"))
-CONTINUATIONS = (("model", "model", "s"), ("steps", "steps", ""), ("texts", "texts", "d"),
-                 ("prompt", "prompt_tokens", "d"), ("gen ppl", "gen_ppl", ".2f±"),
-                 ("self-BLEU-4", "self_bleu4", ".3f±"), ("MAUVE", "mauve", ".3f±"))
+CONTINUATIONS = (("model", "model", "s"), ("steps", "steps", ""), ("order", "order", "s"),
+                 ("texts", "texts", "d"), ("prompt", "prompt_tokens", "d"),
+                 ("gen ppl", "gen_ppl", ".2f±"), ("self-BLEU-4", "self_bleu4", ".3f±"),
+                 ("MAUVE", "mauve", ".3f±"))
 HEADINGS = {                             # part of the results: (its heading, its columns)
     "likelihood": ("likelihood in nats per token: NELBO, the any-order estimate of the "
                    "same bound, a mixture of 8 orders (attention reveal), exact (AR); "
@@ -194,15 +197,28 @@ def show(results):
 
 # ---- rows compared with each other
 
+def own_order(row):
+    """Whether a row has the model's own law: no order of reveal, or the random one, which
+    rows of older versions do not name."""
+    return row.get("order") in (None, "random")
+
+
+def setting(row):
+    """What rows have in common that differ in temperature alone: (model, steps, order)."""
+    return row["model"], row["steps"], row.get("order")
+
+
 def mark(rows, teacher):
     """row["low"]: which of its entropies are more than LOW under the data's or the
-    teacher's (of as many steps): "text", within a text, "all", of all together."""
+    teacher's (of as many steps, in its own order): "text", within a text, "all", of all
+    together."""
     for row in rows:
         # what it is compared with
         others = []
         for other in rows:
             same = other["model"] == teacher and other["steps"] == row["steps"]
-            if other["model"] == "data" or same and other["temperature"] == 1:
+            plain = other["temperature"] == 1 and own_order(other)
+            if other["model"] == "data" or same and plain:
                 others.append(other)
         low = []
         for word, key in (("text", "entropy"), ("all", "pooled_entropy")):
@@ -242,22 +258,24 @@ def at_entropy(points, key, wanted, wanted_se=0.0):
 
 
 def frontier(rows, teacher):
-    """For each model and number of steps its perplexity at the teacher's entropy at
-    temperature 1 and the most steps (without a teacher, the data's), within a text and of
-    all together."""
+    """For each model, number of steps and order its perplexity at the teacher's entropy at
+    temperature 1 and the most steps, in its own order (without that, the data's), within a
+    text and of all together."""
     # the row whose entropies all are compared at
-    by_teacher = [row for row in rows
-                  if row["model"] == teacher and row["temperature"] == 1]
+    by_teacher = []
+    for row in rows:
+        if row["model"] == teacher and row["temperature"] == 1 and own_order(row):
+            by_teacher.append(row)
     if by_teacher:
         goal = max(by_teacher, key=lambda row: step_key(row["steps"]))
     else:
         goal = next(row for row in rows if row["model"] == "data")
     table = []
-    for name, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
+    for name, steps, order in dict.fromkeys(map(setting, rows)):
         if name == "data":
             continue
-        points = [row for row in rows if row["model"] == name and row["steps"] == steps]
-        entry = {"model": name, "steps": steps}
+        points = [row for row in rows if setting(row) == (name, steps, order)]
+        entry = {"model": name, "steps": steps, "order": order}
         for key in ("entropy", "pooled_entropy"):
             entry[key] = goal[key]
         for key in ("entropy", "pooled_entropy"):
@@ -478,17 +496,17 @@ def log_ticks(low, high):
 @picture
 def draw_frontier(rows, path):
     """tools.evaluate's rows as a picture: generative perplexity against entropy, within a
-    text and of all texts together, a line over the temperatures for each model and number
-    of steps."""
+    text and of all texts together, a line over the temperatures for each model, number of
+    steps and order."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, (key, label) in zip(axes, ENTROPIES):
-        for name, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
-            mine = [row for row in rows if row["model"] == name and row["steps"] == steps]
+        for name, steps, order in dict.fromkeys(map(setting, rows)):
+            mine = [row for row in rows if setting(row) == (name, steps, order)]
             mine.sort(key=lambda row: row["temperature"] or 1)
             x = [row[key] for row in mine]
             y = [row["gen_ppl"] for row in mine]
-            title = name if steps is None else f"{name}, {in_steps(steps)}"
+            title = name if steps is None else f"{name}, {in_steps(steps, order)}"
             if name == "data":
                 axis.plot(x, y, "k*", markersize=8, label=title)
             else:

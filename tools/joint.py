@@ -4,6 +4,7 @@ tools.evaluate.
 import torch
 
 import diffusion
+from data.devices import float64_device
 from diffusion import sharpen
 from model import NOT_FINITE
 from sample import DTYPES
@@ -23,7 +24,8 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
         times = torch.tensor([t, s], dtype=torch.float64)
         masked_t, masked_s = diffusion.mask_share(times).tolist()
         # what the network says, everywhere
-        p = sharpen(model(z), temperature).to(dtype).softmax(-1)     # (B, L, V)
+        logits = sharpen(model(z), temperature)                      # (B, L, V)
+        p = logits.to(float64_device(z.device)).to(dtype).softmax(-1)
         if bool(p.isnan().any()):
             raise FloatingPointError(NOT_FINITE)
         # reveal_share(t, s) is shared out among the tokens, the rest stays masked
@@ -32,7 +34,7 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
         joint = torch.cat((token, stay), dim=-1)                     # (B, L, V + 1)
         # one draw: the largest of log p plus Gumbel noise; V, the mask's id, means to stay
         gumbel = -(-torch.rand_like(joint).log()).log()
-        choice = (joint.log() + gumbel).argmax(-1)                   # (B, L)
+        choice = (joint.log() + gumbel).argmax(-1).to(z.device)      # (B, L)
         z = torch.where(z == mask_id, choice, z)
     return z
 

@@ -10,6 +10,7 @@ import re
 
 import torch
 
+from data.devices import float64_device, in_float64
 from data.files import UserError
 from data.lambada.prepare import WORD
 from data.measures import NO_VALUE, add_mean, exp, mean_se
@@ -28,8 +29,9 @@ def token_nats(model, z, x, rank=None):
     L)."""
     at = z != x                                                      # (B, L), N of them
     h = states_at(model, z, at, rank)                                # (N, C)
-    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    out[at] = nats_of(model, h, x[at])
+    nats = nats_of(model, h, x[at])                                  # (N,), float64
+    out = torch.zeros(x.shape, dtype=nats.dtype, device=nats.device)
+    out[at.to(nats.device)] = nats
     return out
 
 
@@ -39,13 +41,14 @@ def bound(model, x, mask_id, draws=1):
     of `draws` equal parts of (0, 1], t = u^2 and dt / t = 2 du / u. (With t itself uniform
     the variance is infinite: a text of one mask at t near 0 has weight 1/t.)"""
     B, L = x.shape
-    exact = dict(dtype=torch.float64, device=x.device)
+    exact = dict(dtype=torch.float64, device=float64_device(x.device))
     total = torch.zeros(B, **exact)
     for i in range(draws):
         # (0, 1] by this order of operations: 1 - rand is never 0, so u is not, either
         u = (i + (1 - torch.rand(B, 1, **exact))) / draws            # (B, 1)
         # in float64, too: float32 draws below u^2 < 2^-24 would come too often
-        z = torch.where(torch.rand(x.shape, **exact) < u ** 2, mask_id, x)
+        masked = torch.rand(x.shape, **exact) < u ** 2               # (B, L)
+        z = torch.where(masked.to(x.device), mask_id, x)
         total += token_nats(model, z, x).sum(1) * 2 / u[:, 0]
     return total / (draws * L)
 
@@ -56,7 +59,7 @@ def any_order(model, x, mask_id, draws=1, known=0):
     first `known`; in nats per such token, (B,), by one n from each of `draws` equal
     parts."""
     B, L = len(x), x.shape[1] - known
-    total = torch.zeros(B, dtype=torch.float64, device=x.device)
+    total = torch.zeros(B, dtype=torch.float64, device=float64_device(x.device))
     for i in range(draws):
         u = torch.rand(B, 1, device=x.device)
         n = 1 + ((i + u) * L / draws).long().clamp(max=L - 1)        # (B, 1), of 1..L
@@ -64,7 +67,8 @@ def any_order(model, x, mask_id, draws=1, known=0):
         masked = torch.rand((B, L), device=x.device).argsort(1) < n
         end = torch.where(masked, mask_id, x[:, known:])
         z = torch.cat((x[:, :known], end), 1)
-        total += token_nats(model, z, x, rank_of(model, x, L)).sum(1) / n[:, 0]
+        n = n[:, 0].to(total.device)                                 # (B,)
+        total += token_nats(model, z, x, rank_of(model, x, L)).sum(1) / n
     return total / draws
 
 
@@ -90,7 +94,7 @@ def known_first(x, known, mask_id):
 def exact(model, x, mask_id):
     """Negative log-likelihood of each text of x (B, L) under an AR model, nats per token
     (B,)."""
-    return nll(model, x, mask_id).double().mean(1)
+    return in_float64(nll(model, x, mask_id)).mean(1)
 
 
 # ---- the last word of a passage
@@ -214,7 +218,7 @@ def answer(model, x, w):
     if model.config.causal:
         h = model.hidden(shifted(x, model.mask_id))[:, begin:]       # (B, w, C)
         log_p = model.head(h).log_softmax(-1)                        # (B, w, V)
-        nats = -log_p.double().gather(2, word[..., None])[..., 0].sum(1)
+        nats = -in_float64(log_p.gather(2, word[..., None]))[..., 0].sum(1)
         return {"left": (log_p.argmax(-1) == word).all(1), "nats": nats}
     answers = {}
     for protocol in ("one_pass", "confident", "left"):

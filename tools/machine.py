@@ -29,8 +29,8 @@ def seconds(run, device):
 
 def wait_for(device):
     """Return when a GPU has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_bytes(run, device):
@@ -151,6 +151,8 @@ def limits(device, dtype):
     n, name = 2048, "CPU"
     if device.type == "cuda":
         n, name = 8192, torch.cuda.get_device_name()
+    elif device.type != "cpu":
+        n, name = 8192, device.type
     a = torch.rand(n, n, device=device).to(dtype)
     products = min(seconds(lambda: a @ a, device) for _ in range(10))
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
