@@ -362,7 +362,8 @@ def test_without_an_argument_the_models_in_weights_are_shown(capsys):
     text = capsys.readouterr().out
     call(animate)
     shown = capsys.readouterr().out
-    assert "round7, 8 steps: call 8 of 8" in shown and " ".join(shown.split()).endswith(text.strip())
+    assert "round7, 8 steps: call 8 of 8" in shown
+    assert " ".join(shown.split()).endswith(text.strip())
     call(animate, "--race")
     shown = capsys.readouterr().out
     assert shown.count("times AR's speed") == 4 and "student (round7), 8 steps: call 8" in shown

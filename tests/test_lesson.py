@@ -53,8 +53,8 @@ def test_the_models_in_weights_show_the_first_example_and_exact_samples_of_the_s
 
 
 def test_faults_are_underlined_where_they_stand():
-    """By signs below the words, as many as each has letters, in a line of their own where a line has
-    a fault; or by a terminal's own underline, in which case nothing stands below. Exact."""
+    """By signs below the words, as many as each has letters, in a line of their own where a line
+    has a fault; or by a terminal's own underline, and then nothing stands below. Exact."""
     words = ["lily"] * 20 + ["he", "."]
     plain = lesson.underlined(words, {0, 2, 20}, False)
     assert plain == ["    " + " ".join(words[:17]), "    ^^^^      ^^^^",
@@ -79,7 +79,7 @@ def test_a_terminal_underlines_itself_unless_it_shall_not(capsys, monkeypatch):
 
 
 def test_what_it_needs_is_said(tmp_path, capsys):
-    """A teacher, two rounds for the second example, the tokens and the dataset of stories. Exact."""
+    """A teacher, the tokens of stories, and for the second example their dataset. Exact."""
     assert "teacher.pt" in refused(capsys, lesson, tmp_path)
     save(tmp_path / "teacher.pt", kind="mdlm", tokenizer=dict(kind="words", items=["a", "b"]))
     assert "was not trained on stories" in refused(capsys, lesson, tmp_path)

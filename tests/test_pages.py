@@ -565,8 +565,8 @@ def given_up():
                      for beat in language.BEATS).split()
     once = {slot for slot in language.WORDS if story.count(slot) == 1}
     assert once == {"COLOUR", "PLACE", "WEATHER"}
-    yield (f"(opening {exact['entropies']['opening']:.2f}, lily {share(exact, 'NAME', 'lily')}): it "
-           "is its distribution, not the steps.")
+    yield (f"(opening {exact['entropies']['opening']:.2f}, lily {share(exact, 'NAME', 'lily')}): "
+           "it is its distribution, not the steps.")
     yield f"(choices {teacher['choices']:.1f} nats, the data {data['choices']:.1f})"
 
 
@@ -684,8 +684,8 @@ PAGES = {
     "README.md": [top, quick_start, table_of_rounds, what_it_shows, speed, exact_samples],
     "results/README.md": [how_to_read, table_of_findings, findings, larger_k, last_words,
                           other_orders, table_of_speed, speed_of_gpt2, muon],
-    "results/exact.md": [stories, equal_diversity, given_up, law_is_kept, what_follows, exact_in_time,
-                         likelihood, docstrings, growth]}
+    "results/exact.md": [stories, equal_diversity, given_up, law_is_kept, what_follows,
+                         exact_in_time, likelihood, docstrings, growth]}
 
 NO_FIGURES = [                           # (what stands on a page, why it is no figure)
     (r"`[^`]*`", "names of files, flags and commands"),

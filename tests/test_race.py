@@ -40,14 +40,16 @@ def test_a_place_shows_a_mask_then_guesses_then_the_word():
     assert race.looks(EXACT, 0) == [("mask", "", 0, 2), ("guess", "anna", 2, 3),
                                     ("word", "tom", 3, None)]
     assert race.looks(EXACT, 1) == [("mask", "", 0, 1), ("word", "ran", 1, None)]
-    assert race.looks(EXACT, 2) == [("mask", "", 0, 1), ("guess", ".", 1, 3), ("word", ".", 3, None)]
+    assert race.looks(EXACT, 2) == [("mask", "", 0, 1), ("guess", ".", 1, 3),
+                                    ("word", ".", 3, None)]
 
 
 def test_moments_are_shares_of_the_cycle():
     """One class for each; what is there from the beginning is not hidden first. Exact."""
     moves = {}
     half = race.CYCLE / 2
-    names = [race.seen(moves, *when) for when in ((0, half), (half,), (0, half), (half, race.CYCLE))]
+    whens = (0, half), (half,), (0, half), (half, race.CYCLE)
+    names = [race.seen(moves, *when) for when in whens]
     assert names == ["t0", "t1", "t0", "t2"]
     rules = race.keyframes(moves).splitlines()
     assert rules[0] == "@keyframes t0{0.00%{opacity:1}50.00%{opacity:0}}.t0{animation-name:t0}"
@@ -93,7 +95,7 @@ def test_faults_are_underlined_and_counted():
 
 
 def test_text_is_no_markup_and_has_its_cells_in_any_font():
-    """Signs of markup as text; a guess longer than the final word is squeezed into its room. Exact."""
+    """Signs of markup as text; a guess longer than the final word is squeezed into its room."""
     odd = Trace("x", ["<b>", " a&b"], [1, 1], [0.0, 1.0], 1)
     top, _ = drawn(Writer(odd, [], 1.0), Writer(EXACT, [], 1.0))
     texts = {text.text: text.get("textLength") for text in top.iter(f"{SVG}text")}
@@ -103,8 +105,8 @@ def test_text_is_no_markup_and_has_its_cells_in_any_font():
 # ---- the picture of README
 
 def test_the_picture_is_what_its_command_makes_of_weights(tmp_path, capsys):
-    """Byte by byte. A machine that rounds otherwise may draw another token, but hardly: the rounding
-    of weights/ to half precision, thousands of times as large, changed one text of 40."""
+    """Byte by byte. A machine that rounds otherwise may draw another token, but hardly: the
+    rounding of weights/ to half precision, thousands of times as large, changed one text of 40."""
     call(race, tmp_path / "race.svg")
     assert "race.svg is written" in capsys.readouterr().out
     assert (tmp_path / "race.svg").read_bytes() == (ROOT / "results/race.svg").read_bytes()
@@ -144,7 +146,7 @@ def test_speeds_are_those_of_the_results(tmp_path, monkeypatch):
     rows = [ours | {"batch": 8, "vs_ar": 9}, ours | {"batch": 1},
             {"engine": "ar", "batch": 1, "seconds": race.RUN / 123}]
     (tmp_path / "results/bench-exact.json").write_text(json.dumps({"rows": rows}))
-    few = [{"engine": "diffusion-kv", "steps": steps, "batch": 1, "vs_ar": steps} for steps in (4, 8)]
+    few = [dict(engine="diffusion-kv", steps=n, batch=1, vs_ar=n) for n in (4, 8)]
     (tmp_path / "results/latency.json").write_text(json.dumps({"rows": few}))
     assert race.speeds() == {None: 1.0, 8: 8, "exact": 1.5} and race.slowed() == 120
     (tmp_path / "results/latency.json").write_text(json.dumps({"rows": few[:1]}))

@@ -51,8 +51,8 @@ def test_files_are_small_checkpoints_of_float32_models(name):
         assert tensor.dtype == (torch.float16 if key.endswith(weights.HALVED) else torch.float32)
 
 
-# what may differ from the commands of results/exact.md: places, speed, times of saving, and that the
-# students, which came from a teacher with attention reveal, were not told so
+# what may differ from the commands of results/exact.md: places, speed, times of saving, and that
+# the students, which came from a teacher with attention reveal, were not told so
 FREE = {"out", "teacher", "judge", "compile", "log_every", "save_every", "attention"}
 
 
@@ -83,8 +83,8 @@ def tail(k, n, p):
     ("round7", "round 7", 8)])
 def test_they_write_valid_stories_as_often_as_the_results_say(name, known, steps):
     """64 stories each, against the share in results/exact.json, moved by up to 3 of its standard
-    errors. A number of valid ones fails if one so far out has a chance below 1e-5: with other seeds a
-    false alarm in 50,000 at most."""
+    errors. A number of valid ones fails if one so far out has a chance below 1e-5: with other seeds
+    a false alarm in 50,000 at most."""
     model, content = opened(name)
     tokenizer = make_tokenizer(content["tokenizer"])
     x = draw_samples(model, 64, Sampling(steps), CPU)                # (64, L)
@@ -118,8 +118,8 @@ def folder(tmp_path):
 
 
 def test_the_averaged_weights_alone_are_kept(folder, capsys):
-    """Of AR, teacher and the LAST student: the MLPs' matrices rounded, all else bit by bit; the file
-    is less than a third of its source, which has two models, a teacher and an optimizer."""
+    """Of AR, teacher and the LAST student: the MLPs' matrices rounded, all else bit by bit; the
+    file is less than a third of its source, which has two models, a teacher and an optimizer."""
     call(weights, folder / "out", "--out", folder / "small")
     said = capsys.readouterr().out.splitlines()
     names = ["ar.pt", "round10.pt", "teacher.pt"]
