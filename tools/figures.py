@@ -159,7 +159,8 @@ LAST_WORDS = (("model", "model", "s"), ("tasks", "tasks", "d"),
               ("by bound", "by_bound", "d"))
 CONTINUATIONS = (("model", "model", "s"), ("steps", "steps", ""), ("texts", "texts", "d"),
                  ("prompt", "prompt_tokens", "d"), ("gen ppl", "gen_ppl", ".2f±"),
-                 ("self-BLEU-4", "self_bleu4", ".3f±"), ("MAUVE", "mauve", ".3f±"))
+                 ("self-BLEU-4", "self_bleu4", ".3f±"), ("valid", "valid", ".0%±"),
+                 ("MAUVE", "mauve", ".3f±"))
 HEADINGS = {                             # part of the results: (its heading, its columns)
     "likelihood": ("likelihood in nats per token: NELBO, the any-order estimate of the "
                    "same bound, a mixture of 8 orders (attention reveal), exact (AR); "
