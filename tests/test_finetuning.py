@@ -5,6 +5,7 @@ test_exact.py. Nothing here is left to chance: no test has a false alarm.
 """
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,3 +207,22 @@ def test_first_weights_must_read_rows_of_the_same_length(made, tmp_path, capsys)
     assert "reads 12 tokens" in said and "has 6" in said and not (tmp_path / "out").exists()
     with pytest.raises(files.UserError, match="writes 12"):
         checkpoints.load_for(load(short), made / "teacher.pt", "cpu", ("mdlm",))
+
+
+# ---- what it gains
+
+def test_page_says_what_its_file_holds():
+    """The shares of valid endings before, after, and after as much training on whole stories."""
+    root = Path(common.__file__).resolve().parent
+    rows = json.loads((root / "results/endings.json").read_text())["continuations"]
+    said = {}
+    for steps in ("exact", 32):
+        for place in ("stories-nano-reveal", "endings-nano-reveal", "longer"):
+            [row] = [row for row in rows if row["model"] == f"{place}/teacher"
+                     and row["steps"] == steps and row["prompts"] == 1000]
+            said[steps, place] = f"{100 * row['valid']:.0f} ± {100 * row['valid_se']:.0f} %"
+    exact = [text for (steps, _), text in said.items() if steps == "exact"]
+    shorter = [text for (steps, _), text in said.items() if steps == 32]
+    page = " ".join((root / "data/README.md").read_text().split())
+    assert (f"{exact[0]} are valid before, {exact[1]} after 300 steps, and {exact[2]} after 300 "
+            f"steps on whole stories (32 sampling steps: {', '.join(shorter)};") in page
