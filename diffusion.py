@@ -62,12 +62,22 @@ def sample_t(B, device=None):
     return 1 - u % 1                                     # never 0: nothing would be masked
 
 
-def q_sample(x, t, mask_id):
+def q_sample(x, t, mask_id, keep=None):
     """The forward process q(z_t | x) at times t (B,): each token of x (B, L) is masked with
-    probability 1 - alpha_t. Returns z_t (B, L)."""
+    probability 1 - alpha_t. keep (B, L) bool: tokens that are given, such as a prompt, and
+    never masked; None: there are none. Returns z_t (B, L)."""
     share = mask_share(t)[:, None]                                   # (B, 1)
     masked = torch.rand(x.shape, device=x.device) < share            # (B, L)
+    if keep is not None:
+        masked &= ~keep
     return torch.where(masked, mask_id, x)
+
+
+def rank_prompt_first(keep):
+    """A random order of reveal, as ranks (B, L), in which the tokens to keep (B, L) come
+    before all others, as they do in sampling: see prompt_first."""
+    rank = torch.rand(keep.shape, device=keep.device)
+    return torch.where(keep, rank - 1, rank)
 
 
 def states_at(model, z, where, rank=None):
@@ -85,7 +95,7 @@ def states_at(model, z, where, rank=None):
     return h[where]                                                  # (N, C)
 
 
-def nelbo(model, x, mask_id):
+def nelbo(model, x, mask_id, keep=None):
     """Negative evidence lower bound of x (B, L), a scalar in nats per token (MDLM, eq. 10):
 
         1/L  E_t  1/t  sum over the masked tokens of  -log p(x_i | z_t)
@@ -95,18 +105,25 @@ def nelbo(model, x, mask_id):
     in the order of reveal, it is the mean cost of a token over random orders. (In general
     the weight is -alpha'_t / (1 - alpha_t).)
     Why a bound: in one order the costs add up to -log p(x | order), and their mean over
-    orders is at least -log p(x) of the mixture of orders (Jensen's inequality)."""
+    orders is at least -log p(x) of the mixture of orders (Jensen's inequality).
+    keep (B, L): tokens that are given, see q_sample. Then it is the bound of -log p(the
+    others | these), in nats per token of the others (as in LLaDA, arXiv 2502.09992)."""
     t = sample_t(x.shape[0], x.device)                               # (B,)
-    z = q_sample(x, t, mask_id)
+    z = q_sample(x, t, mask_id, keep)
     masked = z == mask_id                                            # (B, L), N of them
     weight = mask_rate(t) / mask_share(t)                            # (B,), log-linear: 1/t
     weight = weight[:, None].expand_as(x)[masked]                    # (N,)
 
+    count = x.numel()                    # tokens that could be masked
+    rank = None                          # for attention "reveal": any order
+    if keep is not None:
+        count = (~keep).sum()
+        rank = rank_prompt_first(keep)
     # the network, then the loss: the head is needed at the masks only
-    h = states_at(model, z, masked)                                  # (N, C)
-    # over all B L tokens, not over the masks: that there are few of them at small t is what
-    # the weight 1/t makes up for
-    return model.chunked_sum(h, weighted_nll, x[masked], weight) / x.numel()
+    h = states_at(model, z, masked, rank)                            # (N, C)
+    # over all B L tokens (but those to keep), not over the masks: that there are few of
+    # them at small t is what the weight 1/t makes up for
+    return model.chunked_sum(h, weighted_nll, x[masked], weight) / count
 
 
 def weighted_nll(logits, x, weight):
@@ -528,7 +545,8 @@ def ask_tokens(model, cache, order, x, unread, guessed, asked):
 def nll_in_order(model, x, mask_id, order=None, known=0):
     """-log p(x | order) of each text of x (B, L), exactly and in one call, in nats: (B,).
     For attention in the order of reveal. order (B, L): positions, on the CPU; random ones
-    unless given. known: the first so many of each order are given, and cost nothing.
+    unless given. known: so many of each order, or (B, 1) of each text's own, are given at
+    its beginning, and cost nothing.
     The same reading as in sample_exact, with the text itself as the guess: a mask at each
     slot says what the token costs given those before it. The mean over orders is at least
     -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
@@ -538,12 +556,14 @@ def nll_in_order(model, x, mask_id, order=None, known=0):
         order = random_order(torch.full_like(x, mask_id), mask_id)   # (B, L)
     by_slot = x.gather(1, order.to(x.device))                        # (B, L)
     # all slots are guessed and no token is in the cache; asked are those that are not known
-    unread, begin = torch.zeros(B, dtype=torch.long), torch.full((B,), known)
-    end = torch.full((B,), L)
+    unread, end = torch.zeros(B, dtype=torch.long), torch.full((B,), L)
+    begin = (unread[:, None] + known)[:, 0]                          # (B,)
     cache = model.cache(B, L, spare=L)
-    h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))
-    nats = nats_of(model, h, by_slot[:, known:].flatten())           # (B (L - known),)
-    return nats.view(B, L - known).sum(1)                            # (B,)
+    h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))       # (N, C)
+    nats = torch.zeros(B, L, dtype=torch.float64)
+    at = listed(*span(begin, end))                                   # (N,) text, slot
+    nats[at] = nats_of(model, h, by_slot[at]).cpu()
+    return nats.sum(1).to(x.device)                                  # (B,)
 
 
 def nats_of(model, h, ids):

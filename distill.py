@@ -28,7 +28,7 @@ from data.measures import make_judge
 from data.results import (Exam, announce, announce_round, conclude, fill_rows,
                           open_results)
 from data.script import GOES_ON, as_command, command, flag, parse_flags
-from diffusion import q_sample, sample_t, states_at, unmask_step
+from diffusion import q_sample, rank_prompt_first, sample_t, states_at, unmask_step
 from model import Transformer
 from train import MAY_CHANGE, LoopConfig, TrainConfig, fit, prepare_model, train
 
@@ -188,21 +188,25 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     return target_h[masked]                                          # (N, C)
 
 
-def sdtt_loss(student, x, teacher, dt, k, kind, mask_id):
+def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
     """The loss of a batch (SDTT, algorithm 2), a scalar: the divergence between student and
-    target on the masks of z_t, averaged over them. x (B, L) clean tokens. No weight 1/t,
-    which only a bound needs: every mask counts alike, and texts with more masks more."""
+    target on the masks of z_t, averaged over them. x (B, L) clean tokens, keep (B, L) those
+    that are given, see q_sample. leap: (dt, k), the student learns to do k steps of size dt
+    at once. No weight 1/t, which only a bound needs: every mask counts alike, and texts
+    with more masks more."""
     # the noise
     t = sample_t(x.shape[0], x.device)                               # (B,)
-    z = q_sample(x, t, mask_id)          # (B, L), some tokens masked
+    z = q_sample(x, t, mask_id, keep)    # (B, L), some tokens masked
     masked = z == mask_id                                            # (B, L), N of them
+    # for attention "reveal": one order, for teacher and student
     rank = None
-    if teacher.config.attention == "reveal":
-        # one order of reveal, for teacher and student
+    if keep is not None:
+        rank = rank_prompt_first(keep)
+    elif teacher.config.attention == "reveal":
         rank = torch.rand(z.shape, device=z.device)
 
     # the teacher takes k steps from z_t, the student predicts from z_t alone
-    target_h = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)     # (N, C)
+    target_h = sdtt_targets(teacher, z, t, *leap, mask_id, rank)     # (N, C)
     h = states_at(student, z, masked, rank)                          # (N, C)
 
     # all logits (N, V) at once would be too many: chunked_sum takes n rows of h and of
@@ -258,7 +262,7 @@ def distill_round(config, procs, data, r, before, origin):
 
     # train.py's loop, which calls loss(student, x). Only the loss knows of the round: the
     # student learns a step of k * dt
-    loss = functools.partial(sdtt_loss, teacher=teacher, dt=dt, k=config.k,
+    loss = functools.partial(sdtt_loss, teacher=teacher, leap=(dt, config.k),
                              kind=config.divergence, mask_id=student.mask_id)
     fit(config, procs, data, run, loss)
     if config.handover == "ema":
@@ -343,6 +347,9 @@ def distill(config, procs):
     # an impossible number of rounds is refused before anything trains
     sampling_steps = schedule(config.teacher_steps, config.rounds, config.k)
     data = load_data(config.dataset, procs)          # stories are made if missing
+    if data.prompts and config.samples:
+        raise UserError(f"--dataset {config.dataset} has prompts, the table's texts have "
+                        "none; give --samples 0, then tools.evaluate --continuations")
     if procs.rank == 0:
         announce(config, data, sampling_steps)
 

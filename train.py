@@ -31,7 +31,7 @@ from data.files import UserError, hold
 from data.log import rewind_log, write_log
 from data.script import GOES_ON, command, device_flag, flag, parse_flags
 from data.watch import Clock, Guard
-from diffusion import nelbo, nll_in_order
+from diffusion import nelbo, nll_in_order, rank_prompt_first
 from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
 
 
@@ -138,14 +138,15 @@ class ModelWithLoss(torch.nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, x):
-        """x (B, L) -> a scalar, in nats per token."""
-        return self.loss(self.model, x)
+    def forward(self, x, keep):
+        """x (B, L), keep (B, L) or None -> a scalar, in nats per token."""
+        return self.loss(self.model, x, keep=keep)
 
 
 def with_loss(model, loss, procs):
-    """A function x (B, L) -> scalar whose gradient is the mean of all processes."""
-    net = ModelWithLoss(model, loss)                                 # x (B, L) -> scalar
+    """A function of a batch, x and keep, -> scalar whose gradient is the mean of all
+    processes."""
+    net = ModelWithLoss(model, loss)
     if procs.world == 1:
         return net
     # the gradients are views into the memory that is sent: no copy
@@ -160,8 +161,8 @@ def fit(config, procs, data, run, loss, val_loss=None):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
     config: LoopConfig; procs: Processes. run: a Run (data/checkpoints.py), all that a
     checkpoint keeps: model, ema (its averaged copy), optimizers, step, micro, ...
-    loss: f(model, x (B, L)) -> scalar, in nats per token (distill.py's per mask); val_loss:
-    the loss of validation, if different.
+    loss: f(model, x (B, L), keep=(B, L) or None) -> scalar, in nats per token (distill.py's
+    per mask), see q_sample; val_loss: the loss of validation, if different.
     Raises UserError if a loss or gradient becomes NaN or infinite (on a GPU up to 20 steps
     later), and always before such weights are saved."""
     # every process reads the checkpoint: is it the same file for all?
@@ -174,7 +175,7 @@ def fit(config, procs, data, run, loss, val_loss=None):
     # the batch of a step, `count` micro-batches in each process
     run.micro, count = micro_batches(config, procs, run)
     # the model with its loss; with several processes, wrapped in DDP
-    net = with_loss(run.model, loss, procs)                          # x (B, L) -> scalar
+    net = with_loss(run.model, loss, procs)                          # x, keep -> scalar
     run.model.train()                    # dropout, if any, is on
     begin = run.step                     # not 0 if the run was stopped
     clock, guard = Clock(config, run), Guard(config, procs, run)
@@ -239,14 +240,14 @@ def forward_backward(config, procs, data, run, net, count):
         # all that is drawn below (texts, noise, dropout) comes from a seed of its own, for
         # micro-batch number i * world + rank of this step: a resumed run repeats exactly
         seed_all(config.seed, run.path.stem, run.step, i * procs.world + procs.rank)
-        x = data.batch("train", run.micro, run.model.config.context, procs.device)
+        x, keep = data.batch("train", run.micro, run.model.config.context, procs.device)
         # DDP averages the gradients of all processes in backward: not before the last one
         sync = contextlib.nullcontext()
         if procs.world > 1 and i < count - 1:
             sync = net.no_sync()
         with sync:
             # x (micro, L); / count, so that the gradients' sum is their mean
-            value = net(x) / count
+            value = net(x, keep) / count
             value.backward()                                         # adds to the gradient
         total += value.detach()
     return total
@@ -309,8 +310,9 @@ def validate(model, loss, data, config, batches=4):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for i in range(batches):         # 4 for a log line, 1 for a save
             seed_all("validation", i)                    # the noise of batch i
-            x = data.batch("val", size, model.config.context, device)    # (size, L)
-            total += loss(model, x).item() / batches
+            # (size, L) both; keep is None where the data have no prompts
+            x, keep = data.batch("val", size, model.config.context, device)
+            total += loss(model, x, keep=keep).item() / batches
     return total
 
 
@@ -332,19 +334,26 @@ def prepare_model(model, config, procs):
     return model
 
 
-def ar_loss(model, x, mask_id):
-    """Mean next-token loss of x (B, L), a scalar in nats per token. mask_id: an AR model
-    masks nothing, so this id is its start symbol."""
+def ar_loss(model, x, mask_id, keep=None):
+    """Mean next-token loss of x (B, L), a scalar in nats per token; of those to keep (B, L)
+    there is none. mask_id: an AR model masks nothing, so this id is its start symbol."""
     h = model.hidden(shifted(x, mask_id)).flatten(0, 1)              # (B L, C)
-    # the head sees some of the B L positions at a time: never all logits at once
-    return model.chunked_sum(h, cross_entropy, x.flatten()) / x.numel()
+    x = x.flatten()                                                  # (B L,)
+    if keep is not None:
+        h, x = h[~keep.flatten()], x[~keep.flatten()]
+    # the head sees some of the positions at a time: never all logits at once
+    return model.chunked_sum(h, cross_entropy, x) / len(x)
 
 
-def order_loss(model, x, mask_id):
+def order_loss(model, x, mask_id, keep=None):
     """What nelbo estimates, a scalar in nats per token of x (B, L), with much less noise:
-    all tokens of each text are scored, in one random order of reveal. For validation only,
-    where the attention allows it: it keeps no gradient."""
-    return nll_in_order(model, x, mask_id).mean() / x.shape[1]
+    all tokens of each text (but those to keep) are scored, in one random order of reveal.
+    For validation only, where the attention allows it: it keeps no gradient."""
+    if keep is None:
+        return nll_in_order(model, x, mask_id).mean() / x.shape[1]
+    order = rank_prompt_first(keep).argsort(1).cpu()                 # (B, L)
+    known = keep.sum(1, keepdim=True).cpu()                          # (B, 1)
+    return nll_in_order(model, x, mask_id, order, known).sum() / (~keep).sum()
 
 
 def new_model(config, data):

@@ -109,6 +109,12 @@ def model_from(config, data):
         raise UserError(f"--init {config.init} knows other tokens than {data.folder}; give "
                         "the --dataset it was trained on")
     data.context(given.config.context)   # raises where there is not enough of it
+    # a prompt begins a row, so rows must be read one by one
+    if data.prompts and given.config.context != data.stride:
+        raise UserError(f"--init {config.init} reads {given.config.context} tokens, a row "
+                        f"of {data.folder} has {data.stride}; with prompts both must "
+                        "agree: prepare rows of that length, filled up with the token that "
+                        "ends a text")
     # the attention may differ: the tensors are the same
     attention = "causal" if config.causal else config.attention or "full"
     model = Transformer(dataclasses.replace(given.config, attention=attention,
@@ -169,7 +175,7 @@ def save(run):
 # what a run depends on besides its flags: (key of its checkpoint, what is said if its value
 # is another one now)
 ORIGINS = (("tokenizer", "was made with other tokens than {dataset} has now"),
-         ("data", "was made from other text than {dataset} holds now"),
+         ("data", "was made from other text or prompts than {dataset} holds now"),
          ("origin", "was distilled from another teacher"),
          ("init", "began with other weights than --init holds now"))
 # {key of a checkpoint that tells what a path holds: flag that is the path}: not the paths

@@ -3,7 +3,8 @@
 A folder holds train.bin and val.bin, all tokens in a row as uint16 (uint32 where V >
 65536), read from the disk as they are needed, and meta.json with the tokenizer. A folder as
 nanoGPT prepares it works too: without meta it is GPT-2's tokens, with meta.pkl characters.
-What a folder of others holds is looked at before it is believed.
+What a folder of others holds is looked at before it is believed. Where each row begins with
+a prompt, train_prompts.bin and val_prompts.bin say how long these are, a uint16 for a row.
 """
 import contextlib
 import dataclasses
@@ -150,11 +151,12 @@ class Data:
     stride: int | None           # a row begins at each multiple of it; None: anywhere
     texts: bool                  # each row is a text
     oracle: str | None           # "stories": its texts can be checked without error
+    prompts: dict | None = None  # {split: tokens of each row's prompt (rows,)}; None: none
 
     @property
     def fingerprint(self):
         """A short hash of what a run or a result is bound to: the tokenizer, the rows, and
-        the tokens (of large files, the sizes and a sample)."""
+        the tokens (of large files, the sizes and a sample), and where prompts end."""
         said = [self.tokenizer.spec, self.stride, self.texts, len(self.train),
                 len(self.val)]
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
@@ -162,6 +164,9 @@ class Data:
             for block in looked_at(tokens):
                 # as uint32, whatever the width on the disk
                 digest.update(np.asarray(block, np.uint32).tobytes())
+        if self.prompts:
+            for lengths in self.prompts.values():
+                digest.update(lengths.tobytes())
         return digest.hexdigest()[:12]
 
     def context(self, context):
@@ -177,7 +182,8 @@ class Data:
         return context
 
     def batch(self, split, B, context, device):
-        """B random pieces of the split ("train" or "val"), ids (B, context), int64."""
+        """B random pieces of the split ("train" or "val"), ids (B, context), int64; and
+        which of their tokens are a prompt, bool (B, context), or None without prompts."""
         tokens = getattr(self, split)
         step = self.stride or 1          # a piece may begin at its multiples
         choices = (len(tokens) - context) // step + 1
@@ -185,10 +191,13 @@ class Data:
         # (B, 1) + (context,): the place of each token of each piece
         places = begins[:, None] + np.arange(context)                    # (B, context)
         x = torch.from_numpy(tokens[places].astype(np.int64))
-        if torch.device(device).type == "cuda":
-            # from memory that is not paged out, so that nobody waits for the copy
-            return x.pin_memory().to(device, non_blocking=True)
-        return x.to(device)
+        keep = None
+        if self.prompts:
+            # pieces are whole rows here: prompts need a stride, which is then the context
+            lengths = self.prompts[split][begins // step].astype(np.int64)       # (B,)
+            keep = torch.arange(context) < torch.from_numpy(lengths)[:, None]
+            keep = to_device(keep, device)                           # (B, context)
+        return to_device(x, device), keep
 
     def pieces(self, n, length):
         """At most n pieces of val, evenly spread, ids (n, length), int64; rows if it has
@@ -200,6 +209,14 @@ class Data:
         begins = begins[np.linspace(0, len(begins) - 1, n).astype(int)]  # (n,)
         places = begins[:, None] + np.arange(length)                     # (n, length)
         return torch.from_numpy(self.val[places].astype(np.int64))
+
+
+def to_device(x, device):
+    """A tensor from the CPU, on the device."""
+    if torch.device(device).type == "cuda":
+        # from memory that is not paged out, so that nobody waits for the copy
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 BLOCK = 2 ** 16                  # tokens of a block
@@ -247,7 +264,7 @@ def make_if_built_in(name):
     folder = folder_of(name)
     if (folder / "val.bin").exists():
         return
-    if name not in ("stories", "pydoc"):
+    if name not in ("stories", "endings", "pydoc"):
         raise UserError(f"{folder} has no val.bin; {how_to_make(folder)}")
     hold(folder / "val.bin", wait=True)
     # the process that was waited for may have made it
@@ -278,7 +295,9 @@ def open_folder(folder):
     # where rows have a length, each is a text, unless meta says otherwise
     stride = meta.get("stride")
     texts = meta.get("texts", stride is not None)
-    return Data(folder, train, val, tokenizer, stride, texts, meta.get("oracle"))
+    data = Data(folder, train, val, tokenizer, stride, texts, meta.get("oracle"))
+    data.prompts = open_prompts(data)
+    return data
 
 
 # ---- what a folder says of its tokens
@@ -383,6 +402,36 @@ def map_tokens(path, dtype):
         raise UserError(f"{path} cannot be read ({reason(e)})")
 
 
+def open_prompts(data):
+    """{split: tokens of each row's prompt, uint16 (rows,)}, from the files beside the
+    tokens; None where there are none. Raises UserError where they do not fit the rows."""
+    paths = {split: data.folder / f"{split}_prompts.bin" for split in ("train", "val")}
+    there = [path for path in paths.values() if path.exists()]
+    if not there:
+        return None
+    if data.stride is None:
+        raise UserError(f"{there[0]}: prompts are for rows, and {data.folder} is running "
+                        'text; put "stride", the tokens of a row, into its meta.json, or '
+                        "remove the file")
+    found = {}
+    for split, path in paths.items():
+        rows = len(getattr(data, split)) // data.stride
+        try:
+            found[split] = np.fromfile(path, np.uint16)
+            size = path.stat().st_size
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({reason(e)}); {there[0].name} is "
+                            "there, and both splits need one")
+        if size != 2 * rows:
+            raise UserError(f"{path} has {size:,} bytes, but {split}.bin {rows:,} rows, of "
+                            "which each needs 2; write it anew")
+        longest = int(found[split].max(initial=0))
+        if longest >= data.stride:
+            raise UserError(f"{path} has a prompt of {longest:,} tokens, which leaves "
+                            f"nothing of a row of {data.stride:,}; shorten it")
+    return found
+
+
 def foreign_kind(path, blocks):
     """What a file seems to be, in words with a remedy; None if it seems to be ids of the
     width expected. blocks: see looked_at."""
@@ -463,20 +512,24 @@ def id_type(vocab):
     return np.uint16 if vocab <= 65536 else np.uint32
 
 
-def write_data(folder, train, val, **meta):
+def write_data(folder, train, val, prompts=None, **meta):
     """Write ids train and val (lists) and meta (with a tokenizer's spec) as a dataset
-    folder."""
-    write_blocks(folder, [train], [val], **meta)
+    folder. prompts: {"train": tokens of each row's prompt, "val": the same}, of rows of
+    meta's stride."""
+    write_blocks(folder, [train], [val], prompts, **meta)
 
 
-def write_blocks(folder, train, val, **meta):
+def write_blocks(folder, train, val, prompts=None, **meta):
     """The same of blocks of ids (iterables of lists or arrays), which may be more than
     memory holds."""
     dtype = id_type(make_tokenizer(meta["tokenizer"]).vocab)
     # val.bin goes first and comes last: where it is, the rest belongs to it
-    with contextlib.suppress(OSError):   # if it cannot go, write() below says why
-        (folder / "val.bin").unlink()
+    for name in ("val.bin", "train_prompts.bin", "val_prompts.bin"):
+        with contextlib.suppress(OSError):       # if it cannot go, write() below says why
+            (folder / name).unlink()
     write(folder / "meta.json", lambda f: f.write(json.dumps(meta).encode()))
+    for split, lengths in (prompts or {}).items():
+        write_ids(folder / f"{split}_prompts.bin", [lengths], np.uint16)
     write_ids(folder / "train.bin", train, dtype)
     write_ids(folder / "val.bin", val, dtype)
 

@@ -19,12 +19,17 @@ ROOT = Path(distill.__file__).resolve().parent
 NANO = dict(layers=1, heads=2, width=16, context=64)
 
 
-def make_dataset(folder):
-    """A dataset of random words, 10 of them, in rows of 12."""
+def make_dataset(folder, prompts=None):
+    """A dataset of random words, 10 of them, in rows of 12. prompts: so many words of each row are
+    its prompt; a list: these numbers in turn."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, (240 * 12,), generator=generator).tolist()
     words = [f"w{i}" for i in range(10)]
-    dataset.write_data(folder, ids[:200 * 12], ids[200 * 12:], stride=12,
+    if prompts is not None:
+        turns = torch.tensor(prompts).view(-1)
+        lengths = turns[torch.arange(240) % len(turns)].tolist()
+        prompts = {"train": lengths[:200], "val": lengths[200:]}
+    dataset.write_data(folder, ids[:200 * 12], ids[200 * 12:], prompts, stride=12,
                        tokenizer=dict(kind="words", items=words))
     return folder
 

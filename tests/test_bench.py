@@ -103,7 +103,7 @@ def test_plain_targets_are_drawn_as_the_chunked_ones():
         m.lm_head.weight.mul_(20)
     means = []
     for loss, k in ((distill.sdtt_loss, 2), (bench_train.plain_sdtt, 2), (distill.sdtt_loss, 1)):
-        values = torch.stack([loss(model, x, teacher, 0.4, k, "kld", 29) for _ in range(100)])
+        values = torch.stack([loss(model, x, teacher, (0.4, k), "kld", 29) for _ in range(100)])
         means.append((values.mean(), values.std() / 10))
     (a, ea), (b, eb), (one, _) = means
     assert abs(a - b) < 5 * torch.hypot(ea, eb) and abs(a - one) > 10 * ea

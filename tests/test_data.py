@@ -31,6 +31,7 @@ import model
 import train
 from data import checkpoints, corpus, dataset, files, script
 from data.openwebtext import prepare as openwebtext
+from data.endings import prepare as endings
 from data.lambada import prepare as lambada
 from data.pydoc import prepare as pydoc
 from data.shakespeare_char import prepare as shakespeare
@@ -319,7 +320,8 @@ def test_batch_is_of_whole_pieces_that_begin_anywhere_or_at_rows(tmp_path, split
     (another seed fails once in 10,000)."""
     data = counted(tmp_path, stride=stride)
     torch.manual_seed(0)
-    x = data.batch(split, 4000, context, torch.device("cpu"))
+    x, keep = data.batch(split, 4000, context, torch.device("cpu"))
+    assert keep is None
     assert x.shape == (4000, context) and x.dtype == torch.int64 and x.device.type == "cpu"
     assert torch.equal(x, x[:, :1] + torch.arange(context))
     count = collections.Counter(x[:, 0].tolist())
@@ -334,7 +336,7 @@ def test_batch_is_drawn_by_torchs_global_generator_and_is_a_copy(tmp_path):
     data = counted(tmp_path)
     def batch(seed):
         torch.manual_seed(seed)
-        return data.batch("train", 50, 5, "cpu")
+        return data.batch("train", 50, 5, "cpu")[0]
     assert torch.equal(batch(1), batch(1)) and not torch.equal(batch(1), batch(2))
     batch(1).zero_()
     assert data.train.tolist() == load(tmp_path).train.tolist() == list(range(60))
@@ -488,7 +490,7 @@ def top(tmp_path, monkeypatch):
         (tmp_path / "data" / script.parent.name).mkdir(parents=True)
         shutil.copy(script, tmp_path / "data" / script.parent.name)
     monkeypatch.setattr(dataset, "ROOT", tmp_path)
-    for module in (lambada, openwebtext, pydoc, shakespeare, stories, text):
+    for module in (endings, lambada, openwebtext, pydoc, shakespeare, stories, text):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "data" / module.FOLDER.name)
     return tmp_path
 
@@ -605,6 +607,27 @@ def test_stories_are_what_their_seed_generates(top, seed):
     made = [word for _ in range(50) for word in language.generate(rng)]
     assert data.tokenizer.decode(everything(data)).split() == made
     assert len(data.train) == 40 * data.stride
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_endings_are_the_stories_with_their_first_sentences_as_a_prompt(top, n):
+    """The same rows as stories has, each of them 7 sentences, of which n end where the prompt does.
+    Exact."""
+    flags = ["--train", 40, "--val", 10]
+    call(stories, *flags)
+    call(endings, *flags, "--sentences", n)
+    data = load("endings")
+    assert everything(data) == everything(load("stories")) and data.oracle == "stories"
+    for split in ("train", "val"):
+        for row, P in zip(getattr(data, split).reshape(-1, data.stride), data.prompts[split]):
+            words = data.tokenizer.decode(row.tolist()).split()
+            assert words[P - 1] == "." and words[:P].count(".") == n and words.count(".") == 7
+
+
+def test_endings_are_made_when_first_asked_for(top, monkeypatch):
+    """As stories are. No false alarm."""
+    short_stories(monkeypatch)
+    assert len(load("endings").prompts["val"]) == 2_000
 
 
 LONG = "This docstring of {} is long enough to be kept.\n\nIt has a second part."
@@ -817,7 +840,8 @@ def test_chunks_are_the_row_of_tokens_with_an_end_on_both_sides(tmp_path, monkey
         assert (rows[:, [0, -1]] == data.tokenizer.vocab - 1).all()
         assert len(rows) == len(tokens) // 14 > 5
         assert rows[:, 1:-1].flatten().tolist() == tokens[:len(rows) * 14].tolist()
-    assert (data.batch("train", 50, 16, "cpu")[:, [0, -1]] == data.tokenizer.vocab - 1).all()
+    x, _ = data.batch("train", 50, 16, "cpu")
+    assert (x[:, [0, -1]] == data.tokenizer.vocab - 1).all()
 
 
 def test_chunks_of_characters_are_refused(tmp_path):

@@ -13,7 +13,7 @@ import diffusion
 import distill
 from data.files import UserError
 from model import ModelConfig, Transformer
-from toy import Model, all_sequences, chi_square, draw, exact_model
+from toy import Model, all_sequences, chi_square, draw, exact_model, network
 
 KINDS = ["kld", "fkl", "jsd", "tvd", "mse"]
 V, MASK = 11, 11
@@ -272,15 +272,15 @@ def test_student_that_equals_its_teacher_has_no_loss_at_one_step(kind):
     torch.manual_seed(10)
     x = torch.randint(V, (16, 12))
     with torch.no_grad():
-        assert abs(float(distill.sdtt_loss(model, x, model, 0.1, 1, kind, MASK))) < 1e-6
-        assert float(distill.sdtt_loss(model, x, other, 0.1, 1, kind, MASK)) > 0.1
+        assert abs(float(distill.sdtt_loss(model, x, model, (0.1, 1), kind, MASK))) < 1e-6
+        assert float(distill.sdtt_loss(model, x, other, (0.1, 1), kind, MASK)) > 0.1
 
 
 def test_gradients_flow_to_the_student_and_not_to_the_teacher():
     """Even where the teacher's weights ask for them. No false alarm."""
     student, teacher = transformer(11), transformer(12)
     torch.manual_seed(13)
-    distill.sdtt_loss(student, torch.randint(V, (8, 12)), teacher, 0.1, 2, "kld", MASK).backward()
+    distill.sdtt_loss(student, torch.randint(V, (8, 12)), teacher, (0.1, 2), "kld", MASK).backward()
     for name, p in student.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
     for name, p in teacher.named_parameters():
@@ -301,7 +301,7 @@ def test_loss_is_the_mean_over_the_masked_tokens(kind):
     torch.manual_seed(15)
     x = torch.randint(V, (6, 12))
     teacher = Model(lambda z, at: logits[1][at])
-    loss = distill.sdtt_loss(Model(student), x, teacher, 0.1, 1, kind, MASK)
+    loss = distill.sdtt_loss(Model(student), x, teacher, (0.1, 1), kind, MASK)
     p, q = logits.softmax(-1).tolist()
     (at,) = seen
     terms = [by_hand(p[b][j], q[b][j], kind) for b in range(6) for j in range(12) if at[b, j]]
@@ -317,7 +317,7 @@ def test_loss_and_gradients_equal_those_of_whole_tensors(monkeypatch, kind):
     student, teacher, x = transformer(23), transformer(24), noisy(6, 12, 0, seed=25)
     losses = []
 
-    def plain(student, x, teacher, dt, k, kind, mask_id):
+    def plain(student, x, teacher, leap, kind, mask_id):
         z = diffusion.q_sample(x, diffusion.sample_t(len(x)), mask_id)
         with torch.no_grad():
             target = F.log_softmax(teacher(z), -1)
@@ -325,7 +325,7 @@ def test_loss_and_gradients_equal_those_of_whole_tensors(monkeypatch, kind):
         return every[z == mask_id].mean()
     for loss in (distill.sdtt_loss, plain):
         torch.manual_seed(26)
-        value = loss(student, x, teacher, 0.1, 1, kind, MASK)
+        value = loss(student, x, teacher, (0.1, 1), kind, MASK)
         losses.append((value, torch.autograd.grad(value, list(student.parameters()))))
     (a, grads), (b, expected) = losses
     assert a.item() == pytest.approx(b.item(), rel=1e-5)
@@ -336,12 +336,35 @@ def test_loss_and_gradients_equal_those_of_whole_tensors(monkeypatch, kind):
 
 def test_loss_and_gradients_are_0_where_nothing_is_masked(monkeypatch):
     """Not 0/0: a batch without masks happens, if rarely. No false alarm."""
-    monkeypatch.setattr(distill, "q_sample", lambda x, t, mask_id: x)
+    monkeypatch.setattr(distill, "q_sample", lambda x, t, mask_id, keep: x)
     student, teacher = transformer(16), transformer(17)
-    loss = distill.sdtt_loss(student, noisy(4, 12, 0, seed=18), teacher, 0.1, 2, "kld", MASK)
+    loss = distill.sdtt_loss(student, noisy(4, 12, 0, seed=18), teacher, (0.1, 2), "kld", MASK)
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or bool((p.grad == 0).all()) for p in student.parameters())
+
+
+@pytest.mark.parametrize("attention", ["full", "reveal"])
+def test_what_is_given_is_masked_for_neither_student_nor_teacher(attention):
+    """Each call, of the teacher's three steps and of the student, sees the first 4 tokens, and all
+    else after them. A student that is its teacher has a loss at k = 3, and none at k = 1. No false
+    alarm: 1e-6 is for rounding, and 0.001 or more was seen with 12 seeds."""
+    torch.manual_seed(27)
+    model = network(attention=attention, positions="both", scale=8.0)
+    x = torch.randint(V, (8, 12))
+    keep = (torch.arange(12) < 4).expand(8, 12)
+    seen, usual = [], model.hidden
+
+    def hidden(z, at=None, rank=None):
+        seen.append((z, rank))
+        return usual(z, at, rank)
+    model.hidden = hidden
+    assert distill.sdtt_loss(model, x, model, (0.4, 3), "kld", MASK, keep) > 1e-4
+    assert len(seen) == 4 and (seen[0][0][:, 4:] == MASK).any()
+    for z, rank in seen:
+        assert (z[:, :4] != MASK).all()
+        assert (rank[:, :4].amax(1) < rank[:, 4:].amin(1)).all()
+    assert abs(distill.sdtt_loss(model, x, model, (0.4, 1), "kld", MASK, keep)) < 1e-6
 
 
 def test_student_and_teacher_begin_at_the_same_masks_and_time(monkeypatch):
@@ -349,7 +372,7 @@ def test_student_and_teacher_begin_at_the_same_masks_and_time(monkeypatch):
     under its masks. Exact, no false alarm."""
     noise, asked, seen = [], [], []
 
-    def q_sample(x, t, mask_id, q_sample=diffusion.q_sample):
+    def q_sample(x, t, mask_id, keep, q_sample=diffusion.q_sample):
         noise.append((t.clone(), q_sample(x, t, mask_id)))
         return noise[-1][1]
 
@@ -364,7 +387,7 @@ def test_student_and_teacher_begin_at_the_same_masks_and_time(monkeypatch):
     monkeypatch.setattr(distill, "sdtt_targets", sdtt_targets)
     torch.manual_seed(19)
     x = torch.randint(V, (6, 12))
-    distill.sdtt_loss(Model(student), x, recorder([]), 0.25, 3, "kld", MASK)
+    distill.sdtt_loss(Model(student), x, recorder([]), (0.25, 3), "kld", MASK)
     (t, z), = noise
     assert torch.equal(asked[0][0], z) and torch.equal(asked[0][1], t)
     assert asked[0][2:] == (0.25, 3, MASK)
@@ -446,7 +469,7 @@ def rounds(joint, kind, teacher_steps, n, seed):
         optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, 300)
         for _ in range(300):
-            loss = distill.sdtt_loss(student, draw(joint, 128), teacher, 1 / steps, 2, kind, V)
+            loss = distill.sdtt_loss(student, draw(joint, 128), teacher, (1 / steps, 2), kind, V)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

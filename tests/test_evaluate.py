@@ -288,12 +288,29 @@ def test_continuations_of_a_prompt_do_not_make_its_error_smaller(monkeypatch):
     def judge(y, skip):
         return y[:, skip:].double().sum(1) / 99, torch.full((len(y),), 12 - skip)
     c.temperature, model = [1.0], random_model()
-    everything = evaluate.Evaluation(c, CPU, {}, evaluate.Judge(judge, None, ""), None, {})
+    data = dataset.Data(None, None, x, None, 12, True, None)         # without an oracle
+    everything = evaluate.Evaluation(c, CPU, {}, evaluate.Judge(judge, None, ""), data, {})
     once, often = (evaluate.continuation_row(everything, "", m, Sampling(3), x, None)
                    for m in (None, model))
     for key in ("gen_ppl", "gen_ppl_se"):
         assert once[key] == pytest.approx(often[key], rel=1e-12)
     assert (once["texts"], often["texts"], once["prompts"]) == (5, 20, 5)
+
+
+def test_continuations_are_valid_as_whole_texts_and_a_prompt_counts_once(monkeypatch):
+    """Of two prompts one has three valid continuations of four, the other none: the mean is 3/8,
+    and so is the error, that of two values, 3/4 and 0. Exact."""
+    x = torch.zeros(2, 12, dtype=torch.long)
+    y = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])[:, None].expand(8, 12)
+    monkeypatch.setattr(evaluate, "draw_samples", lambda *_, **how: y)
+    monkeypatch.setattr(evaluate, "oracle", lambda y, data: (1.0 - y[:, 0], None))
+    c = evaluate.EvaluateConfig([], continuations=4, prompt_tokens=8)
+    c.temperature = [1.0]
+    read = evaluate.make_judge(random_model("causal"))
+    everything = evaluate.Evaluation(c, CPU, {}, evaluate.Judge(read, None, ""), None, {})
+    row = evaluate.continuation_row(everything, "", random_model(), 3, x, None)
+    assert row["valid"] == pytest.approx(3 / 8) and row["valid_se"] == pytest.approx(3 / 8)
+    assert "valid" in figures.show({"continuations": [row]})
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -108,6 +108,21 @@ def test_the_first_process_alone_prints(runs, script):
     assert "step" in first and "step" not in second
 
 
+def test_two_processes_give_the_losses_of_one_where_prompts_are_given(tmp_path):
+    """Of several lengths, so that micro-batches differ in how much counts. As above: no false alarm
+    but by another rounding."""
+    data, logs = make_dataset(tmp_path / "data", prompts=[0, 3, 9]), []
+    argv = ["--dataset", str(data), *FLAGS, "--steps", "3"]
+    call(train, *argv, "--out", tmp_path / "1")
+    together(2, tmp_path / "outputs", run_small, "train.py", argv + ["--out", str(tmp_path / "2")])
+    for n in ("1", "2"):
+        lines = (tmp_path / n / "teacher.jsonl").read_text().splitlines()
+        logs.append([(line["loss"], line["val_loss"]) for line in map(json.loads, lines)])
+    assert len(logs[0]) == 3
+    for one, two in zip(*logs):
+        assert one == pytest.approx(two, abs=1e-4)
+
+
 def test_micro_batches_that_do_not_fill_the_batch_are_refused():
     """8 sequences in micro-batches of 3, or over 3 processes; and the ones that do fit."""
     c = train.TrainConfig(batch=8, micro_batch=3)

@@ -116,6 +116,7 @@ def test_no_placeholder_and_only_files_that_exist(page):
 
 SMALL = {                                # flags that come after a page's own and make it quick
     "distill.py": "--steps_per_round 1 --samples 2 --batch 2",
+    "data/endings/prepare.py": "--train 64 --val 16",
     "train.py": "--steps 2 --batch 2", "tools.evaluate": "--samples 4 --sequences 4",
     "tools.exact": "--samples 4 --what steps heat", "tools.score": "--orders 2",
     "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",

@@ -102,6 +102,16 @@ def test_ar_loss_is_the_mean_next_token_loss():
     assert train.ar_loss(model, x, 7).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_ar_loss_of_the_rest_is_the_mean_loss_of_the_tokens_that_are_not_given():
+    """Which see the prompt, of another length in each text. float32: 1e-5."""
+    model, x = small(attention="causal"), torch.arange(14).view(2, 7) % 7
+    keep = torch.arange(7) < torch.tensor([[0], [4]])
+    log_p = model(torch.cat((torch.full((2, 1), 7), x[:, :-1]), 1)).log_softmax(-1)
+    nats = -log_p.gather(2, x[:, :, None])[..., 0]
+    expected = (nats[0].sum() + nats[1, 4:].sum()) / 10
+    assert train.ar_loss(model, x, 7, keep).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(monkeypatch):
     """The teacher is such a copy: were it to share the student's compiled code with its weights,
     every divergence would be near 0. Compiled with the eager backend, which needs no C compiler."""
@@ -125,10 +135,10 @@ def test_validation_is_the_same_each_time_and_leaves_the_generator_alone():
     class Data:
         def batch(self, split, B, context, device):
             assert split == "val"
-            return torch.randint(7, (B, context))
+            return torch.randint(7, (B, context)), None
     c, model = train.TrainConfig(), small()
     before = torch.get_rng_state()
-    one, two = (train.validate(model, lambda m, x: nelbo(m, x, 7), Data(), c)
+    one, two = (train.validate(model, lambda m, x, keep: nelbo(m, x, 7), Data(), c)
                 for _ in range(2))
     assert one == two and torch.equal(torch.get_rng_state(), before)
 

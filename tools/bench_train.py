@@ -70,9 +70,10 @@ def plain_mdlm(model, x, mask_id):
     return ((z == mask_id) * nll * weight[:, None]).sum() / x.numel()
 
 
-def plain_sdtt(student, x, teacher, dt, k, kind, mask_id):
+def plain_sdtt(student, x, teacher, leap, kind, mask_id):
     """SDTT's algorithms 1 and 2 with whole tensors; the last step draws nothing here
     either."""
+    dt, k = leap                                         # k steps of size dt
     t = sample_t(len(x), x.device)                                   # (B,)
     z_t = q_sample(x, t, mask_id)                                    # (B, L)
     z, target = z_t, None
@@ -101,7 +102,7 @@ def plain_sdtt(student, x, teacher, dt, k, kind, mask_id):
 def steps_of(model, teacher):
     """{(objective, form): loss(x)}."""
     mask = dict(mask_id=model.mask_id)
-    sdtt = dict(teacher=teacher, dt=DT, k=K, kind="kld", mask_id=model.mask_id)
+    sdtt = dict(teacher=teacher, leap=(DT, K), kind="kld", mask_id=model.mask_id)
     losses = {}
     for objective, chunked, plain, how in (("ar", ar_loss, plain_ar, mask),
                                            ("mdlm", nelbo, plain_mdlm, mask),

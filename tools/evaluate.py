@@ -20,7 +20,7 @@ import torch
 
 from common import Processes, seed_all, spread, start
 from data.checkpoints import load_model
-from data.dataset import Data, load_data, make_tokenizer
+from data.dataset import Data, load_data, make_tokenizer, oracle
 from data.files import UserError, read_text, write_json
 from data.lambada.prepare import parse_lambada
 from data.measures import (NO_VALUE, add_mean, exp, make_judge, mean_se, perplexity,
@@ -397,7 +397,8 @@ def continuation_row(evaluation, name, model, sampling, x, gpt2):
     """Conditional text of a model: --continuations of the first --prompt_tokens tokens of
     each of x (n, L), of as many tokens as x has, drawn as `sampling` says; model None: x
     itself. Perplexity under the judge given the prompt, self-BLEU among the continuations
-    of a prompt, MAUVE against x where gpt2 is given, as (model, tokenizer)."""
+    of a prompt, the share of texts that are valid with their prompt, MAUVE against x where
+    gpt2 is given, as (model, tokenizer)."""
     config, procs = evaluation.config, evaluation.procs
     P, m = config.prompt_tokens, config.continuations
     row = {"model": name, "steps": sampling.steps, "order": None}
@@ -422,6 +423,10 @@ def continuation_row(evaluation, name, model, sampling, x, gpt2):
     nats = nats.view(len(x), -1).sum(1)
     tokens = tokens.view(len(x), -1).sum(1)
     add_mean(row, "gen_ppl", perplexity(nats, tokens))
+    verdict = oracle(y, evaluation.data)
+    if verdict:                          # its mean for each prompt: (n,)
+        valid = (verdict[0] == 0).double().view(len(x), -1).mean(1)
+        add_mean(row, "valid", mean_se(valid))
     if gpt2 and model is not None:
         add_mean(row, "mauve", mauve(gpt2, x, y, evaluation.data.tokenizer))
     return row | {"prompts": len(x), "prompt_tokens": P, "texts": len(y)}

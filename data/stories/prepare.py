@@ -27,28 +27,41 @@ class Config:
     seed: int = flag(0, "seed of the generator")
 
 
-def main(argv=None):
-    """Write train.bin, val.bin and meta.json beside this file."""
-    config = parse_flags(Config, __doc__, argv)
-    hold(FOLDER / "val.bin")                             # one process at a time writes it
+def write_stories(folder, config, sentences=0):
+    """Write a dataset folder of the stories that a Config says. sentences: so many of each,
+    the first ones, are its prompt; 0: there are no prompts."""
+    hold(folder / "val.bin")                             # one process at a time writes it
     rng = random.Random(config.seed)
     ids = {word: i for i, word in enumerate(VOCABULARY)}
-
-    def rows(n):
-        """The ids of n fresh stories, one after another."""
-        found = []
-        for _ in range(n):
-            found += [ids[word] for word in generate(rng)]
-        return found
+    rows = {}                            # {split: the ids of its stories in a row}
+    prompts = {}                         # {split: the length of each one's prompt}
     # in this order, as they share one generator
-    train = rows(config.train)
-    val = rows(config.val)
+    for split, n in (("train", config.train), ("val", config.val)):
+        rows[split] = []
+        prompts[split] = []
+        for _ in range(n):
+            story = generate(rng)
+            rows[split] += [ids[word] for word in story]
+            prompts[split].append(words_of(story, sentences))
     # all stories are as long as this one
     length = len(generate(rng))
-    write_data(FOLDER, train, val, stride=length, oracle="stories",
-               tokenizer=dict(kind="words", items=VOCABULARY))
-    print(f"{FOLDER}: {config.train:,} + {config.val:,} stories of 50 words, {len(ids)} "
+    if not sentences:
+        prompts = None
+    write_data(folder, rows["train"], rows["val"], prompts, stride=length,
+               oracle="stories", tokenizer=dict(kind="words", items=VOCABULARY))
+    print(f"{folder}: {config.train:,} + {config.val:,} stories of 50 words, {len(ids)} "
           "different ones")
+
+
+def words_of(story, sentences):
+    """How many words the first sentences of a story (a list of words) have together."""
+    ends = [i + 1 for i, word in enumerate(story) if word == "."]
+    return ends[sentences - 1] if sentences else 0
+
+
+def main(argv=None):
+    """Write train.bin, val.bin and meta.json beside this file."""
+    write_stories(FOLDER, parse_flags(Config, __doc__, argv))
 
 
 if __name__ == "__main__":
