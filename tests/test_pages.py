@@ -676,6 +676,21 @@ def growth():
     yield (f"{listed(needed['teacher'], '.1f')} calls for {listed(lengths)} tokens, all ahead: "
            f"{(last - first) / doublings:.1f} more for each doubling; AR "
            f"{listed(needed['ar'], '.1f')}: it doubles.")
+    better = last
+
+    lengths = 32, 64, 128, 256, 512
+    of = functools.partial(sampled, steps=EXACT, file="exact-growth-512.json")
+    whole = [of("teacher", ahead=ALL, length=n) for n in lengths]
+    needed = [one["calls"] for one in whole]
+    yield (f"needs {listed(needed, '.1f')} calls for {listed(lengths)} tokens, "
+           f"{(needed[-1] - needed[0]) / 4:.1f} more for each doubling, and reads "
+           f"{whole[0]['reads']:.1f} to {whole[-1]['reads']:.1f} positions a token;")
+    one = of("teacher", length=512)
+    yield f"8 ahead {one['calls']:.1f} calls for 512 tokens, and {one['reads']:.1f}."
+    ar = [of("ar", length=n)["calls"] for n in lengths[:4]]
+    yield f"AR needs {listed(ar, '.1f')} calls for the first four."
+    yield f"({better:.1f} against {needed[1]:.1f} for 64)"
+    yield "context of 512 tokens"
 
 
 # ---- the pages, and what they say

@@ -128,6 +128,7 @@ ELSEWHERE = {                            # what these need, and the tests that r
     "--site_packages": "minutes: test_data", "torchrun": "processes: test_processes",
     "tools.experiments": "an hour: test_experiments",
     "--lengths": "longer texts than the small dataset has: test_reveal",
+    "--context": "longer texts than the small dataset has: test_train",
     "bench_train": "seconds, in processes of their own: test_bench"}
 
 
