@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
-# operations between two devices: copies, and indices that are on the CPU
-MAY_MIX = ("aten.copy_", "aten._to_copy", "aten.index.", "aten.index_put", "aten._index_put")
+COPY = "aten.copy_", "aten._to_copy", "aten._copy_from"              # between devices
+INDEX = "aten.index.", "aten.index_put", "aten._index_put"           # indices may be on the CPU
 
 
 class Backend:
@@ -63,8 +63,9 @@ def compute(f, args, kwargs):
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     own = {id(x.there): x for x in tensors if isinstance(x, Pretend)}
     # tensors without a dimension go with any device, as everywhere
-    strange = [x for x in tensors if x.dim() and not isinstance(x, Pretend)]
-    if own and strange and not str(f).startswith(MAY_MIX):
+    together = (args[0], args[2:]) if str(f).startswith(INDEX) else (args, kwargs)
+    devices = {x.device for x in tree_leaves(together) if isinstance(x, torch.Tensor) and x.dim()}
+    if len(devices) > 1 and not str(f).startswith(COPY):
         raise RuntimeError(f"{f}: tensors of two devices")
     on_device = bool(own)
     if str(f).startswith("aten.copy_"):                  # into the first

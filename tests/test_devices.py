@@ -68,13 +68,17 @@ def refusals():
               lambda: torch.tensor([0.5], dtype=torch.float64, device="pretend")):
         with pytest.raises(TypeError, match="pretend has no"):
             f()
-    with pytest.raises(RuntimeError, match="two devices"):
-        x + torch.ones(2, 3)
+    for f in (lambda: x + torch.ones(2, 3), lambda: x.index_put((torch.arange(2),), torch.ones(3))):
+        with pytest.raises(RuntimeError, match="two devices"):
+            f()
     assert (x.device.type, x.cpu().device.type) == ("pretend", "cpu")
     assert (x + 1)[[1, 0], torch.tensor([0, 2])].tolist() == [2, 2]
     assert float64_device(x.device) == torch.device("cpu")
     y = in_float64(x)
     assert (y.dtype, y.device.type, y.tolist()) == (torch.float64, "cpu", x.tolist())
+    # reveal_mask, with whole numbers for ranks
+    idx = torch.tensor([[0, 1]], device="pretend")
+    assert model.reveal_mask(idx, 1 - idx, 5).tolist() == [[[True, True], [False, True]]]
     assert find_device("pretend") == torch.device("pretend")
 
 
