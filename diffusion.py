@@ -560,10 +560,11 @@ def nll_in_order(model, x, mask_id, order=None, known=0):
     begin = (unread[:, None] + known)[:, 0]                          # (B,)
     cache = model.cache(B, L, spare=L)
     h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))       # (N, C)
-    nats = torch.zeros(B, L, dtype=torch.float64)
     at = listed(*span(begin, end))                                   # (N,) text, slot
-    nats[at] = nats_of(model, h, by_slot[at]).cpu()
-    return nats.sum(1).to(x.device)                                  # (B,)
+    of_asked = nats_of(model, h, by_slot[at])                        # (N,)
+    nats = of_asked.new_zeros(B, L)
+    nats[at] = of_asked
+    return nats.sum(1)                                               # (B,)
 
 
 def nats_of(model, h, ids):

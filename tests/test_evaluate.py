@@ -308,7 +308,7 @@ def test_continuations_are_valid_as_whole_texts_and_a_prompt_counts_once(monkeyp
     c.temperature = [1.0]
     read = evaluate.make_judge(random_model("causal"))
     everything = evaluate.Evaluation(c, CPU, {}, evaluate.Judge(read, None, ""), None, {})
-    row = evaluate.continuation_row(everything, "", random_model(), 3, x, None)
+    row = evaluate.continuation_row(everything, "", random_model(), Sampling(3), x, None)
     assert row["valid"] == pytest.approx(3 / 8) and row["valid_se"] == pytest.approx(3 / 8)
     assert "valid" in figures.show({"continuations": [row]})
 
