@@ -647,21 +647,45 @@ def likelihood():
 
 def docstrings():
     """What follows for docstrings: results/exact-pydoc.json."""
-    pydoc = functools.partial(sampled, file="exact-pydoc.json")
-    one, exact = pydoc("teacher", 1024), pydoc("teacher", EXACT)
-    whole = pydoc("teacher", EXACT, ahead=ALL)
-    samples = {one["samples"] for one in rows_of("exact-pydoc.json")}
-    yield f"(`results/exact-pydoc.json`, {agreed(samples, 'd')} texts, one seed;"
-    yield (f"one token at a time {with_error(one, 'gen_ppl', '.0f')} in {one['calls']:.0f} calls; "
-           f"exact {with_error(exact, 'gen_ppl', '.0f')} in {exact['calls']:.1f} "
-           f"({exact['reads']:.1f} reads), all ahead {with_error(whole, 'gen_ppl', '.0f')} in "
-           f"{whole['calls']:.1f}.")
-    yield (f"The teacher is weak (data {pydoc('data')['gen_ppl']:.0f}, AR "
-           f"{pydoc('ar')['gen_ppl']:.0f}),")
-    few = [with_error(pydoc(name, 8), "gen_ppl", ".0f") for name in ("teacher", "round 7")]
-    yield f"in 8 steps the teacher has {few[0]}, round 7 {few[1]}."
-    yield (f"AR, left to right, gains little: {pydoc('ar', EXACT, ahead=ALL)['calls']:.0f} calls "
-           f"instead of {pydoc('ar')['calls']:.0f}.")
+    pydoc = functools.partial(both_sampled, file="exact-pydoc.json")
+    whole = dict(ahead=ALL)
+    one, exact, ahead = pydoc("teacher", 1024), pydoc("teacher", EXACT), pydoc("teacher", EXACT, **whole)
+
+    def errors(rows):
+        """Perplexity of each seed, with its error."""
+        return " and ".join(with_error(row, "gen_ppl", ".0f") for row in rows)
+    samples = {row["samples"] for row in rows_of("exact-pydoc.json")}
+    yield f"(`results/exact-pydoc.json`, {agreed(samples, 'd')} texts, two seeds;"
+    yield (f"one token at a time {errors(one)} in {seeds(one, 'calls', '.1f')} calls; exact "
+           f"{errors(exact)} in {seeds(exact, 'calls', '.1f')} ({seeds(exact, 'reads', '.1f')} reads), "
+           f"all ahead {errors(ahead)} in {seeds(ahead, 'calls', '.1f')}.")
+    largest = 0.0
+    for key in ("gen_ppl", "entropy", "pooled_entropy"):
+        for other in (exact, ahead):
+            for a, b in zip(one, other):
+                error = math.hypot(a[key + "_se"], b[key + "_se"])
+                largest = max(largest, abs(a[key] - b[key]) / error)
+    yield f"are within {math.ceil(10 * largest) / 10:.1f} standard errors."
+    yield (f"(data {pydoc('data')[0]['gen_ppl']:.0f}, AR {seeds(pydoc('ar'), 'gen_ppl', '.0f')}), and "
+           f"SDTT does harm here: in 8 steps they have {errors(pydoc('teacher', 8))}, round 7 "
+           f"{errors(pydoc('round 7', 8))}.")
+    cool = pydoc("teacher", EXACT, temperature=0.8, **whole)
+    yield (f"Cooled to T = 0.8 the exact teachers have {seeds(cool, 'gen_ppl', '.0f')} at "
+           f"{seeds(cool, 'pooled_entropy', '.2f')} nats of all texts.")
+    yield (f"AR, left to right, gains little: {seeds(pydoc('ar', EXACT, **whole), 'calls', '.0f')} calls "
+           f"instead of {seeds(pydoc('ar'), 'calls', '.0f')}.")
+
+    key, best, at = "pooled_entropy", {}, set()
+    for (_, _), rows in envelope.groups_of(rows_of("exact-pydoc.json")).items():
+        level = envelope.levels(rows, key, envelope.LEVELS)[0]
+        at.add(f"{level:.2f}")
+        curves = envelope.curves_of(rows)
+        for method in ("teacher, 8 steps", "kld, 8 steps"):
+            value, _, _ = envelope.best_at(curves[method], key, level)
+            best.setdefault(method, []).append(f"{value:.0f}")
+    teacher, student = (" and ".join(values) for values in best.values())
+    yield (f"At equal diversity ({' or '.join(at)} nats of all texts) the cooled teachers have {teacher} "
+           f"in 8 steps, KLD's best rounds {student}: here it gains nothing.")
 
 
 def growth():
@@ -712,7 +736,7 @@ NO_FIGURES = [                           # (what stands on a page, why it is no 
     (r"above 1:", "where both are as fast"),
     (r"\b([Rr]ound|[Tt]emperature) \d\b", "a setting: which round, which temperature"),
     (r"\b(in|at) \d steps\b", "a setting: sampling steps"),
-    (r"teacher has 3,000 updates, AR, which is also the judge, 1,000", "settings: --steps, above"),
+    (r"3,000 updates, the AR models 1,000", "settings: --steps, above"),
     (r"position 30, where .*? he 6%", "an example: tools.lesson prints it, no file has it"),
     (r"6 to 20 minutes|some 5 minutes", "how long it takes on the reader's own machine")]
 

@@ -188,7 +188,7 @@ def run(words):
     flags = SMALL.get(name, "").split()
     if "--length" in words:
         flags += ["--length", "16"]
-    others = "--out" in words or "--dataset" in words or "--teacher" in words
+    others = "--out" in words or "pydoc" in words
     if name == "distill.py" and others and "out/reveal-0" not in words:
         flags += ["--rounds", "2"]
     start(words + flags, Path())
