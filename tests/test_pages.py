@@ -635,6 +635,20 @@ def exact_in_time():
            "AR.")
 
 
+def exact_in_time_today():
+    """The same with today's sampler: results/bench-exact-avx2.json."""
+    batches = 1, 8, 32
+
+    def of(engine, model, steps):
+        return [timed("bench-exact-avx2.json", engine=engine, model=model, steps=steps, batch=B)
+                for B in batches]
+    exact, one = of("diffusion-exact", "teacher", None), of("diffusion-kv", "teacher", 1024)
+    ratios = [a / b for a, b in zip(exact, one)]
+    yield (f"it is {listed(exact, '.1f')} times as fast as AR at batch {listed(batches)}, and "
+           f"{listed(ratios, '.1f')} times as one token at a time;")
+    yield f"round 7 in 8 steps {listed(of('diffusion-kv', 'round7', 8), '.1f')} times as fast as AR."
+
+
 def likelihood():
     """What follows for the likelihood: results/likelihood-reveal.json."""
     teacher, student = [row("likelihood-reveal.json", "likelihood", model=name)
@@ -724,7 +738,7 @@ PAGES = {
     "results/README.md": [how_to_read, table_of_findings, findings, larger_k, last_words,
                           other_orders, table_of_speed, speed_of_gpt2, muon],
     "results/exact.md": [stories, equal_diversity, given_up, law_is_kept, what_follows,
-                         exact_in_time, likelihood, docstrings, growth]}
+                         exact_in_time, exact_in_time_today, likelihood, docstrings, growth]}
 
 NO_FIGURES = [                           # (what stands on a page, why it is no figure)
     (r"`[^`]*`", "names of files, flags and commands"),
