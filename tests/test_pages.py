@@ -752,7 +752,7 @@ NO_FIGURES = [                           # (what stands on a page, why it is no 
     (r"\b(in|at) \d steps\b", "a setting: sampling steps"),
     (r"3,000 updates, the AR models 1,000", "settings: --steps, above"),
     (r"position 30, where .*? he 6%", "an example: tools.lesson prints it, no file has it"),
-    (r"6 to 20 minutes|some 5 minutes", "how long it takes on the reader's own machine")]
+    (r"6 to 20 minutes|5 to 8 minutes", "how long it takes on the reader's own machine")]
 
 
 def plain(text):
