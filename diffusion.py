@@ -362,7 +362,8 @@ def sample_cached(model, z, order, when, draw, watch=None):
     read = torch.zeros(B, dtype=torch.long)              # tokens in the cache, of each text
     for i in range(steps_of(when)):
         known, end = (when < i).sum(1), (when <= i).sum(1)           # (B,) both
-        # tokens that were not read yet, and the N masks revealed now
+        # the N masks revealed now, and what the network says there; it reads, too, the
+        # tokens that it has not read yet
         masks = span(known, end)
         if i == 0 and n == L and model.config.relative:
             # no prompt: nothing to store yet, and all masks have the same state
@@ -372,7 +373,8 @@ def sample_cached(model, z, order, when, draw, watch=None):
             new = reading(model, x, order, span(read, known), masks, known, place=masks[0])
             h = model.read(cache, new)                               # (N, C)
             read = known
-        x[listed(*masks)] = draw_tokens(model, h, draw)
+        # and what is drawn from it
+        x[listed(*masks)] = draw_tokens(model, h, draw)                          # (N,)
         if watch:
             watch(by_position(x, order_z))
     return by_position(x, order_z)
@@ -383,12 +385,13 @@ def reading(model, x, order, tokens, masks, known, place):
     are spans. A token sees itself and those in slots before it, a mask itself and those of
     them that are `known` (B,). place (B, M): of the masks in the cache; a token's is its
     slot."""
-    slot, valid = torch.cat((tokens[0], masks[0]), 1), torch.cat((tokens[1], masks[1]), 1)
+    slot = torch.cat((tokens[0], masks[0]), 1)                       # (B, M)
+    valid = torch.cat((tokens[1], masks[1]), 1)                      # (B, M)
     first = tokens[0].shape[1]                                       # masks begin here
     idx = x.gather(1, slot.to(x.device))
     idx[:, first:] = model.mask_id
-    limit = torch.cat((tokens[0], masks[0].minimum(known[:, None])), 1)
-    place = torch.cat((tokens[0], place), 1)
+    limit = torch.cat((tokens[0], masks[0].minimum(known[:, None])), 1)      # (B, M)
+    place = torch.cat((tokens[0], place), 1)                         # (B, M)
     return Reading(idx=idx, pos=order.gather(1, slot), place=place, limit=limit,
                    valid=valid, wanted_from=first)
 

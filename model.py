@@ -158,41 +158,38 @@ def see_at(q, k, v, at, mask=None):
     return see_sequence(q[at], k, v, mask)
 
 
-def see_cache(q, k, v, stored, at, mask, packed=None):
-    """Attention of M positions of each text to the text's cache: q, k, v (B, M, H, D) ->
-    (B, n, H, D). The new keys and values are stored first, at a pair of ids of texts (B, 1)
-    and places (B, M). Then the last n look where mask (B, n, seen) allows, itself included;
-    those before only fill the cache. stored: the cache's keys and values.
-    packed: a Packed, if q, k, v and ids are those of its N positions only."""
-    keys, values = stored
-    text, place = at
-    # keys are (B, H, places, D); two indices around a slice give (B, M, H, D), as k has
-    keys[text, :, place] = k
-    values[text, :, place] = v
-    if packed:
-        q = packed.spread(q)
-    n, seen = mask.shape[1:]                         # nobody sees beyond these places
-    q = q[:, q.shape[1] - n:].transpose(1, 2)                        # (B, H, n, D)
-    k, v = keys[:, :, :seen], values[:, :, :seen]                    # (B, H, seen, D)
-    y = F.scaled_dot_product_attention(q, k, v, mask[:, None])
-    y = y.transpose(1, 2)                                            # (B, n, H, D)
-    if packed:
-        y = y[packed.at][packed.wanted]
-    return y
-
-
 class Packed(typing.NamedTuple):
-    """N positions that stand side by side, without the gaps of the rectangle (B, M) that
-    attention needs."""
+    """N positions of B texts, side by side. Attention needs them as a rectangle (B, M),
+    which has gaps where texts have fewer than M."""
     shape: torch.Size            # of the rectangle
-    at: tuple                    # a pair of ids (N,): the text and the column of each
-    wanted: object = slice(None)     # an index: of which of them attention's result is
+    text: torch.Tensor           # (N,) the text of each position
+    column: torch.Tensor         # (N,) where it stands in its text's row
+    place: torch.Tensor          # (N,) where in the cache its key and value are stored
+    mask: torch.Tensor           # (B, M, seen) bool: which places each sees
 
     def spread(self, x):
         """x (N, H, D) in the rectangle (B, M, H, D), with zeros in its gaps."""
         rectangle = x.new_zeros(*self.shape, *x.shape[1:])
-        rectangle[self.at] = x
+        rectangle[self.text, self.column] = x
         return rectangle
+
+
+def see_cache(q, k, v, keys, values, packed, wanted=None):
+    """Attention of the N positions of a Packed to their texts' caches: q, k, v (N, H, D) ->
+    the same shape, or with `wanted`, ids (n,) of some of them, (n, H, D). The new keys and
+    values are stored first; then each position looks where the mask allows, itself
+    included. keys, values: a block's part of the cache."""
+    # keys are (B, H, places, D); two indices around a slice give (N, H, D), as k has
+    keys[packed.text, :, packed.place] = k
+    values[packed.text, :, packed.place] = v
+    seen = packed.mask.shape[-1]                     # nobody sees beyond these places
+    k, v = keys[:, :, :seen], values[:, :, :seen]                    # (B, H, seen, D)
+    q = packed.spread(q).transpose(1, 2)                             # (B, H, M, D)
+    y = F.scaled_dot_product_attention(q, k, v, packed.mask[:, None])
+    y = y.transpose(1, 2)[packed.text, packed.column]                # (N, H, D)
+    if wanted is not None:
+        y = y[wanted]
+    return y
 
 
 def see_step(q, k, v, keys, values, slot, mask):
@@ -291,8 +288,8 @@ class Transformer(nn.Module):
 
     def run(self, idx, pos, attends, at=None):
         """Embedding and blocks: ids idx (...) -> states (..., C), before the last norm.
-        The shape of idx is (B, L) from hidden, (B, M) or (N,) from read, (B,) from decode;
-        that of its positions pos broadcasts to it.
+        The shape of idx is (B, L) from hidden, (N,) from read, (B,) from decode; that of
+        its positions pos broadcasts to it.
         attends: who sees whom, a function for each block. at: see Block; for the last
         block only, as the others' states are needed everywhere."""
         # what stands where
@@ -356,45 +353,32 @@ class Transformer(nn.Module):
         """States of a Reading's valid positions from column wanted_from on, text by text,
         (N, C); the keys and values of all are left in the cache. Raises ValueError where it
         has too few places."""
-        device, wanted_from = new.idx.device, new.wanted_from
+        device = new.idx.device
         seen = int(new.place[new.valid].max()) + 1                   # places used so far
         if seen > cache.slots:
             raise ValueError(f"the KV cache holds {cache.slots} tokens, {seen} were given")
 
         # who sees whom; gaps see all, as to see nothing could give NaN
-        gap = ~new.valid
-        limit = new.limit.masked_fill(gap, seen).to(device)          # (B, M)
-        place = new.place.to(device)
+        limit = new.limit.masked_fill(~new.valid, seen).to(device)   # (B, M)
+        place, pos = new.place.to(device), new.pos.to(device)        # (B, M) both
         places = torch.arange(seen, device=device)
         before = places < limit[..., None]                           # (B, M, seen)
         itself = places == place[..., None]
-        mask = before | itself
-        text = torch.arange(len(place), device=device)[:, None]      # (B, 1)
-        at, pos = (text, place), new.pos.to(device)
-        if not bool(gap.any()):
-            # columns before wanted_from only had to fill the cache: the last block, whose
-            # mask is narrower, drops them
-            masks = [mask] * (len(self.blocks) - 1) + [mask[:, wanted_from:]]
-            attends = []
-            for stored, seen_by in zip(zip(cache.k, cache.v), masks):
-                attends.append(functools.partial(see_cache, stored=stored, at=at,
-                                                 mask=seen_by))
-            wanted = (slice(None), slice(wanted_from, None))
-            return self.run(new.idx, pos, attends, wanted).flatten(0, 1)
 
-        # where there are gaps, only attention needs the rectangle: all else is computed for
-        # the N valid positions, side by side
+        # only attention needs the rectangle: all else is computed for the N valid
+        # positions, side by side
         text, column = new.valid.nonzero(as_tuple=True)              # (N,) both
-        wanted = (column >= wanted_from).nonzero()[:, 0].to(device)  # (n,)
+        # those before wanted_from only had to fill the cache: the last block drops them
+        wanted = (column >= new.wanted_from).nonzero()[:, 0].to(device)          # (n,)
         text, column = text.to(device), column.to(device)
-        packed = Packed(gap.shape, (text, column))
-        at = text, place[text, column]
+        packed = Packed(place.shape, text, column, place[text, column], before | itself)
+        # each block has its own part of the cache
         attends = []
-        for stored in zip(cache.k, cache.v):
-            attends.append(functools.partial(see_cache, stored=stored, at=at, mask=mask,
+        for keys, values in zip(cache.k, cache.v):
+            attends.append(functools.partial(see_cache, keys=keys, values=values,
                                              packed=packed))
-        attends[-1].keywords["packed"] = packed._replace(wanted=wanted)
-        return self.run(new.idx[packed.at], pos[packed.at], attends, wanted)
+        attends[-1] = functools.partial(attends[-1], wanted=wanted)
+        return self.run(new.idx[text, column], pos[text, column], attends, wanted)
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
