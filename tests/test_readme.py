@@ -17,7 +17,7 @@ import model
 import train
 from data import dataset, script
 from helpers import make_dataset
-from tools import machine
+from tools import machine, race
 
 ROOT = Path(common.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
@@ -158,8 +158,7 @@ def home(tmp_path_factory):
         patch.setattr(common, "ROOT", top)               # of what tools.precision writes
         shutil.copytree(ROOT / "weights", top / "weights")
         (top / "results").mkdir()
-        for name in ("bench-exact.json", "latency.json"):            # that tools.race reads
-            shutil.copy(ROOT / "results" / name, top / "results")
+        shutil.copy(ROOT / "results" / race.TIMES, top / "results")
         make_dataset(top / "data/pydoc")
         (top / "some/folder").mkdir(parents=True)
         for path in ("input.txt", "some/folder/a.txt"):

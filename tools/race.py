@@ -5,8 +5,8 @@ animated SVG.
 
 AR, the teacher and the student in 8 steps, and the teacher drawn exactly: the models in
 weights/. How much faster than AR each is, for one text at a time, was measured by bench.py
-(results/bench-exact.json, results/latency.json); here each call of a text takes the same
-share of its time. What the stories' checker objects to is underlined at the end.
+(results/bench-exact-avx2.json); here each call of a text takes the same share of its
+time. What the stories' checker objects to is underlined at the end.
 
 The picture needs no script, no font and no other file, so it moves on a page that shows it
 as an image: every word has a CSS animation, which makes it visible in its time. Without
@@ -33,6 +33,7 @@ from tools.animate import Trace, layout, record, record_exact
 RUN, CYCLE = 8.0, 13.0
 # the picture in pixels: its width, a margin, a cell of a letter, a line, a heading
 WIDTH, MARGIN, CELL, LINE, HEAD = 501, 12, 9, 21, 40
+TIMES = "bench-exact-avx2.json"          # under results/
 COLUMNS = (WIDTH - 2 * MARGIN) // CELL               # letters of a line
 STYLE = """
 svg { color-scheme: light dark;
@@ -82,27 +83,27 @@ class Writer:
 
 # ---- who writes what, and how fast
 
-def only(name, **fields):
-    """The row of a file of bench.py under results/, for one text, that has these fields."""
-    rows = json.loads((ROOT / "results" / name).read_text())["rows"]
+def only(**fields):
+    """The row of TIMES, for one text, that has these fields."""
+    rows = json.loads((ROOT / "results" / TIMES).read_text())["rows"]
     fields["batch"] = 1
     for row in rows:
         if all(row.get(key) == value for key, value in fields.items()):
             return row
-    raise UserError(f"results/{name} has no row with {fields}; bench.py makes it")
+    raise UserError(f"results/{TIMES} has no row with {fields}; bench.py makes it")
 
 
 def speeds():
     """How many times as fast as AR one text is written: {steps: factor}, for AR (None), for
-    OUR_STEPS, by a network with the teacher's and the student's sizes, and for EXACT."""
-    few = only("latency.json", engine="diffusion-kv", steps=OUR_STEPS)
-    exact = only("bench-exact.json", engine="diffusion-exact", model="teacher")
+    OUR_STEPS, by the teacher, of the student's sizes, and for EXACT."""
+    few = only(engine="diffusion-kv", model="teacher", steps=OUR_STEPS)
+    exact = only(engine="diffusion-exact", model="teacher")
     return {None: 1.0, OUR_STEPS: few["vs_ar"], EXACT: exact["vs_ar"]}
 
 
 def slowed():
     """How many times slower than it was measured the race is shown, to two digits."""
-    times = RUN / only("bench-exact.json", engine="ar")["seconds"]
+    times = RUN / only(engine="ar")["seconds"]
     return float(f"{times:.2g}")
 
 
