@@ -35,7 +35,7 @@ import pretend
 import train
 from data import checkpoints
 from data.cost import counted_calls
-from diffusion import categorical, nelbo, reading, sample, sample_exact, span
+from diffusion import categorical, nelbo, nll_in_order, reading, sample, sample_exact, span
 from distill import sdtt_loss
 from helpers import NANO, call, make_dataset
 from model import (ModelConfig, Reading, Transformer, decode, generate, nll, reveal_mask,
@@ -152,7 +152,7 @@ def cached(model, z, order):
 
 
 def losses_of(model, teacher, dt):
-    """{name: loss(x)} of all objectives that a model may have."""
+    """{name: loss(x, keep=...)} of all objectives that a model may have."""
     mask_id = model.mask_id
     if model.config.causal:
         return {"ar": functools.partial(train.ar_loss, model, mask_id=mask_id)}
@@ -163,7 +163,8 @@ def losses_of(model, teacher, dt):
 
 def outputs(model, teacher, x, dt):
     """{name: numbers} that a model computes from texts x (B, L), on the CPU; the noise is the same
-    whatever the device. dt: of SDTT's teacher."""
+    whatever the device. Where the model knows places, losses are of texts that begin with prompts.
+    dt: of SDTT's teacher."""
     device, results = x.device, {}
     B, L = x.shape
     torch.manual_seed(1)
@@ -183,10 +184,16 @@ def outputs(model, teacher, x, dt):
             results["chosen positions"] = model.head(model.hidden(z, at=(row, pos), rank=rank))
         if model.config.attention != "full":
             results["cached"] = cached(model, z, order)
+        if model.config.attention == "reveal":
+            results["likelihood"] = nll_in_order(model, x, model.mask_id, order)
+    keep = None
+    if model.config.positions == "both":
+        prompts = torch.arange(B, device=device)[:, None]            # of 0, 1, ... tokens
+        keep = torch.arange(L, device=device) < prompts
     for name, loss in losses_of(model, teacher, dt).items():
         torch.manual_seed(2)
         with noise_of_the_cpu():
-            value = loss(x)
+            value = loss(x, keep=keep)
         model.zero_grad()
         value.backward()
         results[name] = value.detach()
@@ -224,7 +231,8 @@ def compare(device, compiled, **options):
 @pytest.mark.parametrize("positions", ["rope", "learned", "both"])
 @pytest.mark.parametrize("attention", KINDS)
 def test_device_computes_what_the_cpu_computes(device, attention, positions):
-    """Whole sequences, chosen positions, cached reading; losses and gradients."""
+    """Whole sequences, chosen positions, cached reading, the likelihood in an order; losses and
+    gradients."""
     if device.type == pretend.NAME and positions != "both":
         pytest.skip("both are enough for the rules of a device")
     compare(device, False, attention=attention, positions=positions)
