@@ -120,8 +120,7 @@ SMALL = {                                # flags that come after a page's own an
     "train.py": "--steps 2 --batch 2", "tools.evaluate": "--samples 4 --sequences 4",
     "tools.exact": "--samples 4 --what steps heat", "tools.score": "--orders 2",
     "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",
-    "tools.gpu": "--what timings --device cpu", "tools.choices": "--samples 4",
-    "tools.precision": "--tokens 300 --length 64 --steps 8"}
+    "tools.choices": "--samples 4", "tools.precision": "--tokens 300 --length 64 --steps 8"}
 ELSEWHERE = {                            # what these need, and the tests that run them in small
     "kuleshov-group": "the hub: test_convert", "jdeschena": "the hub: test_convert",
     "gpt2-large": "the hub: test_convert, test_metrics, test_evaluate",
@@ -130,7 +129,8 @@ ELSEWHERE = {                            # what these need, and the tests that r
     "tools.experiments": "an hour: test_experiments",
     "--lengths": "longer texts than the small dataset has: test_reveal",
     "--context": "longer texts than the small dataset has: test_train",
-    "bench_train": "seconds, in processes of their own: test_bench"}
+    "bench_train": "seconds, in processes of their own: test_bench",
+    "tools.gpu": "a GPU: test_gpu"}
 
 
 @pytest.fixture(scope="module")
