@@ -62,9 +62,9 @@ def add_mean(row, name, mean_and_se):
 # ---- under a judge: what the texts cost another model
 
 def make_judge(model, spec=None, tokenizer=None):
-    """An AR model as a judge of texts: a function judge(x (n, L), skip=0) -> (nats (n,),
-    tokens (n,)), what each text costs the model from its token number `skip` on, and how
-    many tokens that is.
+    """An AR model as a judge of texts: a function judge(x (n, L), skip=0, stop=None) ->
+    (nats (n,), tokens (n,)), what each text costs the model from its token number `skip`
+    on, up to token `stop` (n,) of each (None: to its end), and how many tokens that is.
     spec: the judge's tokenizer; where the texts' `tokenizer` is another, the texts are read
     anew in the judge's tokens (see data.dataset.retokenise), up to the judge's context."""
     same = tokenizer is None or spec == tokenizer.spec
@@ -78,8 +78,11 @@ def make_judge(model, spec=None, tokenizer=None):
         return retokenise(row, tokenizer, judges)[:model.config.context]
 
     @torch.no_grad()
-    def judge(x, skip=0):
-        rows = [read(row) for row in x.tolist()]
+    def judge(x, skip=0, stop=None):
+        rows = x.tolist()
+        if stop is not None:
+            rows = [row[:n] for row, n in zip(rows, stop.tolist())]
+        rows = [read(row) for row in rows]
         # of the judge's tokens, those from `begin` to `end` of a text count
         begin = [len(read(row[:skip])) for row in x.tolist()]
         begin = torch.tensor(begin, device=x.device)                 # (n,)

@@ -78,6 +78,15 @@ def refuse_until_end(config, tokenizer):
                         "on data that data/text/prepare.py made with --tokenizer bpe")
 
 
+def ends_of(x, P, end):
+    """Of each text of x (n, L) the number of tokens up to its first `end` after the P
+    tokens of its prompt, that included: (n,). L where there is none."""
+    L = x.shape[1]
+    place = torch.arange(L, device=x.device)
+    is_end = (x == end) & (place >= P)                               # (n, L)
+    return torch.where(is_end, place, L - 1).amin(1) + 1
+
+
 def up_to_end(ids, P, end):
     """A text's ids (a list) up to its first `end` after the P ids of the prompt, without
     it; the whole text where there is none. Without a prompt, an end that comes before all

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.usefixtures("small_nano")
 
 CLOSE = 1e-4
-FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT.parent / "shared" / "fixtures"
 MDLM = dict(model_type="mdlm", vocab_size=31, model_length=24, hidden_dim=32, cond_dim=12,
             n_blocks=2, n_heads=4, dropout=0.1, time_conditioning=False)
 SDTT = dict(model=dict(type="ddit-orig", hidden_size=32, cond_dim=12, length=24, n_blocks=2,
@@ -305,8 +307,9 @@ def test_attention_learns_no_biases_where_mdlm_has_none(tmp_path, monkeypatch):
 # ---- every script takes them
 
 def test_scripts_run_on_converted_checkpoints(tmp_path, monkeypatch, capsys, mdlm):
-    """sample, distill with a judge of the same tokens, bench, and AR text: vocabulary, context and
-    heads are those of the files. No chance involved."""
+    """sample, distill with a judge of the same tokens (the run that data/README.md names for an hour
+    on a GPU), bench, and AR text: vocabulary, context and heads are those of the files. No chance
+    involved."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "limits", lambda *_: dict(       # measuring them takes a while
         device="CPU", threads=2, torch="2", dtype="float32", load=0, bytes_per_s=1, flop_per_s=1))
@@ -321,9 +324,13 @@ def test_scripts_run_on_converted_checkpoints(tmp_path, monkeypatch, capsys, mdl
     assert all(line.startswith("5 7 ") for line in lines[:2])
     write_data(tmp_path / "d", [i * i % 30 for i in range(400)], list(range(30)) * 3,
                tokenizer=dict(kind="words", items=[str(i) for i in range(30)]))
-    call(distill, "--dataset", "d", "--rounds", 1, "--teacher_steps", 4, "--steps_per_round", 2,
-         "--samples", 2, "--batch", 2, "--teacher", "out/mdlm.pt", "--judge", "out/gpt2.pt")
-    results = json.loads(Path("out/d-nano/results.json").read_text())
+    # the run of an hour, as its page has it, in small: later flags win
+    page = (ROOT / "data/README.md").read_text().replace("\\\n", "")
+    of_an_hour = re.search(r"\npython distill.py (.*--out out/hour)\n", page)[1].split()
+    call(distill, *of_an_hour, "--dataset", "d", "--rounds", 1, "--teacher_steps", 4,
+         "--steps_per_round", 2, "--samples", 2, "--batch", 4, "--micro_batch", 2,
+         "--teacher", "out/mdlm.pt", "--judge", "out/gpt2.pt")
+    results = json.loads(Path("out/hour/results.json").read_text())
     assert results["judged"] == "tokens"
     assert {row["model"] for row in results["rows"]} == {"data", "ar", "teacher", "round 1"}
     call(bench, "--checkpoint", "out/gpt2.pt", "out/mdlm.pt", "--batch", 1, "--steps", 2,

@@ -14,6 +14,7 @@ import toy
 from common import Processes
 from data import checkpoints, dataset
 from data.files import UserError
+from data.prompts import ends_of
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
 from sample import Sampling
@@ -285,7 +286,7 @@ def test_continuations_of_a_prompt_do_not_make_its_error_smaller(monkeypatch):
     monkeypatch.setattr(evaluate, "draw_samples", lambda *_, **how: x.repeat_interleave(4, 0))
     c = evaluate.EvaluateConfig([], continuations=4, prompt_tokens=8)
 
-    def judge(y, skip):
+    def judge(y, skip, stop):
         return y[:, skip:].double().sum(1) / 99, torch.full((len(y),), 12 - skip)
     c.temperature, model = [1.0], random_model()
     data = dataset.Data(None, None, x, None, 12, True, None)         # without an oracle
@@ -313,7 +314,36 @@ def test_continuations_are_valid_as_whole_texts_and_a_prompt_counts_once(monkeyp
     assert "valid" in figures.show({"continuations": [row]})
 
 
+def test_until_end_a_continuation_counts_up_to_its_first_end():
+    """Cost and number of tokens are those of the text cut there by hand, end included; ends in the
+    prompt do not count, a text without one is whole; half of the texts have one. Exact but for
+    rounding."""
+    end, P = 9, 4
+    x = torch.tensor([[1, 9, 2, 3, 4, 9, 5, 9], [1, 9, 2, 3, 4, 5, 6, 7],
+                      [0, 1, 2, 3, 9, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 6]])
+    stop = ends_of(x, P, end)
+    assert stop.tolist() == [6, 8, 5, 8]
+    ar = random_model("causal")
+    whole = evaluate.likelihood.nll(ar, x, 10)                                # (4, 8)
+    nats, tokens = evaluate.make_judge(ar)(x, P, stop)
+    for i in range(4):
+        assert nats[i] == pytest.approx(whole[i, P:stop[i]].sum().item(), abs=1e-4)
+    assert tokens.tolist() == [2, 4, 1, 4]
+
+    c = evaluate.EvaluateConfig([], continuations=2, prompt_tokens=P, until_end=True)
+    tokenizer = dataset.make_tokenizer(WORDS)
+    tokenizer.end = end
+    data = dataset.Data(None, None, x, tokenizer, 8, True, None)
+    everything = evaluate.Evaluation(c, CPU, {}, evaluate.Judge(evaluate.make_judge(ar), None, ""),
+                                     data, {})
+    row = evaluate.continuation_row(everything, "", None, Sampling(), x, None)
+    assert row["gen_ppl"] == pytest.approx((nats.sum() / 11).exp().item(), rel=1e-6)
+    assert row["ended"] == 0.5 and "ended" in figures.show({"continuations": [row]})
+
+
 @pytest.mark.parametrize("argv, words", [
+    (["teacher.pt", "--until_end"], "--until_end is of continuations"),
+    (["teacher.pt", "--until_end", "--continuations", 3], "has no end-of-text token"),
     (["teacher.pt", "--judge", "round1.pt"], "kind 'sdtt', but ar is needed"),
     (["teacher.pt", "--judge", "none.pt"], "none.pt: no such checkpoint"),
     (["teacher.pt", "--judge", "other.pt"], "other.pt cannot read these texts"),

@@ -428,7 +428,7 @@ def test_mauve_gets_features_of_each_text_and_the_papers_settings(monkeypatch):
     monkeypatch.setitem(sys.modules, "mauve", fake)
     model = judge()
     x, y = texts(4, 6, 4), texts(5, 6, 4, seed=1)
-    assert metrics.mauve((model, WORDS), x, y, WORDS)[0] == pytest.approx(0.7)
+    assert metrics.mauve((model, WORDS), x.tolist(), y.tolist(), WORDS)[0] == pytest.approx(0.7)
     assert len(calls) == 5 and {one["mauve_scaling_factor"] for one in calls} == {5}
     wanted = model.norm(model.hidden(y)[:, -1]).detach().numpy()
     assert np.allclose(calls[0]["q_features"], wanted, atol=1e-5)
@@ -440,6 +440,7 @@ def test_mauve_tells_like_from_unlike():
     chance in it but its own seeds; the two values were 0.998 and 0.008 here."""
     pytest.importorskip("mauve")
     model, x = (judge(), WORDS), texts(120, 6, 4)
-    same, unlike = (metrics.mauve(model, x[:60], other, WORDS, seeds=2, num_buckets=4)[0]
+    same, unlike = (metrics.mauve(model, x[:60].tolist(), other.tolist(), WORDS, seeds=2,
+                                  num_buckets=4)[0]
                     for other in (x[60:], torch.zeros_like(x[60:])))
     assert unlike < 0.5 < same

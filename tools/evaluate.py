@@ -26,6 +26,7 @@ from data.lambada.prepare import parse_lambada
 from data.measures import (NO_VALUE, add_mean, exp, make_judge, mean_se, perplexity,
                            step_key)
 from data.orders import ORDERS, refuse_order
+from data.prompts import ends_of
 from data.results import sample_row
 from data.script import command, device_flag, flag, package, parse_flags
 from model import Transformer
@@ -83,6 +84,9 @@ class EvaluateConfig:
     continuations: int = flag(0, "of each prompt from val.bin, see --prompts", low=0)
     prompts: int = flag(64, "prompts to continue", low=2)
     prompt_tokens: int | None = flag(None, "tokens of a prompt [half the text's]", low=1)
+    until_end: bool = flag(
+        False, "continuations count up to their first end-of-text token, where the data "
+        "have one; without self-BLEU, which is of texts of one length")
     mauve: str | None = flag(
         None, "converted GPT-2 whose features compare the continuations with the data's "
         "(needs mauve-text)")
@@ -266,6 +270,12 @@ def set_defaults(config, models, data):
         raise UserError("--joint reveals in random order; leave it or --order out")
     if config.precision == 32 and EXACT in config.steps:
         raise UserError(f"--steps {EXACT} draws in 64 bits; leave it or --precision 32 out")
+    if config.until_end and not config.continuations:
+        raise UserError("--until_end is of continuations; give --continuations too, such "
+                        "as 5")
+    if config.until_end and data.tokenizer.end is None:
+        raise UserError(f"--until_end: {data.folder} has no end-of-text token; leave it "
+                        "out")
     if config.mauve and not config.continuations:
         raise UserError("--mauve compares continuations; give --continuations too, such as "
                         "5")
@@ -398,7 +408,8 @@ def continuation_row(evaluation, name, model, sampling, x, gpt2):
     each of x (n, L), of as many tokens as x has, drawn as `sampling` says; model None: x
     itself. Perplexity under the judge given the prompt, self-BLEU among the continuations
     of a prompt, the share of texts that are valid with their prompt, MAUVE against x where
-    gpt2 is given, as (model, tokenizer)."""
+    gpt2 is given, as (model, tokenizer). With --until_end texts are cut after their end, as
+    x is, and the row says which share of them has one."""
     config, procs = evaluation.config, evaluation.procs
     P, m = config.prompt_tokens, config.continuations
     row = {"model": name, "steps": sampling.steps, "order": None}
@@ -411,15 +422,22 @@ def continuation_row(evaluation, name, model, sampling, x, gpt2):
         y = draw_samples(model, len(prompts), sampling, procs, prompts,
                          f"{name}, continuations")
         add_mean(row, "self_bleu4", NO_VALUE)
-        if m > 2:
+        if m > 2 and not config.until_end:
             alike = []
             for texts in y.split(m):     # of one prompt
                 bleu4, _ = self_bleu(texts[:, P:])[-1]
                 alike.append(bleu4)
             add_mean(row, "self_bleu4", mean_se(torch.tensor(alike)))
 
+    # what counts of each text
+    stop = None                          # all of it
+    if config.until_end:
+        end = evaluation.data.tokenizer.end
+        stop = ends_of(y, P, end)                                    # (n m,)
+        ended = (y[:, P:] == end).any(1).double()
+        add_mean(row, "ended", mean_se(ended.view(len(x), -1).mean(1)))
     # nats and tokens of all continuations of a prompt: (n,), a prompt counts once
-    nats, tokens = evaluation.judge.read(y.to(procs.device), P)
+    nats, tokens = evaluation.judge.read(y.to(procs.device), P, stop)
     nats = nats.view(len(x), -1).sum(1)
     tokens = tokens.view(len(x), -1).sum(1)
     add_mean(row, "gen_ppl", perplexity(nats, tokens))
@@ -428,7 +446,11 @@ def continuation_row(evaluation, name, model, sampling, x, gpt2):
         valid = (verdict[0] == 0).double().view(len(x), -1).mean(1)
         add_mean(row, "valid", mean_se(valid))
     if gpt2 and model is not None:
-        add_mean(row, "mauve", mauve(gpt2, x, y, evaluation.data.tokenizer))
+        texts, others = x.tolist(), y.tolist()
+        if config.until_end:
+            texts = [row[:n] for row, n in zip(texts, ends_of(x, P, end).tolist())]
+            others = [row[:n] for row, n in zip(others, stop.tolist())]
+        add_mean(row, "mauve", mauve(gpt2, texts, others, evaluation.data.tokenizer))
     return row | {"prompts": len(x), "prompt_tokens": P, "texts": len(y)}
 
 

@@ -162,7 +162,7 @@ LAST_WORDS = (("model", "model", "s"), ("tasks", "tasks", "d"),
 CONTINUATIONS = (("model", "model", "s"), ("steps", "steps", ""), ("order", "order", "s"),
                  ("texts", "texts", "d"), ("prompt", "prompt_tokens", "d"),
                  ("gen ppl", "gen_ppl", ".2f±"), ("self-BLEU-4", "self_bleu4", ".3f±"),
-                 ("valid", "valid", ".0%±"),
+                 ("valid", "valid", ".0%±"), ("ended", "ended", ".0%±"),
                  ("MAUVE", "mauve", ".3f±"))
 HEADINGS = {                             # part of the results: (its heading, its columns)
     "likelihood": ("likelihood in nats per token: NELBO, the any-order estimate of the "

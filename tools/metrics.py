@@ -165,8 +165,8 @@ def diversity(x, data):
 
 @torch.no_grad()
 def mauve(gpt2, x, y, tokenizer, seeds=5, **settings):
-    """MAUVE (arXiv 2102.01454) between texts x and y (n, L), in 0..1, 1 = alike: (mean over
-    seeds of its clustering, SE). Features: the last hidden state of gpt2, (model,
+    """MAUVE (arXiv 2102.01454) between texts x and y, lists of ids, in 0..1, 1 = alike:
+    (mean over seeds of its clustering, SE). Features: the last hidden state of gpt2, (model,
     tokenizer), on each text; SDTT's scaling factor of 5. Needs mauve-text."""
     model, tokens = gpt2
     library = package("mauve")
@@ -174,7 +174,7 @@ def mauve(gpt2, x, y, tokenizer, seeds=5, **settings):
     def features(texts):
         """The last state of each text, (n, C)."""
         states = []
-        for row in texts.tolist():
+        for row in texts:
             ids = retokenise(row, tokenizer, tokens)[:model.config.context]
             if not ids:                  # an empty text: its end alone
                 ids = [tokens.vocab - 1]
