@@ -129,7 +129,8 @@ ELSEWHERE = {                            # what these need, and the tests that r
     "tools.experiments": "an hour: test_experiments",
     "--lengths": "longer texts than the small dataset has: test_reveal",
     "--context": "longer texts than the small dataset has: test_train",
-    "bench_train": "seconds, in processes of their own: test_bench"}
+    "bench_train": "seconds, in processes of their own: test_bench",
+    "tools.gpu": "a GPU: test_gpu"}
 
 
 @pytest.fixture(scope="module")

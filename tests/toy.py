@@ -107,11 +107,12 @@ class Ordered:
         return [{} for _ in range(B)]
 
     def read(self, cache, new):
+        idx, *rest = [part.tolist() for part in new[:4]]
         read = []
         for row, column in new.valid.nonzero().tolist():
-            idx, pos, slot, limit = [int(part[row, column]) for part in new[:4]]
+            pos, slot, limit = [part[row][column] for part in rest]
             read.append((row, column, pos, slot, limit))
-            cache[row][slot] = pos, idx
+            cache[row][slot] = pos, idx[row][column]
         states = []
         for row, column, pos, slot, limit in read:
             if column < new.wanted_from:
