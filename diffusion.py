@@ -21,7 +21,7 @@ Randomness comes from torch's global generators.
 """
 import torch
 
-from data.devices import float64_device, in_float64
+from data.devices import float64_device, in_float64, upload
 from model import NOT_FINITE, Reading, cross_entropy
 
 HEAD_ROWS = 512                  # states that the head is given at a time
@@ -294,15 +294,17 @@ def sample_full(model, z, order, when, draw, watch=None):
     for i in range(steps_of(when)):
         # the masks revealed now, M of a text at most, N together
         slot, valid = span((when < i).sum(1), (when <= i).sum(1))    # (B, M) both
-        pos = order.gather(1, slot).to(z.device)
+        pos = upload(order.gather(1, slot), z.device)
         # what the network says there
         if i == 0:
             h = first_states(model, z, row, pos)                     # (B, M, C)
         else:
             h = model.hidden(z, at=(row, pos))
         # and what is drawn from it
-        h = h[valid.to(z.device)]                                    # (N, C)
-        z[listed(pos, valid)] = draw_tokens(model, h, draw)
+        text, column = valid.nonzero(as_tuple=True)                  # (N,) both
+        text, column = upload(text, z.device), upload(column, z.device)
+        h = h[text, column]                                          # (N, C)
+        z[text, pos[text, column]] = draw_tokens(model, h, draw)
         if watch:
             watch(z.clone())
     return z
@@ -317,10 +319,10 @@ def span(begin, end):
     return slot.where(valid, 0), valid
 
 
-def listed(slot, valid):
-    """The N slots of a span as a pair of ids (N,): of texts, and of slots."""
+def listed(slot, valid, device):
+    """The N slots of a span as a pair of ids (N,), of texts and of slots, on the device."""
     text, column = valid.nonzero(as_tuple=True)
-    return text, slot[text, column]
+    return upload(text, device), upload(slot[text, column], device)
 
 
 def first_states(model, z, row, pos):
@@ -356,7 +358,7 @@ def sample_cached(model, z, order, when, draw, watch=None):
     # from now on by slot, the prompt first, as if revealed in step -1
     order = prompt_first(order, L)                                   # (B, L)
     when = torch.cat((torch.full((B, L - n), -1), when), 1)          # (B, L)
-    order_z = order.to(z.device)
+    order_z = upload(order, z.device)
     x = z.gather(1, order_z)                                         # (B, L)
 
     read = torch.zeros(B, dtype=torch.long)              # tokens in the cache, of each text
@@ -374,7 +376,7 @@ def sample_cached(model, z, order, when, draw, watch=None):
             h = model.read(cache, new)                               # (N, C)
             read = known
         # and what is drawn from it
-        x[listed(*masks)] = draw_tokens(model, h, draw)                          # (N,)
+        x[listed(*masks, z.device)] = draw_tokens(model, h, draw)                # (N,)
         if watch:
             watch(by_position(x, order_z))
     return by_position(x, order_z)
@@ -388,7 +390,7 @@ def reading(model, x, order, tokens, masks, known, place):
     slot = torch.cat((tokens[0], masks[0]), 1)                       # (B, M)
     valid = torch.cat((tokens[1], masks[1]), 1)                      # (B, M)
     first = tokens[0].shape[1]                                       # masks begin here
-    idx = x.gather(1, slot.to(x.device))
+    idx = x.gather(1, upload(slot, x.device))
     idx[:, first:] = model.mask_id
     limit = torch.cat((tokens[0], masks[0].minimum(known[:, None])), 1)      # (B, M)
     place = torch.cat((tokens[0], place), 1)                         # (B, M)
@@ -450,7 +452,7 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     ahead = L if ahead is None else min(ahead, L)
     # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
     ask, order = how_to_ask(model, z, mask_id)
-    order_z = order.to(z.device)
+    order_z = upload(order, z.device)
     x = z.gather(1, order_z)             # (B, L), tokens by slot; a mask where no guess is
 
     # of each text, (B,): slots 0 to final - 1 are done, those up to guessed - 1 hold
@@ -476,7 +478,7 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
             states = h.new_zeros(B, L, h.shape[1])
 
         # each guess becomes a draw from its new prediction
-        at = listed(*span(final, end))                   # (N,) text, slot
+        at = listed(*span(final, end), z.device)         # (N,) text, slot
         old, x = x, x.clone()
         x[at] = couple(model, h, states[at], old[at], mask_id, adjust)
         states[at] = h
@@ -536,12 +538,12 @@ def ask_tokens(model, cache, order, x, unread, guessed, asked):
     begin, end = asked
     last = (end - 1).minimum(guessed).where(begin < end, unread)
     place, valid = span(unread + 1, last + 1)                        # (B, M) both
-    new = Reading(idx=shifted.gather(1, place.to(x.device)), pos=place, place=place,
-                  limit=place, valid=valid)
+    idx = shifted.gather(1, upload(place, x.device))
+    new = Reading(idx=idx, pos=place, place=place, limit=place, valid=valid)
     h = model.read(cache, new)
     states = h.new_zeros(B, L, h.shape[1])
-    states[listed(place, valid)] = h
-    return states[listed(*span(begin, end))]                         # (N, C)
+    states[listed(place, valid, x.device)] = h
+    return states[listed(*span(begin, end), x.device)]               # (N, C)
 
 
 @torch.no_grad()
@@ -557,16 +559,16 @@ def nll_in_order(model, x, mask_id, order=None, known=0):
     B, L = x.shape
     if order is None:
         order = random_order(torch.full_like(x, mask_id), mask_id)   # (B, L)
-    by_slot = x.gather(1, order.to(x.device))                        # (B, L)
+    by_slot = x.gather(1, upload(order, x.device))                   # (B, L)
     # all slots are guessed and no token is in the cache; asked are those that are not known
     unread, end = torch.zeros(B, dtype=torch.long), torch.full((B,), L)
     begin = (unread[:, None] + known)[:, 0]                          # (B,)
     cache = model.cache(B, L, spare=L)
     h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))       # (N, C)
-    at = listed(*span(begin, end))                                   # (N,) text, slot
-    of_asked = nats_of(model, h, by_slot[at])                        # (N,)
-    nats = of_asked.new_zeros(B, L)
-    nats[at] = of_asked
+    asked = span(begin, end)
+    of_asked = nats_of(model, h, by_slot[listed(*asked, x.device)])  # (N,)
+    nats = of_asked.new_zeros(B, L)                                  # where float64 is
+    nats[listed(*asked, nats.device)] = of_asked
     return nats.sum(1)                                               # (B,)
 
 
@@ -608,9 +610,11 @@ def couple(model, h, h_old, x, mask_id, adjust=None):
         u = torch.rand_like(p_guess)
         stays = has_guess & (u * q_guess < p_guess)
         # the others are drawn anew; if p - q rounds to nothing positive, from p
-        rest = (p - q)[~stays].clamp_(min=0)
+        others, = (~stays).nonzero(as_tuple=True)                    # (m,)
+        p, q = p[others], q[others]                                  # (m, V) both
+        rest = (p - q).clamp_(min=0)
         empty = rest.amax(1, keepdim=True) == 0
         drawn = guess.clone()
-        drawn[~stays] = draw_from(torch.where(empty, p[~stays], rest))
+        drawn[others] = draw_from(torch.where(empty, p, rest))
         ids.append(drawn)
     return torch.cat(ids).to(x.device)

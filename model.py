@@ -26,6 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data.devices import upload
+
 
 @dataclass
 class ModelConfig:
@@ -359,8 +361,8 @@ class Transformer(nn.Module):
             raise ValueError(f"the KV cache holds {cache.slots} tokens, {seen} were given")
 
         # who sees whom; gaps see all, as to see nothing could give NaN
-        limit = new.limit.masked_fill(~new.valid, seen).to(device)   # (B, M)
-        place, pos = new.place.to(device), new.pos.to(device)        # (B, M) both
+        limit = upload(new.limit.masked_fill(~new.valid, seen), device)          # (B, M)
+        place, pos = upload(new.place, device), upload(new.pos, device)          # (B, M)
         places = torch.arange(seen, device=device)
         before = places < limit[..., None]                           # (B, M, seen)
         itself = places == place[..., None]
@@ -369,8 +371,9 @@ class Transformer(nn.Module):
         # positions, side by side
         text, column = new.valid.nonzero(as_tuple=True)              # (N,) both
         # those before wanted_from only had to fill the cache: the last block drops them
-        wanted = (column >= new.wanted_from).nonzero()[:, 0].to(device)          # (n,)
-        text, column = text.to(device), column.to(device)
+        wanted = (column >= new.wanted_from).nonzero()[:, 0]         # (n,)
+        wanted = upload(wanted, device)
+        text, column = upload(text, device), upload(column, device)
         packed = Packed(place.shape, text, column, place[text, column], before | itself)
         # each block has its own part of the cache
         attends = []

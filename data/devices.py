@@ -1,4 +1,5 @@
-"""Devices: which one --device means, and where float64 is kept for those that have none.
+"""Devices: which one --device means, how indices get there, and where float64 is kept for
+those that have none.
 
 Token draws need float64, and Apple's GPUs (mps) have no such numbers. So whatever is
 computed in float64 goes through in_float64 or float64_device: on such a device it happens
@@ -29,6 +30,12 @@ def find_device(name):
         raise UserError(f"--device {name}, but this PyTorch finds no such device here; use "
                         "--device cpu")
     return device
+
+
+def upload(x, device):
+    """x (on the CPU) on a torch.device. The CPU does not wait until it is there: what the
+    device does next finds it. (Not so on mps, where such copies have been wrong.)"""
+    return x.to(device, non_blocking=device.type != "mps")
 
 
 @functools.cache

@@ -131,7 +131,7 @@ def compute(f, args, kwargs):
         on_device = torch.device(kwargs["device"]).type == NAME
         kwargs = kwargs | {"device": torch.device("cpu")}
     if own or on_device:
-        note_waits(name, args, on_device)
+        note_waits(name, args, on_device, kwargs.get("non_blocking"))
 
     def wrap(x):
         if not isinstance(x, torch.Tensor):
@@ -147,14 +147,16 @@ def compute(f, args, kwargs):
     return each(wrap, result)
 
 
-def note_waits(name, args, on_device):
-    """Tell the device where the CPU waits for it: in a copy to or from it, also of indices, and
-    where the CPU wants to know a number, or how large the result is."""
+def note_waits(name, args, on_device, non_blocking):
+    """Tell the device where the CPU waits for it: in a copy from it, or to it if non_blocking is
+    not set, also of indices, and where the CPU wants to know a number, or how large the result is.
+    """
     if name in WAITS:
         Device.now.wait(name)
     source = args[1] if name == "copy_" else args[0]
     if name in COPY and isinstance(source, Pretend) != on_device:
-        Device.now.wait("copy")
+        if not (on_device and non_blocking):
+            Device.now.wait("copy")
     if name in INDEX:
         for index in tensors_in(args[1]):
             if not isinstance(index, Pretend):
