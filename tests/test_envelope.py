@@ -6,8 +6,9 @@ import math
 import pytest
 
 from data.measures import VERSION
-from helpers import call, refused
-from tools import envelope
+from helpers import ROOT, call, refused
+from sample import Sampling
+from tools import envelope, exact
 
 
 def row(model, temperature, diversity, ppl, steps=8, **more):
@@ -15,7 +16,8 @@ def row(model, temperature, diversity, ppl, steps=8, **more):
     return dict(model=model, steps=steps, temperature=temperature, gen_ppl=ppl, gen_ppl_se=0.0,
                 pooled_entropy=diversity, pooled_entropy_se=0.0, choices=10 * diversity,
                 choices_se=0.0, divergence="kld", dataset="stories", trained_with_seed=0,
-                folder="f", length=50, ahead=8, max_calls=None, version=VERSION, key="k") | more
+                folder="f", length=50, ahead=8, max_calls=None, version=VERSION,
+                key=f"{model} {steps} {temperature}") | more
 
 
 def rows():
@@ -66,6 +68,32 @@ def test_the_table_has_a_line_for_each_way_and_the_round_in_brackets(tmp_path, c
     assert f"{4 - 2 * 3 / 7:.2f}" in text
     line = next(line for line in text.splitlines() if line.startswith("AR"))
     assert line.split()[1:] == ["-"] * 6
+
+
+def test_several_files_are_one_and_a_row_that_both_have_counts_once(tmp_path, capsys):
+    """The students of another divergence in a file of their own, with the same data and teacher."""
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text(json.dumps({"rows": rows()}))
+    other = []
+    for one in rows():
+        if one["model"].startswith("round"):
+            one = one | {"divergence": "tvd", "key": "tvd " + one["key"]}
+        other.append(one)
+    second.write_text(json.dumps({"rows": other}))
+    call(envelope, first, second)
+    text = capsys.readouterr().out
+    assert text.count("kld, 8 steps") == text.count("tvd, 8 steps") == text.count("teacher, 8") > 0
+
+
+def test_a_rows_key_names_only_what_is_not_the_default():
+    """So that a setting that is added to Sampling makes no saved row stale; and the rows under
+    results/ have such keys."""
+    assert exact.changed(Sampling(8, temperature=0.5)) == {"steps": 8, "temperature": 0.5}
+    for path in sorted((ROOT / "results").glob("exact*.json")):
+        for one in json.loads(path.read_text()).get("rows", []):
+            if "key" in one:             # not of tools.evaluate's files
+                how = json.loads(one["key"])[5]
+                assert exact.changed(Sampling(**how)) == how and how["length"] == one["length"]
 
 
 def test_a_picture_is_drawn_of_each_measure(tmp_path):

@@ -2,6 +2,7 @@
 with any round of its student, from the rows of tools.exact.
 
     python -m tools.envelope exact.json --plot envelope.png
+    python -m tools.envelope exact.json exact-divergences.json
 
 A student that is sharper than its teacher has a lower perplexity and less diversity. A
 teacher that is cooled has that, too. So perplexities are compared where diversity is equal:
@@ -25,7 +26,7 @@ POINTS = 60                              # of a curve in the picture
 @dataclass
 class EnvelopeConfig:
     """The flags of tools.envelope."""
-    rows: str                            # the argument without --
+    files: list[str]                     # the arguments without --
     plot: str | None = flag(None, "picture of the curves (needs matplotlib)")
 
 
@@ -83,6 +84,15 @@ def levels(rows, key, n):
     low = min(row[key] for row in rows if row["temperature"] == 1)
     step = (top - low) / (n + 1)
     return [top - step * (i + 1) for i in range(n)]
+
+
+def rows_of(files):
+    """The rows of several files of tools.exact, each once."""
+    rows = {}
+    for path in files:
+        for row in read_rows(path):
+            rows.setdefault(row["key"], row)
+    return list(rows.values())
 
 
 def groups_of(rows):
@@ -149,11 +159,11 @@ def points_of(rows, key):
 
 
 def main():
-    config = parse_flags(EnvelopeConfig, __doc__, rows="file that tools.exact --json made")
+    config = parse_flags(EnvelopeConfig, __doc__, files="that tools.exact --json made")
     figures.check_picture(config.plot)
-    groups = groups_of(read_rows(config.rows))
+    groups = groups_of(rows_of(config.files))
     if not groups:
-        raise UserError(f"{config.rows} has no rows of data with texts at several "
+        raise UserError(f"{' '.join(config.files)}: no rows of data with texts at several "
                         "temperatures beside them; tools.exact --what steps exact heat "
                         "makes them")
     panels = []

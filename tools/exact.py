@@ -88,6 +88,17 @@ def of_lengths(name, lengths):
     return rows
 
 
+def changed(sampling):
+    """{field: value} of what is not Sampling's default. (A field that did not exist when a
+    row was measured has its default there.)"""
+    usual = dataclasses.asdict(Sampling())
+    found = {}
+    for name, value in sorted(dataclasses.asdict(sampling).items()):
+        if value != usual[name]:
+            found[name] = value
+    return found
+
+
 @dataclasses.dataclass
 class Folder:
     """What distill.py left in a folder."""
@@ -144,7 +155,7 @@ def measure_folder(config, folder, judge_file, procs, rows, save):
             # of which there is then one row
             digest = "data" if model is None else fingerprint(model)
             key = [digest, folder.seed, folder.data.fingerprint, judged_by, config.samples,
-                   dataclasses.astuple(sampling)]
+                   changed(sampling)]
             key = json.dumps(key)
             if any(row["key"] == key for row in rows):
                 continue
