@@ -419,24 +419,33 @@ def without_masks(z, mask_id):
 
 
 # ---- exact sampling: the distribution of one token at a time, in a handful of calls
-
+#
+# A slot is a place in the order of reveal, the prompt first. The first `final` slots keep
+# their tokens, the next ones hold guesses, the rest nothing yet. One call, with 2 final:
+#
+#     slot         0     1     2     3     4     5     6
+#     before       one   day   tom   lost  his   hat
+#     after        one   day   tom   lost  her   bag   .
+#
+# The call predicts each of the slots 2 to 6 from what stood *before* it, in the line
+# "before": slot 4 from "one day tom lost", slot 5 from "one day tom lost his". Each guess
+# becomes a draw from its new prediction, one that equals the guess as often as possible
+# (couple); where there is no guess, a plain draw.
+# Slot 4 is the first that changed. It was predicted from tokens that all kept their places,
+# so it is final now, and so is all before it: 5 slots. Slot 5 was predicted from "his",
+# which is gone, so "bag" is a guess. Each call makes at least one more slot final.
+#
+# Why it is exact: take one slot, and all that happened at the slots before it as given.
+# After each call its token is a draw from what the call predicted there: couple keeps this
+# true. In the call that makes it final, that is its prediction from final tokens. And which
+# call this is depends only on the slots before it, so no token is favoured.
+# (Fixed points, arXiv 2002.03629, with the coupling of 2211.17192.)
 
 @torch.no_grad()
 def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=None):
     """Fill every mask of z (B, L), in few calls, with exactly the distribution of revealing
-    one token at a time: for attention in the order of reveal, and for AR models, whose
-    order is left to right.
-
-    Slots are places in the order, the prompt first. The first `final` slots keep their
-    tokens; the next ones hold guesses. One call reads the guesses, and predicts each of
-    them again *given the guesses before it*. Each guess becomes a draw from that new
-    prediction, one that equals the guess as often as possible: see couple. (A slot that has
-    no guess yet gets a plain draw, which counts as a change.) Let c be the first slot whose
-    guess changed. All before c kept their tokens, so the call predicted c from the right
-    ones: the new token of c is final, like all before it. What comes after was predicted
-    from the old token of c, and stays a guess. So each call makes at least one slot final.
-    (Fixed points, arXiv 2002.03629, with the coupling of 2211.17192.)
-
+    one token at a time, as told above: for attention in the order of reveal, and for AR
+    models, whose order is left to right.
     adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
     ahead: each call asks for ahead + final slots: few at first, when far guesses are mostly
     wrong; None: all.
@@ -444,10 +453,6 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     watch: called after each call with z and the bool (B, L) of its final tokens.
     Returns ids (B, L) and the calls that each text took (B,); a batch takes their most.
     Raises ValueError (see how_to_ask), and FloatingPointError at predictions of NaN."""
-    # Why it is exact. Take one slot, and all that happened at the slots before it as given.
-    # After each call its token is a draw from what the call predicted there: couple keeps
-    # this true. In the call that makes it final, that is its prediction from final tokens.
-    # And which call this is depends only on the slots before it, so no token is favoured
     B, L = z.shape
     ahead = L if ahead is None else min(ahead, L)
     # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
