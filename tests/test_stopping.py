@@ -177,8 +177,10 @@ def begin_runs(top):
 
 
 @pytest.fixture(scope="module")
-def runs(small_nano):
+def runs(small_nano, tmp_path_factory):
     """What begin_runs has begun: {name: folder}, "dataset" and "reports"."""
+    if not begun:
+        begin_runs(tmp_path_factory.mktemp("runs"))
     top, jobs, halves, drivers = begun[0]
     found = {}
     for i, driver in enumerate(drivers):
