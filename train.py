@@ -106,7 +106,8 @@ class TrainConfig(LoopConfig):
     objective: str = flag("mdlm", "mdlm: masked diffusion; ar: next token",
                           choices=["mdlm", "ar"])
     steps: int | None = flag(
-        None, "optimizer steps [mdlm 1500, ar 300; on text 6000, 1000]", low=1)
+        None, "optimizer steps [mdlm 1500, ar 300; on text 6000, 1000; with --init a "
+        "third]", low=1)
     init: str | None = flag(
         None, "checkpoint whose weights, and sizes, training begins with")
 
@@ -129,204 +130,17 @@ class TrainConfig(LoopConfig):
         return self.folder / FILES[self.objective]
 
 
-# ---- the loop
-
-class ModelWithLoss(torch.nn.Module):
-    """A model and its loss as one forward pass, which DistributedDataParallel needs."""
-
-    def __init__(self, model, loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, x, keep):
-        """x (B, L), keep (B, L) or None -> a scalar, in nats per token."""
-        return self.loss(self.model, x, keep=keep)
-
-
-def with_loss(model, loss, procs):
-    """A function of a batch, x and keep, -> scalar whose gradient is the mean of all
-    processes."""
-    net = ModelWithLoss(model, loss)
-    if procs.world == 1:
-        return net
-    # the gradients are views into the memory that is sent: no copy
-    net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    # the buffers are constants (cos, sin): nothing to broadcast in every step. (Set as an
-    # attribute, as some versions of PyTorch warn about the argument)
-    net.broadcast_buffers = False
-    return net
-
-
-def fit(config, procs, data, run, loss, val_loss=None):
-    """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
-    config: LoopConfig; procs: Processes. run: a Run (data/checkpoints.py), all that a
-    checkpoint keeps: model, ema (its averaged copy), optimizers, step, micro, ...
-    loss: f(model, x (B, L), keep=(B, L) or None) -> scalar, in nats per token (distill.py's
-    per mask), see q_sample; val_loss: the loss of validation, if different.
-    Raises UserError if a loss or gradient becomes NaN or infinite (on a GPU up to 20 steps
-    later), and always before such weights are saved."""
-    # every process reads the checkpoint: is it the same file for all?
-    agree(procs, (run.step, run.steps), "steps of " + run.path.name)
-    if run.step == run.steps:
-        return
-    if procs.rank == 0:
-        rewind_log(run)                  # without lines from after the last checkpoint
-
-    # the batch of a step, `count` micro-batches in each process
-    run.micro, count = micro_batches(config, procs, run)
-    # the model with its loss; with several processes, wrapped in DDP
-    net = with_loss(run.model, loss, procs)                          # x, keep -> scalar
-    run.model.train()                    # dropout, if any, is on
-    begin = run.step                     # not 0 if the run was stopped
-    clock, guard = Clock(config, run), Guard(config, procs, run)
-    with tqdm(total=run.steps, initial=begin, desc=run.path.stem, disable=procs.rank > 0,
-              mininterval=1, ncols=90) as bar:
-        for step in range(begin, run.steps):
-            # what is to be done after this step
-            last = step + 1 == run.steps
-            show_now = (step + 1) % 20 == 0
-            log_now = last or (step + 1) % config.log_every == 0
-            save_now = last or (step + 1) % config.save_every == 0
-
-            # the gradient of the global batch, clipped; and this process's mean loss.
-            # (Until it is set below, run.step is the number of this step)
-            mine = forward_backward(config, procs, data, run, net, count)
-            norm = clip_gradient(run.model, config.clip)
-
-            # to read a number makes the CPU wait for a GPU: with one, NaN is looked for
-            # every 20 steps only, and before each log line and checkpoint
-            guard.note(mine, norm)
-            if procs.device.type == "cpu" or show_now or log_now or save_now:
-                guard.stop_if_bad()
-
-            # the step; then the average, whose decay grows with the number of updates that
-            # it has had (those of earlier rounds included)
-            optimizer_step(config, run)
-            ema_update(run.ema, run.model, config.ema, run.updates_before + step)
-            run.step = step + 1          # steps done
-
-            # the clock and the bar
-            speed = clock.tick()
-            if show_now:
-                text = f"loss {mine.item():.3f}, {speed:,.0f} tokens/s"
-                bar.set_postfix_str(text, refresh=False)     # shown at the next update
-            bar.update()
-
-            # validation, of 4 batches for the log; before a save one batch is enough to see
-            # that this step has not made the weights NaN. (All processes compute the same
-            # value, and so stop together)
-            if log_now or save_now:
-                batches = 4 if log_now else 1
-                value = validate(run.ema, val_loss or loss, data, config, batches)
-                guard.stop_if_spoiled(value)
-            # a log line has the mean loss of all processes
-            if log_now:
-                if procs.world > 1:
-                    dist.all_reduce(mine)            # now the sum of all; guard has read it
-                write_log(procs, run, loss=mine.item() / procs.world, tokens_per_s=speed,
-                          val_loss=value)
-            # process 0 saves for all: their weights are equal
-            if save_now and procs.rank == 0:
-                save(run)                                            # whole or not at all
-
-
-def forward_backward(config, procs, data, run, net, count):
-    """The gradient of one step, left in the parameters; returns this process's loss, a
-    scalar. The global batch is a list of micro-batches, each with a seed of its own, dealt
-    out to the processes in turn: with the same --micro_batch several processes see exactly
-    what one would see."""
-    total = torch.zeros((), device=procs.device)     # read only when it is shown
-    for i in range(count):
-        # all that is drawn below (texts, noise, dropout) comes from a seed of its own, for
-        # micro-batch number i * world + rank of this step: a resumed run repeats exactly
-        seed_all(config.seed, run.path.stem, run.step, i * procs.world + procs.rank)
-        x, keep = data.batch("train", run.micro, run.model.config.context, procs.device)
-        # DDP averages the gradients of all processes in backward: not before the last one
-        sync = contextlib.nullcontext()
-        if procs.world > 1 and i < count - 1:
-            sync = net.no_sync()
-        with sync:
-            # x (micro, L); / count, so that the gradients' sum is their mean
-            value = net(x, keep) / count
-            value.backward()                                         # adds to the gradient
-        total += value.detach()
-    return total
-
-
-def clip_gradient(model, largest):
-    """Scale the gradient down to the norm `largest` at most (0: no clipping); returns the
-    norm that it had."""
-    if largest == 0:
-        largest = math.inf               # the norm is wanted anyway, to look for NaN
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
-
-
-def optimizer_step(config, run):
-    """One step of each optimizer, at the learning rate of step number run.step."""
-    # linear warm-up, then a cosine
-    factor = lr_factor(run.step, run.steps, config.warmup, config.final_lr)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * factor         # one rate for Muon and AdamW
-        optimizer.step()                 # see common.make_optimizers
-        optimizer.zero_grad()            # the next step's gradient begins at zero
-
-
-def micro_batches(config, procs, run=None):
-    """(micro, count): sequences of a micro-batch, micro-batches of each process in a step.
-    micro is --micro_batch, if given; else the size that the run used before, if it still
-    fits; else batch / processes. Another size means different noise: a run that must change
-    it says so. Raises UserError if the batch cannot be divided."""
-    before = run.micro if run else None                  # None: nothing was run yet
-    fits = before is not None and config.batch % (before * procs.world) == 0
-    if config.micro_batch is not None:
-        micro = config.micro_batch
-    elif fits:
-        micro = before
-    else:
-        micro = max(1, config.batch // procs.world)      # 1 if too few: refused below
-        if before and procs.rank == 0:
-            print(f"{run.path.stem}: the run began with micro-batches of {before} "
-                  f"sequences, which do not fit {procs.world} processes and a batch of "
-                  f"{config.batch}. It goes on with {micro}: from here on it draws "
-                  "different noise. (With --micro_batch nothing depends on the number of "
-                  "processes.)")
-    # equal sizes: the mean of the micro-batches is the batch's mean
-    if config.batch % (micro * procs.world):
-        raise UserError(f"--batch {config.batch} is not a multiple of {procs.world} "
-                        f"processes x {micro} sequences; choose another --batch or "
-                        "--micro_batch")
-    return micro, config.batch // (micro * procs.world)
-
-
-@torch.no_grad()
-def validate(model, loss, data, config, batches=4):
-    """Mean loss on validation text, in nats per token, of a model in eval mode, as the
-    averaged copy is. Always with the same text and noise; the generators' states are
-    restored afterwards."""
-    device = model.embed.weight.device
-    size = 128 if config.preset == "nano" else 16        # sequences of a batch
-    total = 0.0
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for i in range(batches):         # 4 for a log line, 1 for a save
-            seed_all("validation", i)                    # the noise of batch i
-            # (size, L) both; keep is None where the data have no prompts
-            x, keep = data.batch("val", size, model.config.context, device)
-            total += loss(model, x, keep=keep).item() / batches
-    return total
-
-
 # ---- pretraining
 
 def prepare_model(model, config, procs):
-    """The model on the device, with bfloat16 inside the blocks and compiled blocks where
-    they are asked for."""
+    """The model on the device, with bfloat16 inside the blocks, and compiled blocks: both
+    unless the flags say otherwise on a GPU, and only if they say so on a CPU."""
     model = model.to(procs.device)                                   # weights stay float32
     model.recompute = config.recompute   # see Transformer.run
     on_gpu = procs.device.type == "cuda"
     # bfloat16 makes a CPU no faster
     model.bf16 = on_gpu if config.bf16 is None else config.bf16
-    # on a CPU compiling takes a minute, and a C++ compiler
+    # on a CPU compiling takes a minute and needs a C++ compiler
     compiled = on_gpu if config.compile is None else config.compile
     if compiled:
         for block in model.blocks:       # the same code in each: compiled once
@@ -335,8 +149,8 @@ def prepare_model(model, config, procs):
 
 
 def ar_loss(model, x, mask_id, keep=None):
-    """Mean next-token loss of x (B, L), a scalar in nats per token; of those to keep (B, L)
-    there is none. mask_id: an AR model masks nothing, so this id is its start symbol."""
+    """Mean next-token loss of x (B, L), a scalar in nats per token; tokens to keep (B, L)
+    do not count. mask_id: an AR model masks nothing, so this id is its start symbol."""
     h = model.hidden(shifted(x, mask_id)).flatten(0, 1)              # (B L, C)
     x = x.flatten()                                                  # (B L,)
     if keep is not None:
@@ -348,9 +162,10 @@ def ar_loss(model, x, mask_id, keep=None):
 def order_loss(model, x, mask_id, keep=None):
     """What nelbo estimates, a scalar in nats per token of x (B, L), with much less noise:
     all tokens of each text (but those to keep) are scored, in one random order of reveal.
-    For validation only, where the attention allows it: it keeps no gradient."""
+    For validation only, and attention "reveal": no gradient flows through it."""
     if keep is None:
         return nll_in_order(model, x, mask_id).mean() / x.shape[1]
+    # positions in their order of reveal, the prompt's first; and how many those are
     order = rank_prompt_first(keep).argsort(1).cpu()                 # (B, L)
     known = keep.sum(1, keepdim=True).cpu()                          # (B, 1)
     return nll_in_order(model, x, mask_id, order, known).sum() / (~keep).sum()
@@ -391,6 +206,7 @@ def train(config, procs, as_saved=False):
         model, init = model_from(config, data)
         content["init"] = init           # a fingerprint of those weights
     model = prepare_model(model, config, procs)
+    # the averaged copy (a copy is not compiled, even of a model that is)
     ema = prepare_model(copy.deepcopy(model).eval(), config, procs)
     optimizers = make_optimizers(model, config)                      # Muon and AdamW
     run = Run(config.path, config.steps, model, ema, optimizers, content)
@@ -413,6 +229,198 @@ def train(config, procs, as_saved=False):
     if procs.world > 1:
         dist.barrier()                   # process 0 has saved: now the others may read
     return config.path
+
+
+# ---- the loop
+
+class ModelWithLoss(torch.nn.Module):
+    """A model and its loss as one forward pass, which DistributedDataParallel needs."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x, keep):
+        """x (B, L), keep (B, L) or None -> a scalar, in nats per token."""
+        return self.loss(self.model, x, keep=keep)
+
+
+def with_loss(model, loss, procs):
+    """A function of a batch, x and keep, -> scalar whose gradient is the mean of all
+    processes."""
+    net = ModelWithLoss(model, loss)
+    if procs.world == 1:
+        return net
+    # the gradients are views into the memory that is sent: no copy
+    net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    # the buffers are constants (cos, sin): nothing to broadcast in every step. (Set as an
+    # attribute, as some versions of PyTorch warn about the argument)
+    net.broadcast_buffers = False
+    return net
+
+
+def fit(config, procs, data, run, loss, val_loss=None):
+    """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
+    config: LoopConfig. procs: Processes, this one is number .rank of .world, on .device.
+    run: a Run, what a checkpoint keeps: .model, .ema (its averaged copy, in eval mode) and
+    .optimizers; .step of .steps done; .micro, see micro_batches; .updates_before, of the
+    average, in earlier rounds; .path.
+    loss: f(model, x, keep=keep) -> scalar, a mean in nats, per token or, distill.py's, per
+    mask. x (B, L) are clean tokens: the loss draws the noise itself, such as t and the
+    masks. keep (B, L) bool: a prompt's tokens, never masked and not counted; None: there
+    are no prompts. val_loss: the loss of validation, if different.
+    Raises UserError if a loss or gradient becomes NaN or infinite (on a GPU up to 20 steps
+    later), and always before such weights are saved."""
+    # every process reads the checkpoint: is it the same file for all?
+    agree(procs, (run.step, run.steps), "steps of " + run.path.name)
+    if run.step == run.steps:
+        return
+    if procs.rank == 0:
+        rewind_log(run)                  # without lines from after the last checkpoint
+
+    # the batch of a step, `count` micro-batches in each process
+    run.micro, count = micro_batches(config, procs, run)
+    # the model with its loss; with several processes, wrapped in DDP
+    net = with_loss(run.model, loss, procs)                          # x, keep -> scalar
+    run.model.train()                    # dropout, if any, is on
+    begin = run.step                     # not 0 if the run was stopped
+    clock, guard = Clock(config, run), Guard(config, procs, run)
+    with tqdm(total=run.steps, initial=begin, desc=run.path.stem, disable=procs.rank > 0,
+              mininterval=1, ncols=90) as bar:
+        for step in range(begin, run.steps):
+            # what is to be done after this step
+            last = step + 1 == run.steps
+            show_now = (step + 1) % 20 == 0
+            log_now = last or (step + 1) % config.log_every == 0
+            save_now = last or (step + 1) % config.save_every == 0
+
+            # the gradient of the global batch, clipped; and the mean loss in this process
+            loss_here = forward_backward(config, procs, data, run, step, net, count)
+            norm = clip_gradient(run.model, config.clip)
+
+            # reading a number makes the CPU wait for a GPU: there NaN is looked for every
+            # 20 steps only, and before each log line and checkpoint
+            guard.record(loss_here, norm)
+            if procs.device.type == "cpu" or show_now or log_now or save_now:
+                guard.check_losses()
+
+            # the step; then the average, whose decay grows with the number of updates that
+            # it has had (those of earlier rounds included)
+            optimizer_step(config, run, step)
+            ema_update(run.ema, run.model, config.ema, run.updates_before + step)
+            run.step = step + 1          # steps done
+
+            # the clock and the bar, which shows process 0's loss
+            speed = clock.tick()
+            if show_now:
+                text = f"loss {loss_here.item():.3f}, {speed:,.0f} tokens/s"
+                bar.set_postfix_str(text, refresh=False)     # shown at the next update
+            bar.update()
+
+            # validation, of 4 batches for the log; before a save one batch is enough to see
+            # that this step has not made the weights NaN. (All processes compute the same
+            # value, and so stop together)
+            if log_now or save_now:
+                batches = 4 if log_now else 1
+                value = validate(run.ema, val_loss or loss, data, config, batches)
+                guard.check_validation(value)
+            if log_now:
+                loss_of_all = loss_here.clone()
+                if procs.world > 1:
+                    dist.all_reduce(loss_of_all)     # the sum over processes
+                write_log(procs, run, loss=loss_of_all.item() / procs.world,
+                          tokens_per_s=speed, val_loss=value)
+            # process 0 saves for all: their weights are equal
+            if save_now and procs.rank == 0:
+                save(run)                                            # whole or not at all
+
+
+def forward_backward(config, procs, data, run, step, net, count):
+    """The gradient of one step, left in the parameters; returns this process's loss, a
+    scalar. The global batch is a list of micro-batches, each with a seed of its own, dealt
+    out to the processes in turn: with the same --micro_batch several processes see exactly
+    what one would see."""
+    total = torch.zeros((), device=procs.device)     # read only when it is shown
+    for i in range(count):
+        # all that is drawn below (texts, noise, dropout) comes from a seed of its own: that
+        # of this kind of run ("teacher", "round1", ...), step and micro-batch. So a resumed
+        # run repeats exactly
+        seed_all(config.seed, run.path.stem, step, i * procs.world + procs.rank)
+        x, keep = data.batch("train", run.micro, run.model.config.context, procs.device)
+        # DDP averages gradients over the processes during backward: in the last one only
+        sync = contextlib.nullcontext()
+        if procs.world > 1 and i < count - 1:
+            sync = net.no_sync()
+        with sync:
+            # x (micro, L). backward adds gradients up, and their mean is wanted: / count
+            value = net(x, keep) / count
+            value.backward()                                         # adds to the gradient
+        total += value.detach()
+    return total
+
+
+def clip_gradient(model, largest):
+    """Scale the gradient down to the norm `largest` at most (0: no clipping); returns the
+    norm that it had."""
+    if largest == 0:
+        largest = math.inf               # the norm is wanted anyway, to look for NaN
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+
+
+def optimizer_step(config, run, step):
+    """One step of each optimizer, at the learning rate of step number `step`."""
+    # linear warm-up, then a cosine
+    factor = lr_factor(step, run.steps, config.warmup, config.final_lr)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * factor         # one rate for Muon and AdamW
+        optimizer.step()                 # see common.make_optimizers
+        optimizer.zero_grad()            # the next step's gradient begins at zero
+
+
+def micro_batches(config, procs, run=None):
+    """(micro, count): sequences of a micro-batch, micro-batches of each process in a step.
+    micro is --micro_batch, if given; else the size that the run used before, if it still
+    fits; else batch / processes. Another size means different noise: a run that must change
+    it says so. Raises UserError if the batch cannot be divided."""
+    before = run.micro if run else None                  # None: nothing was run yet
+    fits = before is not None and config.batch % (before * procs.world) == 0
+    if config.micro_batch is not None:
+        micro = config.micro_batch
+    elif fits:
+        micro = before
+    else:
+        micro = max(1, config.batch // procs.world)      # 1 if too few: refused below
+        if before and procs.rank == 0:
+            print(f"{run.path.stem}: the run began with micro-batches of {before} "
+                  f"sequences, which do not fit {procs.world} processes and a batch of "
+                  f"{config.batch}. It goes on with {micro}: from here on it draws "
+                  "different noise. (With --micro_batch nothing depends on the number of "
+                  "processes.)")
+    # equal sizes: the mean of the micro-batches' means is the batch's mean. (With prompts,
+    # of different lengths, each micro-batch counts alike)
+    if config.batch % (micro * procs.world):
+        raise UserError(f"--batch {config.batch} is not a multiple of {procs.world} "
+                        f"processes x {micro} sequences; choose another --batch or "
+                        "--micro_batch")
+    return micro, config.batch // (micro * procs.world)
+
+
+@torch.no_grad()
+def validate(model, loss, data, config, batches=4):
+    """Mean loss on validation text, in nats per token, of a model in eval mode, as the
+    averaged copy is. Always with the same text and noise; the generators' states are
+    restored afterwards."""
+    device = model.embed.weight.device
+    size = 128 if config.preset == "nano" else 16        # sequences of a batch
+    total = 0.0
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for i in range(batches):         # 4 for a log line, 1 for a save
+            seed_all("validation", i)                    # the noise of batch i
+            # (size, L) both; keep is None where the data have no prompts
+            x, keep = data.batch("val", size, model.config.context, device)
+            total += loss(model, x, keep=keep).item() / batches
+    return total
 
 
 def main():

@@ -18,7 +18,7 @@ class Guard:
         # the number of the first step that was not finite; 0: none yet
         self.bad_step = torch.zeros((), device=procs.device)
 
-    def note(self, loss, norm):
+    def record(self, loss, norm):
         """Remember the present step if its loss or the norm of its gradient, two scalars,
         is not finite."""
         fine = loss.isfinite() & norm.isfinite()     # a scalar, on the device
@@ -26,8 +26,8 @@ class Guard:
         # torch.where, because an if would wait for a GPU
         self.bad_step = torch.where(newly_bad, self.run.step + 1, self.bad_step)
 
-    def stop_if_bad(self):
-        """Raises UserError, in all processes, if any of them has noted a step."""
+    def check_losses(self):
+        """Raises UserError, in all processes, if any of them has recorded a bad step."""
         bad = self.bad_step
         # of several processes, all learn of it
         if self.procs.world > 1:
@@ -46,12 +46,12 @@ class Guard:
                         f"another --out with a lower --lr (it is {config.lr:g}) or a "
                         f"longer --warmup{clip}")
 
-    def stop_if_spoiled(self, value):
+    def check_validation(self, value):
         """Call it after a step: this step, too, is bad if the weights or the validation
         loss `value` have become NaN or infinite."""
         if not (math.isfinite(value) and finite(self.run.model)):
             self.bad_step.fill_(self.run.step)       # the step is done by now
-        self.stop_if_bad()
+        self.check_losses()
 
 
 class Clock:
