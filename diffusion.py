@@ -14,8 +14,9 @@ file uses its config and
 
 Names for when tokens are revealed: order (B, n), where order[b, i] is the position that is
 revealed i-th; when (B, n), where when[b, i] is the step in which that happens; rank (B, L),
-any numbers that grow in the order of reveal, of position l in rank[b, l] (where none are
-given the model draws them). A slot is a number in the order, the prompt's tokens first.
+where rank[b, l] says how late position l is revealed: only the comparison of these numbers
+counts (where none are given the model draws them). Slot i is the i-th place in the order;
+where there is a KV cache, the prompt's positions come first: see prompt_first.
 Bookkeeping, such as order, is on the CPU, tokens and states on the model's device.
 Randomness comes from torch's global generators.
 """
@@ -45,7 +46,7 @@ def mask_rate(t):
 
 def reveal_share(t, s):
     """The chance that a mask of z_t is revealed in the step from t to s < t, in the shape
-    of t: (alpha_s - alpha_t) / (1 - alpha_t), log-linear (t - s) / t (MDLM, eq. 7)."""
+    of t: (alpha_s - alpha_t) / (1 - alpha_t), here (t - s) / t (MDLM, eq. 7)."""
     masked_t, masked_s = mask_share(t), mask_share(s)
     # where no token is masked, as at t = 0, there is nothing to reveal
     return torch.where(masked_t > 0, (masked_t - masked_s) / masked_t, 0.0)
@@ -214,12 +215,14 @@ def plan(z, steps, mask_id):
     ascending, the step in which each of these is revealed. On the CPU. Raises ValueError if
     rows have different numbers of masks.
 
-    Each mask is revealed in the step that draw_steps draws for it, independently of all
-    others and of the network. A step that reveals nothing of a text changes nothing in it,
-    and no network is told the time: so each text drops its empty steps, and numbers the
-    others 0, 1, 2, ... Call i of a batch does step i of every text, although these steps
-    may be at different times. A batch needs as many calls as its text with most steps, at
-    most n, and its texts are independent of each other."""
+    A plain loop would call unmask_step once for each step. But which masks a step reveals
+    does not depend on the network, so that can be drawn first: each mask is revealed in the
+    step that draw_steps draws for it, independently of all others. A step that reveals
+    nothing of a text changes nothing in it, and no network is told the time: so each text
+    drops its empty steps, and numbers the others 0, 1, 2, ...: four masks with the steps 7,
+    2, 7, 5 become 0, 1, 2, 2. Call i of a batch does step i of every text, although these
+    steps may be at different times. A batch needs as many calls as its text with most
+    steps, at most n, and its texts are independent of each other."""
     order = random_order(z, mask_id)
     B, n = order.shape
     # sorting loses nothing: the steps are independent draws, and order is shuffled
@@ -296,7 +299,7 @@ def sample_full(model, z, order, when, draw, watch=None):
         slot, valid = span((when < i).sum(1), (when <= i).sum(1))    # (B, M) both
         pos = upload(order.gather(1, slot), z.device)
         # what the network says there
-        if i == 0:
+        if i == 0:                       # the same, in less time
             h = first_states(model, z, row, pos)                     # (B, M, C)
         else:
             h = model.hidden(z, at=(row, pos))
@@ -325,28 +328,6 @@ def listed(slot, valid, device):
     return upload(text, device), upload(slot[text, column], device)
 
 
-def first_states(model, z, row, pos):
-    """model.hidden(z, at=(row, pos)) of the first step, without computing twice what is
-    alike: texts without a prompt are nothing but masks."""
-    alike = bool((z == z[:1]).all())                     # all texts are equal
-    # one of them has a mask at least, so if its ids are equal all are masks
-    if alike and bool((z[0] == z[0, 0]).all()) and model.config.relative:
-        return blank_state(model, z).expand(*pos.shape, -1)
-    if alike:
-        # one text, at the positions of all (1, B M)
-        h = model.hidden(z[:1], at=(row[:1], pos.reshape(1, -1)))
-        return h.view(*pos.shape, -1)
-    return model.hidden(z, at=(row, pos))
-
-
-def blank_state(model, z):
-    """The state (1, C) of a mask in a text of nothing but masks, where config.relative
-    holds: a single mask, alone, has the state of all, as ModelConfig.relative explains."""
-    # any rank will do for a single position; without one the model would draw it
-    rank = torch.zeros(1, 1, device=z.device)
-    return model.hidden(z[:1, :1], rank=rank)[0]
-
-
 def sample_cached(model, z, order, when, draw, watch=None):
     """sample with attention in the order of reveal, and its exact KV cache: a step reads
     the tokens revealed in the one before, whose keys and values stay in the cache, and the
@@ -361,20 +342,21 @@ def sample_cached(model, z, order, when, draw, watch=None):
     order_z = upload(order, z.device)
     x = z.gather(1, order_z)                                         # (B, L)
 
-    read = torch.zeros(B, dtype=torch.long)              # tokens in the cache, of each text
+    cached = torch.zeros(B, dtype=torch.long)            # tokens in the cache, of each text
     for i in range(steps_of(when)):
         known, end = (when < i).sum(1), (when <= i).sum(1)           # (B,) both
         # the N masks revealed now, and what the network says there; it reads, too, the
         # tokens that it has not read yet
         masks = span(known, end)
         if i == 0 and n == L and model.config.relative:
-            # no prompt: nothing to store yet, and all masks have the same state
+            # no prompt: nothing to store yet, and all masks have the same state (see below)
             h = blank_state(model, z).expand(int(masks[1].sum()), -1)            # (N, C)
         else:
             # a mask has the place that its token will have, which then overwrites it
-            new = reading(model, x, order, span(read, known), masks, known, place=masks[0])
+            new = make_reading(model, x, order, span(cached, known), masks, known,
+                               place=masks[0])
             h = model.read(cache, new)                               # (N, C)
-            read = known
+            cached = known
         # and what is drawn from it
         x[listed(*masks, z.device)] = draw_tokens(model, h, draw)                # (N,)
         if watch:
@@ -382,17 +364,18 @@ def sample_cached(model, z, order, when, draw, watch=None):
     return by_position(x, order_z)
 
 
-def reading(model, x, order, tokens, masks, known, place):
-    """What model.read needs for tokens of x (B, L), which is by slot, and for masks: both
-    are spans. A token sees itself and those in slots before it, a mask itself and those of
-    them that are `known` (B,). place (B, M): of the masks in the cache; a token's is its
-    slot."""
+def make_reading(model, x, order, tokens, masks, filled, place):
+    """The Reading of some tokens of x (B, L), which is by slot, and of some masks, each
+    given as a span. Both see themselves and the places before their `limit`: a token of
+    slot s those before s, a mask of slot s too, but only the first `filled` (B,) of them,
+    as later slots hold no token. place (B, M): where in the cache the masks are kept; a
+    token is kept in the place of its slot."""
     slot = torch.cat((tokens[0], masks[0]), 1)                       # (B, M)
     valid = torch.cat((tokens[1], masks[1]), 1)                      # (B, M)
     first = tokens[0].shape[1]                                       # masks begin here
     idx = x.gather(1, upload(slot, x.device))
     idx[:, first:] = model.mask_id
-    limit = torch.cat((tokens[0], masks[0].minimum(known[:, None])), 1)      # (B, M)
+    limit = torch.cat((tokens[0], masks[0].minimum(filled[:, None])), 1)     # (B, M)
     place = torch.cat((tokens[0], place), 1)                         # (B, M)
     return Reading(idx=idx, pos=order.gather(1, slot), place=place, limit=limit,
                    valid=valid, wanted_from=first)
@@ -418,28 +401,60 @@ def without_masks(z, mask_id):
     return z
 
 
+# ---- a shortcut for the first step; skip it at a first reading
+
+def first_states(model, z, row, pos):
+    """model.hidden(z, at=(row, pos)) of the first step, without computing twice what is
+    alike: texts without a prompt are nothing but masks."""
+    alike = bool((z == z[:1]).all())                     # all texts are equal
+    # one of them has a mask at least, so if its ids are equal all are masks
+    if alike and bool((z[0] == z[0, 0]).all()) and model.config.relative:
+        return blank_state(model, z).expand(*pos.shape, -1)
+    if alike:
+        # one text, at the positions of all (1, B M)
+        h = model.hidden(z[:1], at=(row[:1], pos.reshape(1, -1)))
+        return h.view(*pos.shape, -1)
+    return model.hidden(z, at=(row, pos))
+
+
+def blank_state(model, z):
+    """The state (1, C) of a mask in a text of nothing but masks, where config.relative
+    holds: a single mask, alone, has the state of all, as ModelConfig.relative explains."""
+    # any rank will do for a single position; without one the model would draw it
+    rank = torch.zeros(1, 1, device=z.device)
+    return model.hidden(z[:1, :1], rank=rank)[0]
+
+
 # ---- exact sampling: the distribution of one token at a time, in a handful of calls
 #
-# A slot is a place in the order of reveal, the prompt first. The first `final` slots keep
-# their tokens, the next ones hold guesses, the rest nothing yet. One call, with 2 final:
+# The first slots of a text are final, the next ones hold guesses, the rest nothing yet. One
+# call (left to right here, to be read; a diffusion model's order is shuffled):
 #
-#     slot         0     1     2     3     4     5     6
-#     before       one   day   tom   lost  his   hat
-#     after        one   day   tom   lost  her   bag   .
+#     slot       0     1     2     3     4     5     6
+#     old        one   day   tom   lost  his   hat         final = 2, guessed = 6, end = 7
+#     new        one   day   tom   lost  her   bag   .     c = 4: final = 5, guessed = 7
 #
-# The call predicts each of the slots 2 to 6 from what stood *before* it, in the line
-# "before": slot 4 from "one day tom lost", slot 5 from "one day tom lost his". Each guess
-# becomes a draw from its new prediction, one that equals the guess as often as possible
-# (couple); where there is no guess, a plain draw.
-# Slot 4 is the first that changed. It was predicted from tokens that all kept their places,
-# so it is final now, and so is all before it: 5 slots. Slot 5 was predicted from "his",
-# which is gone, so "bag" is a guess. Each call makes at least one more slot final.
+# The call predicts each of the slots 2 to 6 from the old tokens in the slots before it: 4
+# from "one day tom lost", 5 from "one day tom lost his". Each guess becomes a draw from its
+# prediction, one that equals the guess as often as possible (couple); a slot without a
+# guess becomes a plain draw. Slot c is the first that changed. All before it stayed, so it
+# was predicted from tokens that stand: it is final, and so are they. Slot 5 was predicted
+# from "his", which is gone: "bag" is a guess. In the first call there are no guesses, and
+# only the first slot becomes final; in each call at least one does. Once the early slots
+# settle the story, most later guesses stay: then one call makes many final.
 #
-# Why it is exact: take one slot, and all that happened at the slots before it as given.
-# After each call its token is a draw from what the call predicted there: couple keeps this
-# true. In the call that makes it final, that is its prediction from final tokens. And which
-# call this is depends only on the slots before it, so no token is favoured.
-# (Fixed points, arXiv 2002.03629, with the coupling of 2211.17192.)
+# Why one call is enough: with attention "reveal" a token sees itself and the tokens in the
+# slots before it, a mask itself and those tokens, and nothing sees another mask. So a mask
+# asked at each slot gives that slot's prediction from just the tokens before it. (So does
+# the token before it, in AR.)
+#
+# Why it is exact: fix a slot s, and all that happens at the slots before it, which never
+# look at s. That fixes what the calls predict at s, p1, p2, ...; by couple the token after
+# call k is a draw from pk. It also fixes which call makes s final: the first, number K,
+# that changes no slot before s. So the final token is a draw from pK, its prediction from
+# final tokens. (If s became final as soon as its own guess stayed, tokens that are easily
+# guessed would come too often.)
+# Fixed points: arXiv 2002.03629; the coupling: 2211.17192.
 
 @torch.no_grad()
 def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=None):
@@ -447,12 +462,13 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     one token at a time, as told above: for attention in the order of reveal, and for AR
     models, whose order is left to right.
     adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
-    ahead: each call asks for ahead + final slots: few at first, when far guesses are mostly
-    wrong; None: all.
+    ahead: with f slots final a call asks for the next ahead + f: few at first, when far
+    guesses are mostly wrong; None: all.
     max_calls: stop there and leave the guesses as they are, which is not exact.
     watch: called after each call with z and the bool (B, L) of its final tokens.
-    Returns ids (B, L) and the calls that each text took (B,); a batch takes their most.
-    Raises ValueError (see how_to_ask), and FloatingPointError at predictions of NaN."""
+    Returns ids (B, L) and the calls that each text took (B,); a batch takes as many as its
+    slowest text. Raises ValueError (see how_to_ask), and FloatingPointError at predictions
+    of NaN."""
     B, L = z.shape
     ahead = L if ahead is None else min(ahead, L)
     # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
@@ -464,17 +480,18 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     # guesses, and the rest masks
     final = (x != mask_id).sum(1).cpu()
     guessed = final
-    # the first slot whose token the cache lacks, or holds an old one of. -1: as if AR's
-    # start symbol were the token of a slot before 0
+    # the cache is right for the slots before `unread`. AR must read its start symbol, too,
+    # as if that were slot -1; ask_masks takes -1 as 0
     unread = torch.full_like(final, -1)
     cache = model.cache(B, L, spare=L)
-    states = None                                        # from which guesses were drawn
+    states = None                        # (B, L, C): what each slot's token was drawn from
     calls, made = torch.zeros(B, dtype=torch.long), 0
     while bool((final < L).any()) and made != max_calls:
         made += 1
         calls += final < L
-        # what is asked: the slots from `final` to `end` - 1 (B,), N together
-        end = final + (ahead + final)
+        # what is asked: the slots from `final` to `end` - 1 (B,), N together; of a finished
+        # text none. `end` never falls, so every guess is asked again
+        end = ahead + 2 * final
         if made == max_calls:
             end = end + L                                # no slot may stay without a guess
         end = end.clamp(max=L)
@@ -482,18 +499,19 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
         if states is None:
             states = h.new_zeros(B, L, h.shape[1])
 
-        # each guess becomes a draw from its new prediction
+        # each guess becomes a draw from its new prediction; h has the rows of `listed`
         at = listed(*span(final, end), z.device)         # (N,) text, slot
         old, x = x, x.clone()
         x[at] = couple(model, h, states[at], old[at], mask_id, adjust)
         states[at] = h
-        # c (B,): the first slot that changed, or `end` if none did; with it all is final
+        # c (B,): the first slot that changed, or `end` if none did. (A slot without a guess
+        # held a mask, so it has changed: all behind it stay guesses)
         changed = (x != old).cpu()
         c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
         final = (c + 1).minimum(end)
         guessed = end
-        # the call has read all final tokens but the last one; what it left in the cache of
-        # the slots behind is overwritten by the next call
+        # the call has read what stayed, but not the new token at c; what it left in the
+        # cache of the slots behind is overwritten by the next call
         unread = final - 1
         if watch:
             done = torch.arange(L) < final[:, None]      # (B, L), by slot
@@ -503,8 +521,8 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
 
 def how_to_ask(model, z, mask_id):
     """What differs between models in sample_exact: (ask_masks or ask_tokens, order (B, L)).
-    Raises ValueError for full attention; for AR if z has gaps, else if its rows have
-    unequal numbers of masks."""
+    Raises ValueError for full attention; AR: if z has gaps; "reveal": if its rows differ in
+    their number of masks."""
     B, L = z.shape
     if model.config.causal:
         if bool(((z[:, 1:] != mask_id) & (z[:, :-1] == mask_id)).any()):
@@ -521,20 +539,26 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
     reads, first, the tokens of x (B, L) that the cache lacks, from slot `unread` (B,) on;
     then the masks. Both the token of slot s and its mask see the tokens of the slots before
     s that have one. The cache keeps the token of slot s in place s, and its mask in place
-    L + s: here one call reads both."""
+    L + s: in place s it would overwrite the guess there, which this call reads, too."""
     begin, end = asked
     masks = span(begin, end)
     # the token of the last slot asked is not read: nothing that is asked comes after it
     tokens = span(unread.clamp(min=0), (end - 1).minimum(guessed))
     place = masks[0] + x.shape[1]
-    return model.read(cache, reading(model, x, order, tokens, masks, guessed, place))
+    new = make_reading(model, x, order, tokens, masks, guessed, place)
+    return model.read(cache, new)
 
 
 def ask_tokens(model, cache, order, x, unread, guessed, asked):
-    """ask_masks of an AR model, which predicts slot s at the token of slot s - 1: no masks
-    are needed. Place 0 of the cache has the start symbol, place s the token of slot s - 1.
-    Slots beyond the guesses cannot be predicted yet, and their states are 0: an arbitrary
-    first guess, which couple corrects."""
+    """ask_masks of an AR model, which predicts slot s at the token of slot s - 1, so that
+    no masks are needed:
+
+        place in the cache     0       1     2     3
+        what is there          start   one   day   tom       the token of slot place - 1
+        what it predicts       slot 0  1     2     3
+
+    Slots beyond the guesses cannot be predicted yet. Their states are 0, which is as good
+    as any first guess: couple corrects it."""
     B, L = x.shape
     start = torch.full((B, 1), model.mask_id, device=x.device)
     shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
@@ -555,8 +579,8 @@ def ask_tokens(model, cache, order, x, unread, guessed, asked):
 def nll_in_order(model, x, mask_id, order=None, known=0):
     """-log p(x | order) of each text of x (B, L), exactly and in one call, in nats: (B,).
     For attention in the order of reveal. order (B, L): positions, on the CPU; random ones
-    unless given. known: so many of each order, or (B, 1) of each text's own, are given at
-    its beginning, and cost nothing.
+    unless given. known: the first so many slots, a number or (B, 1), are given and cost
+    nothing.
     The same reading as in sample_exact, with the text itself as the guess: a mask at each
     slot says what the token costs given those before it. The mean over orders is at least
     -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
@@ -567,7 +591,7 @@ def nll_in_order(model, x, mask_id, order=None, known=0):
     by_slot = x.gather(1, upload(order, x.device))                   # (B, L)
     # all slots are guessed and no token is in the cache; asked are those that are not known
     unread, end = torch.zeros(B, dtype=torch.long), torch.full((B,), L)
-    begin = (unread[:, None] + known)[:, 0]                          # (B,)
+    begin = torch.zeros(B, 1, dtype=torch.long).add(known)[:, 0]     # (B,)
     cache = model.cache(B, L, spare=L)
     h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))       # (N, C)
     asked = span(begin, end)
@@ -590,8 +614,9 @@ def couple(model, h, h_old, x, mask_id, adjust=None):
     """Guesses x (N,) are draws from q, which the states h_old (N, C) predict. Returns draws
     from p, which h (N, C) predicts, that equal x as often as possible: x stays with
     probability min(1, p(x) / q(x)), and otherwise is drawn from what p has more than q,
-    max(p - q, 0) (speculative sampling, arXiv 2211.17192). Where x is mask_id there is no
-    guess, and the draw is from p. adjust: see sample_exact."""
+    max(p - q, 0) (speculative sampling, arXiv 2211.17192); as min(p, q) + max(p - q, 0) is
+    p, the result is a draw from p. Where x is mask_id there is no guess, and the draw is
+    from p. adjust: see sample_exact."""
     def probabilities(states):
         """What states (n, C) predict: (n, V). The softmax may be float32: as in
         categorical, that is a relative error, 1e-7 of each probability."""

@@ -35,7 +35,8 @@ import pretend
 import train
 from data import checkpoints
 from data.cost import counted_calls
-from diffusion import categorical, nelbo, nll_in_order, reading, sample, sample_exact, span
+from diffusion import (categorical, make_reading, nelbo, nll_in_order, sample, sample_exact,
+                       span)
 from distill import sdtt_loss
 from helpers import NANO, call, make_dataset
 from model import (ModelConfig, Reading, Transformer, decode, generate, nll, reveal_mask,
@@ -147,7 +148,8 @@ def cached(model, z, order):
     x = z.gather(1, order.to(z.device))                              # by slot
     for tokens, masks in ((slots(0, quarter), slots(0, 0)), (slots(quarter, half), slots(half, L))):
         known = torch.full((B,), half)
-        h = model.read(cache, reading(model, x, order, tokens, masks, known, place=masks[0]))
+        new = make_reading(model, x, order, tokens, masks, known, place=masks[0])
+        h = model.read(cache, new)
     return model.head(h).view(B, L - half, -1)
 
 
