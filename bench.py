@@ -4,22 +4,26 @@ wins.
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
-Both sides run as fast as this code can. The engines:
+The engines:
 
     ar                 with a static KV cache and a compiled decoding step
-    diffusion          diffusion.py's sampler, with full attention
+    diffusion          diffusion.py's sampler, with full attention; its blocks are compiled
     diffusion-kv       the same with attention in the order of reveal, and its KV cache
     ar-exact, diffusion-exact      the distribution of one token at a time, in few calls
-    diffusion-naive    the papers' sampler, as they write it
+
+run as fast as this code can. Two more say what others' code takes:
+
+    diffusion-naive    the papers' sampler, as they write it, not compiled
     transformers       the AR model of the transformers package
 
-Warm-up does not count, runs of the engines alternate, and the median is shown (of
-diffusion-naive, which is slow, one run). Roofline is the speed reached as a share of the
-limit that the hardware shows in the same minute: memory bandwidth for AR, matrix products
-for diffusion. The clock, the memory gauge and the roofline
-are in tools/machine.py, flags and models in tools/bench_setup.py, the crossover in
+Warm-up does not count, runs of the engines alternate, and the median is shown. Roofline is
+the speed reached as a share of the limit that the hardware showed just before: memory
+bandwidth for AR, matrix products for diffusion. A low share means that the engine, not the
+machine, is slow: a comparison with it says little. Clock, memory and roofline are in
+tools/machine.py, flags and models in tools/bench_setup.py, the crossover in
 tools/crossover.py, training in tools/bench_train.py.
 """
+import contextlib
 import functools
 import itertools
 import sys
@@ -38,19 +42,19 @@ from sample import EXACT, Sampling, draw_samples
 from tools import figures
 from tools.bench_setup import (QUALITY, SPEED, BenchConfig, checkpoints, random_weights,
                                set_defaults)
-from tools.crossover import against_ar
+from tools.crossover import crossings, fill_vs_ar
 from tools.joint import sample_joint
 from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
                            least_memory, limits, line, roofline, seconds,
-                           transformers_engine, without_compiler)
-
-GRAIN = {"cpu": 16}                      # see model.generate; 128 on a GPU
+                           transformers_engine, with_stance)
 
 
-# ---- the engines: each gives a function that writes B texts of L tokens once
+# ---- the engines. Each function takes a model, B texts of L tokens, steps (None where an
+# engine has none) and AR's decoding step (model.decode, or a compiled form of it), and
+# returns a function of nothing that writes the texts once
 
-def ar_engine(model, B, L, decode_step):
-    """AR decoding. decode_step: model.decode, or a compiled form of it."""
+def ar_engine(model, B, L, steps, decode_step):
+    """AR decoding."""
     device = model.embed.weight.device
     prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
     cache = None
@@ -60,65 +64,82 @@ def ar_engine(model, B, L, decode_step):
         cache = KVCache(model.config, B, L, device, dtype)
         for stored in cache.k + cache.v:
             torch._dynamo.mark_static_address(stored)
-    # both sides draw tokens by categorical, in float64
-    grain = GRAIN.get(device.type, 128)
+    # attention looks at a multiple of so many slots: few shapes to compile
+    grain = 128 if device.type == "cuda" else 16
+    # tokens are drawn by categorical, in float64, as in diffusion
     return lambda: generate(model, prompt, L, categorical, decode_step, grain, cache)
 
 
-def diffusion_engine(model, B, L, steps):
-    """Diffusion from nothing but masks, with the KV cache where the model has one."""
-    z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
-    return lambda: sample(model, z, steps, model.mask_id)            # z stays as it is
+def only_masks(model, B, L):
+    """Texts (B, L) in which nothing is given yet."""
+    return torch.full((B, L), model.mask_id, device=model.embed.weight.device)
 
 
-def naive_engine(model, B, L, steps):
+def diffusion_engine(model, B, L, steps, decode_step):
+    """Diffusion in steps, with the KV cache where the model has one."""
+    z = only_masks(model, B, L)                                      # stays as it is
+    return lambda: sample(model, z, steps, model.mask_id)
+
+
+def naive_engine(model, B, L, steps, decode_step):
     """The papers' sampler, not compiled, as public code runs it."""
-    z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
-    return without_compiler(lambda: sample_joint(model, z, steps, model.mask_id),
-                            "force_eager")
+    z = only_masks(model, B, L)
+    return with_stance("force_eager", lambda: sample_joint(model, z, steps, model.mask_id))
 
 
-def exact_engine(model, B, L):
-    """Exact sampling, of AR or of diffusion in the order of reveal; all texts in as many
-    calls as the slowest of them needs, which differs from run to run."""
-    z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
+def exact_engine(model, B, L, steps, decode_step):
+    """Exact sampling, of AR or of diffusion in the order of reveal. All texts take as many
+    calls as the slowest of them needs, a number that differs from run to run."""
+    z = only_masks(model, B, L)          # for AR, too, a mask is what is to be written
     return lambda: sample_exact(model, z, model.mask_id)
 
 
-def make_engine(row, model, decode_step, steps):
-    """A function that writes row's texts once. decode_step: AR's, plain or compiled; steps:
-    of diffusion, None for the others."""
-    name, B, L = row["engine"], row["batch"], row["length"]          # B texts of L
-    if name == "ar":
-        return ar_engine(model, B, L, decode_step)
-    if name == "transformers":
-        return transformers_engine(model, B, L)
-    if name.endswith("-exact"):
-        return exact_engine(model, B, L)
-    if name == "diffusion-naive":
-        return naive_engine(model, B, L, steps)
-    return diffusion_engine(model, B, L, steps)
+@dataclass
+class Engine:
+    """What is to be known of an engine."""
+    make: object                 # one of the functions above
+    models: str                  # which it runs: those of this attention, or "transformers"
+    in_steps: bool = False       # whether it is run at each of --steps
+    varying: bool = False        # whether shapes differ from run to run
+    counted: bool = True         # whether its calls must be counted, or are known
+    slow: bool = False           # whether one run must do, of one batch size and model
 
 
-# ---- the timing
+ENGINES = {
+    "ar": Engine(ar_engine, "causal", counted=False),
+    "ar-exact": Engine(exact_engine, "causal", varying=True),
+    "diffusion": Engine(diffusion_engine, "full", in_steps=True),
+    "diffusion-kv": Engine(diffusion_engine, "reveal", in_steps=True, varying=True),
+    "diffusion-exact": Engine(exact_engine, "reveal", varying=True),
+    "diffusion-naive": Engine(naive_engine, "full", in_steps=True, counted=False,
+                              slow=True),
+    "transformers": Engine(transformers_engine, "transformers", counted=False)}
+
+
+def make_run(row, model, decode_step, steps):
+    """A function of nothing that writes a row's texts once, in so many steps."""
+    engine = ENGINES[row["engine"]]
+    return engine.make(model, row["batch"], row["length"], steps, decode_step)
+
+
+# ---- the timing. A row is a dict: what is measured (engine, model, preset, params, steps,
+# batch, length), where (dtype, device, threads), and what came out: nfe, the calls of the
+# network; reads, the positions that it computed for each token of a text; seconds and the
+# like; or "error"
 
 def rows_of(config, models, preset, B, L):
     """What is to be measured at batch B and length L: [(row, model)], the rows not yet
-    filled. models: {engine: {name: model}}."""
+    filled. models: {attention: {label: model}}."""
     rows = []
     for name in config.engine:
-        naive = name == "diffusion-naive"                            # the papers' sampler
-        # the naive engine runs the models with full attention, as diffusion does
-        mine = list(models[name.removesuffix("-naive")].items())
-        if naive:
-            # it is slow: beside other engines the first batch size is enough
+        engine = ENGINES[name]
+        mine = list(models[engine.models].items())
+        if engine.slow:
+            # beside other engines the first batch size is enough
             if B != config.batch[0] and len(config.engine) > 1:
                 continue
             mine = mine[-1:]                                         # the last student
-        # AR and transformers take one step for each token, exact engines what they need
-        all_steps = [None]
-        if name in ("diffusion", "diffusion-kv", "diffusion-naive"):
-            all_steps = config.steps
+        all_steps = config.steps if engine.in_steps else [None]
         for (label, model), steps in itertools.product(mine, all_steps):
             params = sum(p.numel() for p in model.parameters())      # all weights
             row = dict(engine=name, model=label, preset=preset, params=params, steps=steps,
@@ -138,54 +159,53 @@ class Timing:
 
 def begin(config, row, model, decode_step, device, machine):
     """Warm up, then run once; returns a Timing, or None where the row does not fit in
-    memory, which row["error"] says then."""
-    name, steps = row["engine"], row["steps"]
+    memory, and row["error"] says so."""
+    engine, steps = ENGINES[row["engine"]], row["steps"]
     # sizes, for memory and roofline
-    shape = model.shape if name == "transformers" else model.config
+    shape = model.shape if engine.models == "transformers" else model.config
     row |= dict(dtype=config.dtype, device=machine["device"], threads=machine["threads"])
-    run = make_engine(row, model, decode_step, steps)                # () -> texts (B, L)
-    if name == "diffusion-kv" or name.endswith("-exact"):
-        # shapes differ from step to step and, as reveals are random, from run to run: a
-        # whole run, which compiles, is the warm-up; what is new to the compiler in a later
-        # run is not compiled, so that no compiling is timed
-        warm_up = run
-        run = without_compiler(run, "eager_on_recompile")
-    elif steps:
-        # two steps are enough, as all look alike
-        warm_up = make_engine(row, model, decode_step, min(2, steps))
-    else:
-        warm_up = run
-
+    # what cannot fit is refused beforehand: the system would kill the process
     size = 2 if config.dtype == "bfloat16" else 4
-    # refused beforehand if it cannot fit: the system would kill the process
     least = least_memory(row, shape, size)                           # bytes
-    # nfe: calls of the network; reads: positions that it computed for each token of a text
-    if name in ("ar", "transformers"):
-        times = first_run(row, run, warm_up, least, device)          # None: no room
-        row["nfe"], row["reads"] = row["length"], 1
-    elif name == "diffusion-naive":
-        times = first_run(row, run, warm_up, least, device)
-        row["nfe"] = row["reads"] = steps                            # all, in each step
-    else:
-        # of each call of the first run the number of positions; a step that reveals nothing
-        # makes no call
-        with counted_calls(model) as calls:
-            def warm_up_uncounted():
-                warm_up()
-                calls.clear()            # warm-up does not count
-            times = first_run(row, run, warm_up_uncounted, least, device)
-        row["nfe"] = len(calls)
-        row["reads"] = sum(calls) / (row["batch"] * row["length"])
+
+    run = make_run(row, model, decode_step, steps)                   # () -> texts (B, L)
+    warm_up = run
+    if engine.varying:
+        # the warm-up, a whole run, compiles. A shape that comes only later runs as it is,
+        # uncompiled: that is slower, but no compiling is timed
+        run = with_stance("eager_on_recompile", run)
+    elif engine.in_steps:
+        # two steps are enough, as all look alike
+        warm_up = make_run(row, model, decode_step, min(2, steps))
+
+    # calls: for each call of the network the positions that it computed, in the first run
+    # alone. (An exact engine's other runs need a few calls more or fewer)
+    counting = contextlib.nullcontext([])
+    if engine.counted:
+        counting = counted_calls(model)
+    with counting as calls:
+        def uncounted():
+            warm_up()
+            calls.clear()
+        times = first_run(row, run, uncounted, least, device)
     if times is None:
         return None
+    if engine.counted:
+        row["nfe"], row["reads"] = len(calls), sum(calls) / (row["batch"] * row["length"])
+    elif engine.in_steps:
+        row["nfe"] = row["reads"] = steps                            # all, in each step
+    else:
+        row["nfe"], row["reads"] = row["length"], 1                  # a token in each
     return Timing(row, shape, run, times)                            # with one run's time
 
 
 @torch.no_grad()
 def measure(config, group, device, machine):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
-    # a compiler that has seen other batch sizes would compile for a variable one
+    # forget other batch sizes: having seen two, the compiler would compile for any size,
+    # which is slower
     torch.compiler.reset()
+    # AR's step is compiled here, diffusion's blocks were in tools/bench_setup.py
     decode_step = decode                                             # plain PyTorch
     if config.compile:
         decode_step = compiled_decode(device, group[0][0]["batch"])
@@ -195,11 +215,10 @@ def measure(config, group, device, machine):
         timing = begin(config, row, model, decode_step, device, machine)
         if timing:
             running.append(timing)                                   # those that fit
-    # the others in turn, so that a busy minute hits all engines alike; the naive sampler is
-    # slow, and its first run must do
+    # the others in turn, so that a busy minute hits all engines alike
     for _ in range(config.repeats - 1):
         for timing in running:
-            if timing.row["engine"] != "diffusion-naive":
+            if not ENGINES[timing.row["engine"]].slow:
                 timing.times.append(seconds(timing.run, device))     # waits for a GPU's end
     for timing in running:
         fill_times(timing.row, timing.times)                         # median, least, most
@@ -207,10 +226,11 @@ def measure(config, group, device, machine):
         timing.row["roofline"] = roofline(timing.row, timing.shape, machine, size)
 
 
-def quality(config, models, device, engine, name, steps):
+def quality(config, models, device, engine, label, steps):
     """Perplexity under the AR model, and both entropies, of a trained model's texts."""
     # the AR model of the folder is its judge
-    model, judge = models[engine][name], next(iter(models["ar"].values()))
+    model = models[ENGINES[engine].models][label]
+    judge = next(iter(models["causal"].values()))
     if engine.endswith("-exact"):
         steps = EXACT
     x = draw_samples(model, config.samples, Sampling(steps), Processes(device))  # (n, L)
@@ -231,7 +251,8 @@ def bench(config, device, machine):
     for preset in config.preset or [None]:
         # trained models, or random ones of a preset
         if preset:
-            models = random_weights(config, device, preset)
+            needed = {ENGINES[name].models for name in config.engine}
+            models = random_weights(config, device, preset, needed)
         else:
             models = checkpoints(config, device)
         # a model's quality at a number of steps is the same at every batch size
@@ -243,18 +264,17 @@ def bench(config, device, machine):
                                 f"{' '.join(config.engine)}")
             measure(config, group, device, machine)
             new = [row for row, _ in group]                          # filled by measure
-            if models.get("ar") and not preset:
+            if models.get("causal") and not preset:
                 for row in new:
-                    # models has no diffusion-naive, whose quality is diffusion's
-                    if row["engine"] in models and "error" not in row:
+                    # diffusion-naive's is diffusion's
+                    if "error" not in row and row["engine"] != "diffusion-naive":
                         row |= judged(row["engine"], row["model"], row["steps"])
-            # fills in "vs AR"; the sentences that it returns need all batch sizes
-            against_ar(new)
+            fill_vs_ar(new)
             rows += new                  # saved at once: a run may be stopped
             save(config, machine, rows)
             print("\n".join(line(row, columns) for row in new), flush=True)
-    # the crossover, over all batch sizes
-    print("\n".join(against_ar(rows)))
+    # where AR overtakes, over all batch sizes
+    print("\n".join(crossings(rows)))
     if any(row["steps"] and row["steps"] > row["length"] for row in rows):
         print("more steps than tokens: a step that reveals nothing calls no network (nfe)")
     return rows
@@ -270,7 +290,8 @@ def save(config, machine, rows):
 def main():
     config = parse_flags(BenchConfig, __doc__)
     device = start(config.device).device                             # one process
-    set_defaults(config, device)         # raises UserError at flags that contradict
+    # raises UserError at flags that contradict
+    set_defaults(config, device, ENGINES)
 
     # what the hardware can do at this moment, for the roofline
     machine = limits(device, getattr(torch, config.dtype))

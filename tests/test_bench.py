@@ -215,7 +215,8 @@ def test_ratio_to_ar_is_of_the_same_preset_length_and_batch():
     rows = [row("ar", 1, 2.0), row("ar", 4, 3.0), row("diffusion", 1, 1.0),
             row("diffusion", 4, 6.0), row("diffusion", 8, 6.0),
             row("diffusion", 16, None, error="does not fit in memory")]
-    assert crossover.against_ar(rows) == ["trained, 16 tokens: AR overtakes at a batch of about 2.0 "
+    crossover.fill_vs_ar(rows)
+    assert crossover.crossings(rows) == ["trained, 16 tokens: AR overtakes at a batch of about 2.0 "
                                       "against m at 8 steps"]
     assert [r.get("vs_ar") for r in rows] == [1.0, 1.0, 2.0, 0.5, None, None]
 

@@ -73,7 +73,6 @@ def device(request, monkeypatch):
     if request.param == "on_cpu":
         yield torch.device("cpu")
         return
-    monkeypatch.setitem(bench.GRAIN, pretend.NAME, 16)
     with pretend.GPU():
         yield torch.device(pretend.NAME, 0)
 
@@ -358,7 +357,7 @@ def test_cpu_does_not_wait_while_ar_decodes(device, monkeypatch, compiled):
         drawn.clear()
         monkeypatch.setattr(bench, "categorical", draw)
         try:
-            bench.ar_engine(model, BATCH, L, step)()
+            bench.ar_engine(model, BATCH, L, None, step)()
         finally:
             forbid_waits(device, False)
         assert len(drawn) == L
@@ -415,7 +414,7 @@ def test_compiled_decoding_gives_the_logits_of_whole_sequences(device, monkeypat
         return x[:, len(logits) - 1].to(device)
     monkeypatch.setattr(bench, "categorical", draw)
     for step in (decode, decoding_step(device)):
-        run = bench.ar_engine(model, BATCH, x.shape[1], step)
+        run = bench.ar_engine(model, BATCH, x.shape[1], None, step)
         for _ in range(3):
             logits.clear()
             run()

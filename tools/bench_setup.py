@@ -11,17 +11,11 @@ from data.checkpoints import load_model
 from data.files import UserError
 from data.results import round_files
 from data.script import device_flag, flag, package
-from model import PRESETS, ModelConfig, Transformer
+from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
 from tools.machine import prepare, transformers_gpt2
 
-# as --engine names them
-ENGINES = ["ar", "ar-exact", "diffusion", "diffusion-kv", "diffusion-exact",
-           "diffusion-naive", "transformers"]
 VOCAB = 50257                            # of random weights: GPT-2's
-# the attention of the models that each engine runs
-ATTENTION = {"ar": "causal", "ar-exact": "causal", "diffusion": "full",
-             "diffusion-kv": "reveal", "diffusion-exact": "reveal"}
 # what a table shows of a row, and how
 SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
          ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
@@ -42,7 +36,7 @@ class BenchConfig:
     out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
     engine: list[str] | None = flag(
         None, "[ar diffusion diffusion-kv, diffusion-naive at the first batch]; "
-        "transformers is its GPT-2, greedy", choices=ENGINES)
+        "transformers is its GPT-2, greedy; ar-exact, diffusion-exact: see above")
     # in which shapes
     batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4]", low=1)
     length: list[int] | None = flag(
@@ -63,8 +57,12 @@ class BenchConfig:
                                   "matplotlib)")
 
 
-def set_defaults(config, device):
-    """Fill in the flags that were not given. Raises UserError on what cannot be done."""
+def set_defaults(config, device, known):
+    """Fill in the flags that were not given. known: names of engines. Raises UserError on
+    what cannot be done."""
+    for name in config.engine or []:
+        if name not in known:
+            raise UserError(f"--engine {name}: give some of {', '.join(known)}")
     # trained weights, where there are some and no others are asked for
     found = any(Path("out").glob("*/ar.pt"))
     trained = not config.preset and bool(config.checkpoint or config.out or found)
@@ -122,7 +120,7 @@ def files(config):
 
 
 def checkpoints(config, device):
-    """The models of files(config), {engine: {name: model}}. Raises UserError where they
+    """The models of files(config), {attention: {label: model}}. Raises UserError where they
     cannot be compared."""
     models = {}
     for name, path in figures.names(files(config)).items():
@@ -138,33 +136,26 @@ def checkpoints(config, device):
         raise UserError(f"checkpoints of different vocabularies, {vocab}, cannot be "
                         "compared; choose another --out")
 
-    for model in models.values():
+    found = {attention: {} for attention in CHOICES["attention"]}
+    for label, model in models.items():
         prepare(model, config.dtype, config.compile, device)
-    of_engine = {}
-    for engine, attention in ATTENTION.items():
-        of_engine[engine] = {name: model for name, model in models.items()
-                             if model.config.attention == attention}
-    return of_engine
+        found[model.config.attention][label] = model
+    return found
 
 
-def random_weights(config, device, preset):
-    """Models of random weights in the size of a preset, {engine: {"random": model}}."""
+def random_weights(config, device, preset, needed):
+    """Models of random weights in the size of a preset, {attention: {"random": model}}, of
+    each attention that is `needed`; among these may be "transformers", that package's."""
     sizes = dict(PRESETS[preset])
     sizes["context"] = max(*config.length, sizes["context"])
     seed_all("bench", preset)
     models = {}
-    for engine, attention in ATTENTION.items():
-        # full attention is the naive engine's, too
-        if engine in config.engine or engine == "diffusion":
-            # engines of one attention share a model
-            shared = [models[other] for other in models if ATTENTION[other] == attention]
-            if shared:
-                models[engine] = shared[0]
-                continue
+    for attention in CHOICES["attention"]:
+        if attention in needed:
             model = Transformer(ModelConfig(VOCAB, attention=attention, **sizes))
             prepare(model, config.dtype, config.compile, device)
-            models[engine] = {"random": model}
-    if "transformers" in config.engine:
+            models[attention] = {"random": model}
+    if "transformers" in needed:
         shape = ModelConfig(VOCAB, attention="causal", **sizes)
         models["transformers"] = {"random": transformers_gpt2(shape, device, config.dtype)}
     return models

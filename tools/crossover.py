@@ -1,6 +1,10 @@
 """Where AR overtakes diffusion as the batch grows: ratios of times, and the crossing."""
 import math
 
+# what is compared with AR, and how it is called beside its model
+COMPARED = {"ar-exact": ", sampled exactly", "diffusion": "", "diffusion-kv": "'s KV cache",
+            "diffusion-exact": ", sampled exactly"}
+
 
 def overtakes(points):
     """In words: at which batch AR overtakes, between two that were measured by a straight
@@ -16,35 +20,35 @@ def overtakes(points):
     return f"is slower up to batch {points[-1][0]}"
 
 
-def against_ar(rows):
-    """Fill in how many times faster than AR the rows are; say where AR overtakes, a line
-    each."""
-    # what did not fit has no time
-    done = [row for row in rows if "error" not in row]
-    # AR's time in each size
+def fill_vs_ar(rows):
+    """Put into each row, as "vs_ar", how many times faster than AR it is at the same batch
+    and length; None where AR was not measured, or the row did not fit."""
     ar_seconds = {}
-    for row in done:
-        if row["engine"] == "ar":
+    for row in rows:
+        if row["engine"] == "ar" and "error" not in row:
             ar_seconds[row["preset"], row["length"], row["batch"]] = row["seconds"]
-    # a curve over batch sizes for each model and number of steps
-    curves = {}
-    for row in done:
-        key = row["preset"], row["length"], row["batch"]
-        row["vs_ar"] = None              # AR may not have been asked for
-        if key not in ar_seconds:
+    for row in rows:
+        if "error" in row:
             continue
-        row["vs_ar"] = ar_seconds[key] / row["seconds"]
-        if row["engine"] in ("ar-exact", "diffusion", "diffusion-kv", "diffusion-exact"):
-            name = row["model"]
-            if row["engine"] == "diffusion-kv":
-                name += "'s KV cache"
-            if row["engine"].endswith("-exact"):
-                name += ", sampled exactly"
-            curve = row["preset"] or "trained", row["length"], name, row["steps"]
-            curves.setdefault(curve, []).append((row["batch"], row["vs_ar"]))
+        key = row["preset"], row["length"], row["batch"]
+        row["vs_ar"] = None
+        if key in ar_seconds:
+            row["vs_ar"] = ar_seconds[key] / row["seconds"]
+
+
+def crossings(rows):
+    """Where AR overtakes each of diffusion's engines and models: sentences. rows: those of
+    all batch sizes, in their order, which fill_vs_ar has seen."""
+    # a curve over batch sizes for each engine, model and number of steps
+    curves = {}
+    for row in rows:
+        if row.get("vs_ar") is None or row["engine"] not in COMPARED:
+            continue
+        name = row["model"] + COMPARED[row["engine"]]
+        curve = row["preset"] or "trained", row["length"], name, row["steps"]
+        curves.setdefault(curve, []).append((row["batch"], row["vs_ar"]))
     lines = []
     for (preset, length, name, steps), points in curves.items():
-        # points are in the order of batch sizes, as config.batch is
         line = f"{preset}, {length} tokens: AR {overtakes(points)} against {name}"
         if steps:
             line += f" at {steps} steps"

@@ -109,9 +109,10 @@ def group_of(device, size, B, name, compiled):
     config = BenchConfig(preset=[size.preset], engine=[ENGINES[name]], batch=[B],
                          length=[size.length], steps=size.steps, repeats=size.repeats,
                          compile=None if compiled else False)
-    set_defaults(config, device)         # bfloat16 on a GPU; compiled if there is g++
+    set_defaults(config, device, bench.ENGINES)      # bfloat16 on a GPU; compiled if there is g++
     with device:                         # the weights are drawn where they are used
-        models = random_weights(config, device, size.preset)
+        needed = {bench.ENGINES[ENGINES[name]].models}
+        models = random_weights(config, device, size.preset, needed)
     return config, bench.rows_of(config, models, size.preset, B, size.length)
 
 
@@ -222,7 +223,7 @@ def wait_counts(device, size):
     for name in ENGINES:
         _, group = group_of(device, size, 1, name, compiled=False)
         row, model = group[0]
-        run = bench.make_engine(row, model, decode, row["steps"])
+        run = bench.make_run(row, model, decode, row["steps"])
         run()                            # some things are done the first time only
         with counted_calls(model) as calls:
             places = host_waits(run, device)

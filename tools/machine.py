@@ -238,16 +238,17 @@ def transformers_gpt2(shape, device, dtype):
     return model.to(device, getattr(torch, dtype)).eval()
 
 
-def transformers_engine(model, B, L):
-    """Greedy decoding of the transformers package."""
+def transformers_engine(model, B, L, steps, decode_step):
+    """Greedy decoding of the transformers package: an engine of bench.py."""
     prompt = torch.zeros((B, 1), dtype=torch.long, device=model.device)  # it needs a token
     how = dict(max_new_tokens=L, min_new_tokens=L, do_sample=False, pad_token_id=0)
     return lambda: model.generate(prompt, **how)
 
 
-def without_compiler(run, stance):
-    """run() that compiles nothing: with the stance "force_eager" compiled code is not used,
-    with "eager_on_recompile" it is, and what is new to the compiler runs as it is."""
+def with_stance(stance, run):
+    """run, a function of nothing, under a stance of PyTorch's compiler: with "force_eager"
+    compiled code is not used; with "eager_on_recompile" it is, and what is new to the
+    compiler runs as it is."""
     def f():
         with torch.compiler.set_stance(stance):
             return run()
