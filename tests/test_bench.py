@@ -374,6 +374,19 @@ def test_unknown_names_and_empty_lists_end_in_usage(folder, capsys, flags):
     assert flags[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("gain, said", [(0.25, "emulates bfloat16: its products take 4.0 times"),
+                                        (3.0, "")])
+def test_emulated_bfloat16_is_allowed_and_said(monkeypatch, capsys, gain, said):
+    """In one line, and only where it is asked for on a CPU. No chance involved."""
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: gain)
+    for dtype, device in (("float32", CPU), ("bfloat16", torch.device("cuda"))):
+        machine.warn_of_emulation(dtype, device)
+        assert not capsys.readouterr().out
+    machine.warn_of_emulation("bfloat16", CPU)
+    shown = capsys.readouterr().out
+    assert said in shown and shown.count("\n") == bool(said)
+
+
 def test_missing_packages_are_named(folder, capsys, monkeypatch):
     """Before anything is measured. No chance involved."""
     for name in ("matplotlib", "transformers"):

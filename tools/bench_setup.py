@@ -13,7 +13,7 @@ from data.results import round_files
 from data.script import device_flag, flag, package
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
-from tools.machine import prepare, transformers_gpt2
+from tools.machine import prepare, transformers_gpt2, warn_of_emulation
 
 VOCAB = 50257                            # of random weights: GPT-2's
 # what a table shows of a row, and how
@@ -90,6 +90,7 @@ def set_defaults(config, device, known):
     # how it runs
     if config.dtype is None:
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    warn_of_emulation(config.dtype, device)
     if config.compile is None:
         config.compile = bool(shutil.which("g++"))
     if config.threads:

@@ -26,7 +26,7 @@ from distill import divergence, sdtt_loss
 from model import PRESETS, ModelConfig, Transformer, shifted
 from tools.machine import (describe, fill_times, first_run, header, in_new_process,
                            keep_blocks_below, limits, line, peak_bytes, seconds,
-                           training_flop)
+                           training_flop, warn_of_emulation)
 from train import ar_loss
 
 OBJECTIVES = ["ar", "mdlm", "sdtt"]
@@ -190,6 +190,7 @@ def main():
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if config.threads:
         torch.set_num_threads(config.threads)
+    warn_of_emulation(config.dtype, device)
     machine = limits(device, getattr(torch, config.dtype))
     print(describe(machine), flush=True)
 
