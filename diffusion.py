@@ -10,16 +10,22 @@ file uses its config and
     model.hidden(z, at=None, rank=None)    states (B, L, C); at = (row, pos): (B, M, C)
     model.head(h)                          logits (N, V): what it predicts from states
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
-    model.cache, model.read                the KV cache, for attention "reveal" and for AR
+    model.cache(B, L, spare=0)             an empty KV cache of L + spare places a text
+    model.read(cache, Reading(...))        states (N, C) of some positions, of which the
+                                           cache keeps keys and values: see make_reading
 
 Names for when tokens are revealed: order (B, n), where order[b, i] is the position that is
 revealed i-th; when (B, n), where when[b, i] is the step in which that happens; rank (B, L),
 where rank[b, l] says how late position l is revealed: only the comparison of these numbers
 counts (where none are given the model draws them). Slot i is the i-th place in the order;
-where there is a KV cache, the prompt's positions come first: see prompt_first.
+where there is a KV cache, the prompt's positions come first: see prompt_first. An example,
+L = 4: position 2 is revealed first, with 0, then 3 and 1: order = [2, 0, 3, 1], when = [0,
+0, 1, 1], rank = [1, 3, 0, 2], and slot 1 is position 0.
 Bookkeeping, such as order, is on the CPU, tokens and states on the model's device.
 Randomness comes from torch's global generators.
 """
+import typing
+
 import torch
 
 from data.devices import float64_device, in_float64, upload
@@ -60,7 +66,7 @@ def sample_t(B, device=None):
     sampler)."""
     grid = torch.arange(B, device=device) / B                        # (B,)
     u = torch.rand(1, device=device) + grid
-    return 1 - u % 1                                     # never 0: nothing would be masked
+    return 1 - u % 1                                     # never 0, where nothing is masked
 
 
 def q_sample(x, t, mask_id, keep=None):
@@ -99,12 +105,14 @@ def states_at(model, z, where, rank=None):
 def nelbo(model, x, mask_id, keep=None):
     """Negative evidence lower bound of x (B, L), a scalar in nats per token (MDLM, eq. 10):
 
-        1/L  E_t  1/t  sum over the masked tokens of  -log p(x_i | z_t)
+        1/L  E_t [ 1/t  sum over the masked tokens of  -log p(x_i | z_t) ]
 
     Why 1/t: about t L tokens are masked, and each may be the next one revealed. So 1/(t L)
-    times the sum estimates the cost of one reveal; averaged over t, which covers all places
-    in the order of reveal, it is the mean cost of a token over random orders. (In general
-    the weight is -alpha'_t / (1 - alpha_t).)
+    times the sum estimates the cost of one reveal; averaged over t it is the mean cost of a
+    token over random orders. That is exact: a given set of k masks has the probability t^k
+    (1 - t)^(L - k), and 1/t times that, integrated over t and summed over all sets of k,
+    gives 1/k. So each k from 1 to L counts once, with the mean loss of a mask among k.
+    (In general the weight is -alpha'_t / (1 - alpha_t).)
     Why a bound: in one order the costs add up to -log p(x | order), and their mean over
     orders is at least -log p(x) of the mixture of orders (Jensen's inequality).
     keep (B, L): tokens that are given, see q_sample. Then it is the bound of -log p(the
@@ -209,20 +217,32 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
     return z_s, reveal, h
 
 
+@torch.no_grad()
+def sample_plain(model, z, steps, mask_id):
+    """What `sample` does, as a plain loop: fill every mask of z (B, L) in `steps` equal
+    steps from t = 1 to t = 0, with as many calls. Returns ids (B, L). For full attention.
+    `sample` has the same distribution, in less time; the tests compare it with this."""
+    times = torch.linspace(1, 0, steps + 1, device=z.device).expand(len(z), -1)
+    for i in range(steps):
+        t, s = times[:, i], times[:, i + 1]                          # (B,) both
+        z, _, _ = unmask_step(model, z, t, s, mask_id)
+    return z
+
+
 def plan(z, steps, mask_id):
     """Draw when each mask is revealed, which does not depend on the network. For z (B, L)
     with n masks in each row: order (B, n), their positions shuffled, and when (B, n),
     ascending, the step in which each of these is revealed. On the CPU. Raises ValueError if
     rows have different numbers of masks.
 
-    A plain loop would call unmask_step once for each step. But which masks a step reveals
-    does not depend on the network, so that can be drawn first: each mask is revealed in the
-    step that draw_steps draws for it, independently of all others. A step that reveals
-    nothing of a text changes nothing in it, and no network is told the time: so each text
-    drops its empty steps, and numbers the others 0, 1, 2, ...: four masks with the steps 7,
-    2, 7, 5 become 0, 1, 2, 2. Call i of a batch does step i of every text, although these
-    steps may be at different times. A batch needs as many calls as its text with most
-    steps, at most n, and its texts are independent of each other."""
+    sample_plain calls the network in every step. But which masks a step reveals does not
+    depend on the network, so that can be drawn first: each mask is revealed in the step
+    that draw_steps draws for it, independently of all others. A step that reveals nothing
+    of a text changes nothing in it, and no network is told the time: so each text drops its
+    empty steps, and numbers the others 0, 1, 2, ... The steps 7, 2, 7, 5 of four masks are
+    sorted to 2, 5, 7, 7 and become 0, 1, 2, 2. Call i of a batch does step i of every text,
+    although these steps may be at different times. A batch needs as many calls as its text
+    with most steps, at most n, and its texts are independent of each other."""
     order = random_order(z, mask_id)
     B, n = order.shape
     # sorting loses nothing: the steps are independent draws, and order is shuffled
@@ -258,7 +278,8 @@ def draw_steps(steps, rows, n):
     equal steps lead from t = 1 to t = 0. A mask survives until t with probability
     mask_share(t), and is then revealed with reveal_share(t, s): together mask_share(t) -
     mask_share(s)."""
-    # where mask_share(t) = t (tested on a grid of times) all steps are equally likely
+    # where mask_share(t) = t (tested on a grid of times) all steps are equally likely: the
+    # same as below, in less time
     grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if torch.equal(mask_share(grid), grid):
         return torch.randint(steps, (rows, n))
@@ -278,7 +299,7 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
     only. No mask is left at the end, no extra pass follows, and a step that reveals nothing
     calls no network: 1,024 steps on 64 tokens cost at most 64 calls.
 
-    z: masks where text is wanted, the prompt elsewhere; all rows with as many masks.
+    z: masks where text is wanted, the prompt elsewhere; the same number in every row.
     draw: logits (N, V) -> ids (N,). watch: called with z after each step that reveals
     something. Returns ids (B, L). Raises ValueError on uneven rows, and FloatingPointError
     where the model's predictions are not finite numbers."""
@@ -296,36 +317,40 @@ def sample_full(model, z, order, when, draw, watch=None):
     row = torch.arange(len(z), device=z.device)[:, None]             # (B, 1)
     for i in range(steps_of(when)):
         # the masks revealed now, M of a text at most, N together
-        slot, valid = span((when < i).sum(1), (when <= i).sum(1))    # (B, M) both
-        pos = upload(order.gather(1, slot), z.device)
+        masks = span((when < i).sum(1), (when <= i).sum(1))          # (B, M)
+        pos = upload(order.gather(1, masks.slot), z.device)
         # what the network says there
         if i == 0:                       # the same, in less time
             h = first_states(model, z, row, pos)                     # (B, M, C)
         else:
             h = model.hidden(z, at=(row, pos))
         # and what is drawn from it
-        text, column = valid.nonzero(as_tuple=True)                  # (N,) both
-        text, column = upload(text, z.device), upload(column, z.device)
-        h = h[text, column]                                          # (N, C)
-        z[text, pos[text, column]] = draw_tokens(model, h, draw)
+        b, column = masks.valid.nonzero(as_tuple=True)               # (N,) both
+        b, column = upload(b, z.device), upload(column, z.device)
+        h = h[b, column]                                             # (N, C)
+        z[b, pos[b, column]] = draw_tokens(model, h, draw)
         if watch:
             watch(z.clone())
     return z
 
 
+class Span(typing.NamedTuple):
+    """Some slots of each text, side by side. Texts with fewer have gaps, of slot 0."""
+    slot: torch.Tensor           # (B, M)
+    valid: torch.Tensor          # (B, M) bool: False in the gaps
+
+
 def span(begin, end):
-    """Slots begin[b] to end[b] - 1 of each text, side by side: slot (B, M), M those of the
-    text with most, and valid (B, M) bool, False in the gaps of texts with fewer, whose
-    slots are 0. begin, end: (B,)."""
+    """The Span of slots begin[b] to end[b] - 1 of each text b. begin, end: (B,)."""
     slot = begin[:, None] + torch.arange(int((end - begin).max()))
     valid = slot < end[:, None]
-    return slot.where(valid, 0), valid
+    return Span(slot.where(valid, 0), valid)
 
 
-def listed(slot, valid, device):
-    """The N slots of a span as a pair of ids (N,), of texts and of slots, on the device."""
-    text, column = valid.nonzero(as_tuple=True)
-    return upload(text, device), upload(slot[text, column], device)
+def listed(slots, device):
+    """The N slots of a Span as a pair of ids (N,), of texts and of slots, on the device."""
+    b, column = slots.valid.nonzero(as_tuple=True)
+    return upload(b, device), upload(slots.slot[b, column], device)
 
 
 def sample_cached(model, z, order, when, draw, watch=None):
@@ -349,34 +374,34 @@ def sample_cached(model, z, order, when, draw, watch=None):
         # tokens that it has not read yet
         masks = span(known, end)
         if i == 0 and n == L and model.config.relative:
-            # no prompt: nothing to store yet, and all masks have the same state (see below)
-            h = blank_state(model, z).expand(int(masks[1].sum()), -1)            # (N, C)
+            # no prompt: nothing to store yet, and all masks have the same state
+            h = blank_state(model, z).expand(int(masks.valid.sum()), -1)         # (N, C)
         else:
             # a mask has the place that its token will have, which then overwrites it
             new = make_reading(model, x, order, span(cached, known), masks, known,
-                               place=masks[0])
+                               place=masks.slot)
             h = model.read(cache, new)                               # (N, C)
             cached = known
         # and what is drawn from it
-        x[listed(*masks, z.device)] = draw_tokens(model, h, draw)                # (N,)
+        x[listed(masks, z.device)] = draw_tokens(model, h, draw)                 # (N,)
         if watch:
             watch(by_position(x, order_z))
     return by_position(x, order_z)
 
 
 def make_reading(model, x, order, tokens, masks, filled, place):
-    """The Reading of some tokens of x (B, L), which is by slot, and of some masks, each
-    given as a span. Both see themselves and the places before their `limit`: a token of
-    slot s those before s, a mask of slot s too, but only the first `filled` (B,) of them,
+    """The Reading of some tokens (B, T) of x (B, L), which is by slot, and of some masks
+    (B, M), a Span each. Both see themselves and the places before their `limit`: a token of
+    slot s those before s; a mask of slot s, too, but only the first `filled` (B,) of them,
     as later slots hold no token. place (B, M): where in the cache the masks are kept; a
     token is kept in the place of its slot."""
-    slot = torch.cat((tokens[0], masks[0]), 1)                       # (B, M)
-    valid = torch.cat((tokens[1], masks[1]), 1)                      # (B, M)
-    first = tokens[0].shape[1]                                       # masks begin here
+    slot = torch.cat((tokens.slot, masks.slot), 1)                   # (B, T + M)
+    valid = torch.cat((tokens.valid, masks.valid), 1)
+    first = tokens.slot.shape[1]                                     # T, masks begin here
     idx = x.gather(1, upload(slot, x.device))
     idx[:, first:] = model.mask_id
-    limit = torch.cat((tokens[0], masks[0].minimum(filled[:, None])), 1)     # (B, M)
-    place = torch.cat((tokens[0], place), 1)                         # (B, M)
+    limit = torch.cat((tokens.slot, masks.slot.minimum(filled[:, None])), 1)
+    place = torch.cat((tokens.slot, place), 1)
     return Reading(idx=idx, pos=order.gather(1, slot), place=place, limit=limit,
                    valid=valid, wanted_from=first)
 
@@ -431,7 +456,7 @@ def blank_state(model, z):
 # call (left to right here, to be read; a diffusion model's order is shuffled):
 #
 #     slot       0     1     2     3     4     5     6
-#     old        one   day   tom   lost  his   hat         final = 2, guessed = 6, end = 7
+#     old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
 #     new        one   day   tom   lost  her   bag   .     c = 4: final = 5, guessed = 7
 #
 # The call predicts each of the slots 2 to 6 from the old tokens in the slots before it: 4
@@ -448,167 +473,14 @@ def blank_state(model, z):
 # asked at each slot gives that slot's prediction from just the tokens before it. (So does
 # the token before it, in AR.)
 #
-# Why it is exact: fix a slot s, and all that happens at the slots before it, which never
-# look at s. That fixes what the calls predict at s, p1, p2, ...; by couple the token after
-# call k is a draw from pk. It also fixes which call makes s final: the first, number K,
-# that changes no slot before s. So the final token is a draw from pK, its prediction from
-# final tokens. (If s became final as soon as its own guess stayed, tokens that are easily
-# guessed would come too often.)
+# Why it is exact: the slots before a slot s never look at s. So what happens there fixes,
+# whatever is drawn at s, the predictions p1, p2, ... that the calls make at s, and the call
+# that makes s final, the first that changes no slot before s: number K. By couple the token
+# of s after call k is a draw from pk; as K does not depend on that token, the final one is
+# a draw from pK, its prediction from final tokens. (If s were final once its own guess
+# stayed, K would depend on the token, and tokens likely in two predictions would come too
+# often.)
 # Fixed points: arXiv 2002.03629; the coupling: 2211.17192.
-
-@torch.no_grad()
-def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=None):
-    """Fill every mask of z (B, L), in few calls, with exactly the distribution of revealing
-    one token at a time, as told above: for attention in the order of reveal, and for AR
-    models, whose order is left to right.
-    adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
-    ahead: with f slots final a call asks for the next ahead + f: few at first, when far
-    guesses are mostly wrong; None: all.
-    max_calls: stop there and leave the guesses as they are, which is not exact.
-    watch: called after each call with z and the bool (B, L) of its final tokens.
-    Returns ids (B, L) and the calls that each text took (B,); a batch takes as many as its
-    slowest text. Raises ValueError (see how_to_ask), and FloatingPointError at predictions
-    of NaN."""
-    B, L = z.shape
-    ahead = L if ahead is None else min(ahead, L)
-    # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
-    ask, order = how_to_ask(model, z, mask_id)
-    order_z = upload(order, z.device)
-    x = z.gather(1, order_z)             # (B, L), tokens by slot; a mask where no guess is
-
-    # of each text, (B,): slots 0 to final - 1 are done, those up to guessed - 1 hold
-    # guesses, and the rest masks
-    final = (x != mask_id).sum(1).cpu()
-    guessed = final
-    # the cache is right for the slots before `unread`. AR must read its start symbol, too,
-    # as if that were slot -1; ask_masks takes -1 as 0
-    unread = torch.full_like(final, -1)
-    cache = model.cache(B, L, spare=L)
-    states = None                        # (B, L, C): what each slot's token was drawn from
-    calls, made = torch.zeros(B, dtype=torch.long), 0
-    while bool((final < L).any()) and made != max_calls:
-        made += 1
-        calls += final < L
-        # what is asked: the slots from `final` to `end` - 1 (B,), N together; of a finished
-        # text none. `end` never falls, so every guess is asked again
-        end = ahead + 2 * final
-        if made == max_calls:
-            end = end + L                                # no slot may stay without a guess
-        end = end.clamp(max=L)
-        h = ask(model, cache, order, x, unread, guessed, (final, end))           # (N, C)
-        if states is None:
-            states = h.new_zeros(B, L, h.shape[1])
-
-        # each guess becomes a draw from its new prediction; h has the rows of `listed`
-        at = listed(*span(final, end), z.device)         # (N,) text, slot
-        old, x = x, x.clone()
-        x[at] = couple(model, h, states[at], old[at], mask_id, adjust)
-        states[at] = h
-        # c (B,): the first slot that changed, or `end` if none did. (A slot without a guess
-        # held a mask, so it has changed: all behind it stay guesses)
-        changed = (x != old).cpu()
-        c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
-        final = (c + 1).minimum(end)
-        guessed = end
-        # the call has read what stayed, but not the new token at c; what it left in the
-        # cache of the slots behind is overwritten by the next call
-        unread = final - 1
-        if watch:
-            done = torch.arange(L) < final[:, None]      # (B, L), by slot
-            watch(by_position(x, order_z), by_position(done, order))
-    return without_masks(by_position(x, order_z), mask_id), calls
-
-
-def how_to_ask(model, z, mask_id):
-    """What differs between models in sample_exact: (ask_masks or ask_tokens, order (B, L)).
-    Raises ValueError for full attention; AR: if z has gaps; "reveal": if its rows differ in
-    their number of masks."""
-    B, L = z.shape
-    if model.config.causal:
-        if bool(((z[:, 1:] != mask_id) & (z[:, :-1] == mask_id)).any()):
-            raise ValueError("an AR model goes on from a prompt, and fills no gaps")
-        return ask_tokens, torch.arange(L).repeat(B, 1)
-    if model.config.attention != "reveal":
-        raise ValueError("exact sampling needs attention in the order of reveal")
-    return ask_masks, prompt_first(random_order(z, mask_id), L)
-
-
-def ask_masks(model, cache, order, x, unread, guessed, asked):
-    """One call of a model with attention in the order of reveal: the states (N, C) of masks
-    at the slots from begin to end - 1, with asked = begin, end, (B,) both; N together. It
-    reads, first, the tokens of x (B, L) that the cache lacks, from slot `unread` (B,) on;
-    then the masks. Both the token of slot s and its mask see the tokens of the slots before
-    s that have one. The cache keeps the token of slot s in place s, and its mask in place
-    L + s: in place s it would overwrite the guess there, which this call reads, too."""
-    begin, end = asked
-    masks = span(begin, end)
-    # the token of the last slot asked is not read: nothing that is asked comes after it
-    tokens = span(unread.clamp(min=0), (end - 1).minimum(guessed))
-    place = masks[0] + x.shape[1]
-    new = make_reading(model, x, order, tokens, masks, guessed, place)
-    return model.read(cache, new)
-
-
-def ask_tokens(model, cache, order, x, unread, guessed, asked):
-    """ask_masks of an AR model, which predicts slot s at the token of slot s - 1, so that
-    no masks are needed:
-
-        place in the cache     0       1     2     3
-        what is there          start   one   day   tom       the token of slot place - 1
-        what it predicts       slot 0  1     2     3
-
-    Slots beyond the guesses cannot be predicted yet. Their states are 0, which is as good
-    as any first guess: couple corrects it."""
-    B, L = x.shape
-    start = torch.full((B, 1), model.mask_id, device=x.device)
-    shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
-    # from the place after that of the last token read, to that of the last slot asked; a
-    # text that is finished asks for nothing
-    begin, end = asked
-    last = (end - 1).minimum(guessed).where(begin < end, unread)
-    place, valid = span(unread + 1, last + 1)                        # (B, M) both
-    idx = shifted.gather(1, upload(place, x.device))
-    new = Reading(idx=idx, pos=place, place=place, limit=place, valid=valid)
-    h = model.read(cache, new)
-    states = h.new_zeros(B, L, h.shape[1])
-    states[listed(place, valid, x.device)] = h
-    return states[listed(*span(begin, end), x.device)]               # (N, C)
-
-
-@torch.no_grad()
-def nll_in_order(model, x, mask_id, order=None, known=0):
-    """-log p(x | order) of each text of x (B, L), exactly and in one call, in nats: (B,).
-    For attention in the order of reveal. order (B, L): positions, on the CPU; random ones
-    unless given. known: the first so many slots, a number or (B, 1), are given and cost
-    nothing.
-    The same reading as in sample_exact, with the text itself as the guess: a mask at each
-    slot says what the token costs given those before it. The mean over orders is at least
-    -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
-    are drawn, and every token counts."""
-    B, L = x.shape
-    if order is None:
-        order = random_order(torch.full_like(x, mask_id), mask_id)   # (B, L)
-    by_slot = x.gather(1, upload(order, x.device))                   # (B, L)
-    # all slots are guessed and no token is in the cache; asked are those that are not known
-    unread, end = torch.zeros(B, dtype=torch.long), torch.full((B,), L)
-    begin = torch.zeros(B, 1, dtype=torch.long).add(known)[:, 0]     # (B,)
-    cache = model.cache(B, L, spare=L)
-    h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))       # (N, C)
-    asked = span(begin, end)
-    of_asked = nats_of(model, h, by_slot[listed(*asked, x.device)])  # (N,)
-    nats = of_asked.new_zeros(B, L)                                  # where float64 is
-    nats[listed(*asked, nats.device)] = of_asked
-    return nats.sum(1)                                               # (B,)
-
-
-def nats_of(model, h, ids):
-    """-log p of ids (N,) under what the states h (N, C) predict: (N,), float64. The head is
-    given some states at a time, see draw_tokens."""
-    nats = []
-    for states, some in zip(h.split(HEAD_ROWS), ids.split(HEAD_ROWS)):
-        nats.append(in_float64(cross_entropy(model.head(states), some)))
-    return torch.cat(nats)
-
 
 def couple(model, h, h_old, x, mask_id, adjust=None):
     """Guesses x (N,) are draws from q, which the states h_old (N, C) predict. Returns draws
@@ -648,3 +520,163 @@ def couple(model, h, h_old, x, mask_id, adjust=None):
         drawn[others] = draw_from(torch.where(empty, p, rest))
         ids.append(drawn)
     return torch.cat(ids).to(x.device)
+
+
+@torch.no_grad()
+def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=None):
+    """Fill every mask of z (B, L), in few calls, with exactly the distribution of revealing
+    one token at a time, as told above: for attention in the order of reveal, and for AR
+    models, whose order is left to right.
+    adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
+    ahead: with f slots final a call asks for the next ahead + f: few at first, when far
+    guesses are mostly wrong; None: all.
+    max_calls: stop there and leave the guesses as they are, which is not exact.
+    watch: called after each call with z and the bool (B, L) of its final tokens.
+    Returns ids (B, L) and the calls that each text took (B,); a batch takes as many as its
+    slowest text. Raises ValueError (see how_to_ask), and FloatingPointError at predictions
+    of NaN."""
+    B, L = z.shape
+    ahead = L if ahead is None else min(ahead, L)
+    # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
+    ask, order = how_to_ask(model, z, mask_id)
+    order_z = upload(order, z.device)
+    x = z.gather(1, order_z)             # (B, L), tokens by slot; a mask where no guess is
+
+    # of each text, (B,): slots 0 to final - 1 are done, those up to guessed - 1 hold
+    # guesses, and the rest masks
+    final = (x != mask_id).sum(1).cpu()
+    guessed = final
+    # the first slot whose token is not yet in the cache, or is an old one there; -1: AR's
+    # start symbol, too
+    unread = torch.full_like(final, -1)
+    cache = model.cache(B, L, spare=L)
+    states = None                        # (B, L, C): what each slot's token was drawn from
+    calls, made = torch.zeros(B, dtype=torch.long), 0
+    while bool((final < L).any()) and made != max_calls:
+        made += 1
+        calls += final < L
+        # what is asked: the slots from `final` to `end` - 1 (B,), N together; of a finished
+        # text none. `end` never falls, so every guess is asked again
+        end = final + (ahead + final)
+        if made == max_calls:
+            end = end + L                                # no slot may stay without a guess
+        end = end.clamp(max=L)
+        h = ask(model, cache, order, x, unread, guessed, (final, end))           # (N, C)
+        if states is None:
+            states = h.new_zeros(B, L, h.shape[1])
+
+        # each guess becomes a draw from its new prediction; h has the rows of `listed`
+        at = listed(span(final, end), z.device)          # (N,) text, slot
+        old, x = x, x.clone()
+        x[at] = couple(model, h, states[at], old[at], mask_id, adjust)
+        states[at] = h
+        # c (B,): the first slot that changed, or `end` if none did, which then is L. (A
+        # slot without a guess held a mask, so it has changed: all behind it stay guesses)
+        changed = (x != old).cpu()
+        c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
+        final = (c + 1).minimum(end)
+        guessed = end
+        # the call has read what stayed, but not the new token at c; what it left in the
+        # cache of the slots behind is overwritten by the next call
+        unread = final - 1
+        if watch:
+            done = torch.arange(L) < final[:, None]      # (B, L), by slot
+            watch(by_position(x, order_z), by_position(done, order))
+    return without_masks(by_position(x, order_z), mask_id), calls
+
+
+# ---- how one call asks: the states (N, C) that predict slots `begin` to `end` - 1, each
+# from the tokens before it. What follows is how the cache makes that one call
+
+def how_to_ask(model, z, mask_id):
+    """What differs between models in sample_exact: (ask_masks or ask_tokens, order (B, L)).
+    Raises ValueError for full attention; AR: if z has gaps; "reveal": if its rows differ in
+    their number of masks."""
+    B, L = z.shape
+    if model.config.causal:
+        if bool(((z[:, 1:] != mask_id) & (z[:, :-1] == mask_id)).any()):
+            raise ValueError("an AR model goes on from a prompt, and fills no gaps")
+        return ask_tokens, torch.arange(L).repeat(B, 1)
+    if model.config.attention != "reveal":
+        raise ValueError("exact sampling needs attention in the order of reveal")
+    return ask_masks, prompt_first(random_order(z, mask_id), L)
+
+
+def ask_masks(model, cache, order, x, unread, guessed, asked):
+    """One call of a model with attention in the order of reveal: the states (N, C) of masks
+    at the slots from begin to end - 1, with asked = begin, end, (B,) both; N together. It
+    reads, first, the tokens of x (B, L) that the cache lacks, from slot `unread` (B,) on;
+    then the masks. Both the token of slot s and its mask see the tokens of the slots before
+    s that have one. The cache keeps the token of slot s in place s, and its mask in place
+    L + s: in place s it would overwrite the guess there, which this call reads, too."""
+    begin, end = asked
+    masks = span(begin, end)
+    # the token of the last slot asked is not read: nothing that is asked comes after it
+    tokens = span(unread.clamp(min=0), (end - 1).minimum(guessed))
+    place = masks.slot + x.shape[1]
+    new = make_reading(model, x, order, tokens, masks, guessed, place)
+    return model.read(cache, new)
+
+
+def ask_tokens(model, cache, order, x, unread, guessed, asked):
+    """ask_masks of an AR model, which predicts slot s at the token of slot s - 1, so that
+    no masks are needed:
+
+        place in the cache     0       1     2     3
+        what is there          start   one   day   tom       the token of slot place - 1
+        what it predicts       slot 0  1     2     3
+
+    Slots beyond the guesses cannot be predicted yet. Their states are 0, so their first
+    guesses are arbitrary draws, from head(0); couple corrects them, as it does any."""
+    B, L = x.shape
+    start = torch.full((B, 1), model.mask_id, device=x.device)
+    shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
+    # from the place after that of the last token read, to that of the last slot asked; a
+    # text that is finished asks for nothing
+    begin, end = asked
+    last = (end - 1).minimum(guessed).where(begin < end, unread)
+    places = span(unread + 1, last + 1)                              # (B, M)
+    idx = shifted.gather(1, upload(places.slot, x.device))
+    new = Reading(idx=idx, pos=places.slot, place=places.slot, limit=places.slot,
+                  valid=places.valid)
+    h = model.read(cache, new)
+    states = h.new_zeros(B, L, h.shape[1])
+    states[listed(places, x.device)] = h
+    return states[listed(span(begin, end), x.device)]                # (N, C)
+
+
+# ---- the same call on a given text: its likelihood
+
+@torch.no_grad()
+def nll_in_order(model, x, mask_id, order=None, known=0):
+    """-log p(x | order) of each text of x (B, L), exactly and in one call, in nats: (B,).
+    For attention in the order of reveal. order (B, L): positions, on the CPU; random ones
+    unless given. known: the first so many slots, a number or (B, 1), are given and cost
+    nothing.
+    The same reading as in sample_exact, with the text itself as the guess: a mask at each
+    slot says what the token costs given those before it. The mean over orders is at least
+    -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
+    are drawn, and every token counts."""
+    B, L = x.shape
+    if order is None:
+        order = random_order(torch.full_like(x, mask_id), mask_id)   # (B, L)
+    by_slot = x.gather(1, upload(order, x.device))                   # (B, L)
+    # all slots are guessed and no token is in the cache; asked are those that are not known
+    unread, end = torch.zeros(B, dtype=torch.long), torch.full((B,), L)
+    begin = torch.as_tensor(known).reshape(-1).expand(B)             # (B,)
+    cache = model.cache(B, L, spare=L)
+    h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))       # (N, C)
+    asked = span(begin, end)
+    of_asked = nats_of(model, h, by_slot[listed(asked, x.device)])   # (N,)
+    nats = of_asked.new_zeros(B, L)                                  # where float64 is
+    nats[listed(asked, nats.device)] = of_asked
+    return nats.sum(1)                                               # (B,)
+
+
+def nats_of(model, h, ids):
+    """-log p of ids (N,) under what the states h (N, C) predict: (N,), float64. The head is
+    given some states at a time, see draw_tokens."""
+    nats = []
+    for states, some in zip(h.split(HEAD_ROWS), ids.split(HEAD_ROWS)):
+        nats.append(in_float64(cross_entropy(model.head(states), some)))
+    return torch.cat(nats)

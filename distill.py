@@ -40,29 +40,35 @@ SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batc
           "micro_batch", "seed", "device", "bf16", "compile", "recompute")
 
 
-# ---- divergences between p, which the student predicts, and q, the target: functions of
-# log_p and log_q, (N, V) both -> (N,); the KLs and Jensen-Shannon in nats
+# ---- divergences of p, which the student predicts at a mask, from q, the target: functions
+# of log_p, which has a gradient, and log_q, (N, V) both, finite, float32, for N masks and V
+# tokens -> (N,), a number for each mask by itself, as rows come in chunks
+
+def kl(log_a, log_b):
+    """KL(a || b), in nats."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)                   # sum over V
+
 
 def reverse_kl(log_p, log_q):
     """KL(student || target), the paper's choice (section 3.2)."""
-    # the same masks meet many targets, as the teacher's first step is random. The best
-    # log p is the mean of their log q, normalised: what many targets all but exclude is
-    # lost, what the fewest exclude gains (mode-seeking)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)                   # sum over V
+    # the teacher's first step is random, so the same masks get many targets. The best log p
+    # is the mean of their log q, normalised. One target near zero pulls that mean down: a
+    # token that many targets rule out is lost, the one that the fewest rule out gains
+    return kl(log_p, log_q)
 
 
 def forward_kl(log_p, log_q):
     """KL(target || student)."""
     # the best p is the mean of the targets. A mean of second predictions, over all that the
     # first step may reveal, is roughly the first prediction again: little to learn
-    return (log_q.exp() * (log_q - log_p)).sum(-1)                   # sum over V
+    return kl(log_q, log_p)
 
 
 def jensen_shannon(log_p, log_q):
     """Jensen-Shannon: the mean of both KLs to the middle of the two distributions."""
     # bounded, by log 2: no target can be infinitely far
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)              # m = (p + q) / 2
-    return (reverse_kl(log_p, log_m) + reverse_kl(log_q, log_m)) / 2
+    return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
 
 
 def total_variation(log_p, log_q):
@@ -156,13 +162,20 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     The teacher takes k reverse steps of size dt from t. The target at a mask is the
     teacher's prediction in the step that reveals it; masks that no step reveals get that of
     the last. So the first k - 1 steps draw tokens, and the last one only predicts, at all
-    masks that are left.
-    z (B, L), t (B,); rank (B, L) in [0, 1), for attention "reveal": the random order in
-    which tokens were revealed (a mask's rank does not matter), see model.reveal_mask.
-    Returns the teacher's states (N, C) at the masks, in the order of z[z == mask_id];
-    teacher.head makes predictions (N, V) of them, which would take V / C times the memory:
-    65 times with GPT-2's vocabulary in preset small."""
-    masked = z == mask_id                # (B, L), the N masks of z_t; z changes below
+    masks that are left. With k = 2:
+
+        z_t                       _     met   _     .     he   was   _
+        step 1 draws              sam   met   _     .     he   was   _
+        step 2 only predicts      sam   met   _     .     he   was   _
+        target: prediction of     1           2                      2
+
+    The student sees only z_t, and must predict all three. z (B, L) = z_t; t (B,); rank
+    (B, L), for attention "reveal": the random order in which tokens were revealed, all
+    below 1 (a mask's does not matter), see model.reveal_mask.
+    Returns the targets as the teacher's states (N, C) at the masks, in the order of
+    z[z == mask_id]: teacher.head makes predictions (N, V) of them, which would take V / C
+    times the memory."""
+    masked = z == mask_id                # (B, L), the N masks of z_t. z is replaced below
     parts = []                           # of each step: where (B, L), the states there
     for i in range(k - 1):
         # the times of step i. t is random: if it is less than k dt, a step that ends at 0
@@ -198,7 +211,8 @@ def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id, keep)    # (B, L), some tokens masked
     masked = z == mask_id                                            # (B, L), N of them
-    # for attention "reveal": one order, for teacher and student
+    # the order of reveal, one for teacher and student (full attention makes no use of it);
+    # a prompt comes first
     rank = None
     if keep is not None:
         rank = rank_prompt_first(keep)
@@ -248,7 +262,8 @@ def distill_round(config, procs, data, r, before, origin):
                    config=dataclasses.asdict(config), teacher=teacher.state_dict())
     run = Run(config.folder / f"round{r + 1}.pt", config.steps_per_round, student, ema,
               optimizers, content, micro=before.micro)
-    # the average is not begun anew: it has had this many updates in earlier rounds
+    # the average is not begun anew; its decay rises with its updates, those of earlier
+    # rounds included
     run.updates_before = r * config.steps_per_round
 
     # a round that goes on takes the very teacher that it began with, whatever has become of
@@ -260,8 +275,8 @@ def distill_round(config, procs, data, r, before, origin):
     # a copy is not compiled: compile it if the student is
     teacher = prepare_model(teacher, config, procs)
 
-    # train.py's loop, which calls loss(student, x). Only the loss knows of the round: the
-    # student learns a step of k * dt
+    # train.py's loop, which calls loss(student, x, keep=keep). Only the loss knows of the
+    # round: the student learns a step of k * dt
     loss = functools.partial(sdtt_loss, teacher=teacher, leap=(dt, config.k),
                              kind=config.divergence, mask_id=student.mask_id)
     fit(config, procs, data, run, loss)
@@ -282,14 +297,14 @@ def train_on_the_way(config, procs, objective, init=None):
         # the user may prefer to run it alone, or with other flags
         same = as_command("train.py", wanted)
         print(f"no {wanted.path} yet; the same as: {same}", flush=True)
-    # one that is there keeps the flags it was made with; but --attention decides about one
-    # that begins from init
+    # a checkpoint that is there keeps its own flags; but where a given teacher (init) is
+    # adapted, --attention must win
     return train(wanted, procs, as_saved=init is None)
 
 
 def get_teacher(config, procs, data):
-    """The teacher and its checkpoint. A given teacher whose attention is not --attention is
-    adapted to it: its training goes on with --attention."""
+    """The teacher and its checkpoint. If --attention is not that of a given teacher, this
+    is trained further with it."""
     kinds = ("mdlm", "sdtt")             # a student can teach, too
     path = config.teacher
     if path is None:

@@ -147,7 +147,7 @@ def cached(model, z, order):
     x = z.gather(1, order.to(z.device))                              # by slot
     for tokens, masks in ((slots(0, quarter), slots(0, 0)), (slots(quarter, half), slots(half, L))):
         known = torch.full((B,), half)
-        new = make_reading(model, x, order, tokens, masks, known, place=masks[0])
+        new = make_reading(model, x, order, tokens, masks, known, place=masks.slot)
         h = model.read(cache, new)
     return model.head(h).view(B, L - half, -1)
 

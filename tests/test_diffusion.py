@@ -12,8 +12,8 @@ import torch
 
 import diffusion
 from data.measures import mean_se
-from diffusion import (categorical, nelbo, q_sample, rank_prompt_first, sample, sample_t, sharpen,
-                       unmask_step)
+from diffusion import (categorical, nelbo, q_sample, rank_prompt_first, sample, sample_plain,
+                       sample_t, sharpen, unmask_step)
 from model import ModelConfig, Transformer, generate
 from tools.joint import sample_joint
 from toy import (Model, all_sequences, ancestral_law, chi_square, count, draw, exact_model, joint,
@@ -386,14 +386,12 @@ def test_unmask_step_changes_no_revealed_token_and_asks_only_where_it_opens():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_a_chain_of_unmask_steps_has_the_ancestral_law(steps):
+def test_the_plain_loop_of_unmask_steps_has_the_ancestral_law(steps):
     """From t = 1 to 0, over all 27 sequences. Chi-square: one in a million per case with another
     seed. Few steps are far from the joint, which this many samples would show."""
     p = joint(3, 3, seed=1)
     z, model = torch.full((20_000, 3), 3), exact_model(p)
-    for i in range(steps):
-        t, s = (torch.full((20_000,), 1 - j / steps) for j in (i, i + 1))
-        z = unmask_step(model, z, t, s, 3)[0]
+    z = sample_plain(model, z, steps, 3)
     assert chi_square(count(z, 3), ancestral_law(p, steps)) > LIMIT
     assert chi_square(count(z, 3), p) < LIMIT
 
@@ -425,19 +423,14 @@ def test_bound_of_the_exact_posterior_is_the_entropy_under_another_schedule(cosi
     assert float(nelbo(exact_model(p), x, 3)) == pytest.approx(entropy, abs=0.005)
 
 
-@pytest.mark.parametrize("sampler", ["sample", "sample_joint", "unmask_step"])
+@pytest.mark.parametrize("sampler", [sample, sample_joint, sample_plain])
 def test_samplers_have_the_law_of_another_schedule(cosine, sampler):
     """2 steps on 3 positions: a position is revealed in the first with chance
     cos(pi / 4) = 0.71, and all three forms of the sampler have the law that enumeration gives.
     Chi-square: one in a million each with another seed; equal steps would show."""
     p = joint(3, 3, seed=1)
     z, model = torch.full((20_000, 3), 3), exact_model(p)
-    if sampler == "unmask_step":
-        for t, s in ((1.0, 0.5), (0.5, 0.0)):
-            t, s = torch.full((20_000,), t), torch.full((20_000,), s)
-            z = unmask_step(model, z, t, s, 3)[0]
-    else:
-        z = {"sample": sample, "sample_joint": sample_joint}[sampler](model, z, 2, 3)
+    z = sampler(model, z, 2, 3)
     first = math.cos(math.pi / 4)
     chance = torch.tensor([first, 1 - first], dtype=torch.float64)
     assert chi_square(count(z, 3), ancestral_law(p, 2, chance)) > LIMIT

@@ -238,7 +238,7 @@ def test_text_is_that_of_one_call_per_token_with_the_same_noise(monkeypatch, att
     def ask(model, cache, order, x, unread, guessed, asked, usual=getattr(diffusion, ask_name)):
         now.update(order=order)
         h = usual(model, cache, order, x, unread, guessed, asked)
-        now["asked"] = diffusion.listed(*diffusion.span(*asked), z.device)
+        now["asked"] = diffusion.listed(diffusion.span(*asked), z.device)
         kept[now["asked"]] = h
         return h
 

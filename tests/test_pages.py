@@ -192,6 +192,17 @@ def quick_start():
     yield f"a dataset of {length}-word stories"
 
 
+def two_means():
+    """How it works: the mean and the geometric mean of two kinds of targets."""
+    sure, often = 0.99, 0.6
+    mean = often * sure + (1 - often) * (1 - sure)
+    tom = sure ** often * (1 - sure) ** (1 - often)
+    sam = (1 - sure) ** often * sure ** (1 - often)
+    yield (f"if *tom* has {percent(sure)} in {percent(often)} of the draws and {percent(1 - sure)} "
+           f"in the others, *sam* the rest, the mean gives *tom* {percent(mean)}, the geometric "
+           f"mean {percent(tom / (tom + sam))}.")
+
+
 def table_of_rounds():
     """How it works: dt and steps of each round, by distill.schedule."""
     here = distill.schedule(NANO.teacher_steps, NANO.rounds)
@@ -225,7 +236,7 @@ def what_it_shows():
     yield (f"in 32 steps the entropy of all texts falls from {before:.2f} to {after:.2f}, as if "
            f"from {math.exp(before):.0f} equally frequent words to {math.exp(after):.0f}.")
     yield f"below the data's, here {quick(model='data')['gen_ppl']:.2f}, it is a warning"
-    yield f"the AR judge {updates('ar')} updates, not {updates('mdlm')}."
+    yield f"the AR judge has {updates('ar')} updates, there {updates('mdlm')}."
     rounds = [sampled(f"round {r}", 8)["valid"] for r in (5, 7)]
     assert rounds[0] < rounds[1]
     yield "in 8, too, more stories of round 7 than of round 5 are valid"
@@ -735,7 +746,7 @@ def growth():
 # ---- the pages, and what they say
 
 PAGES = {
-    "README.md": [top, quick_start, table_of_rounds, what_it_shows, speed, exact_samples],
+    "README.md": [top, quick_start, two_means, table_of_rounds, what_it_shows, speed, exact_samples],
     "results/README.md": [how_to_read, table_of_findings, findings, larger_k, last_words,
                           other_orders, table_of_speed, speed_of_gpt2, muon],
     "results/exact.md": [stories, equal_diversity, given_up, law_is_kept, what_follows,
