@@ -258,7 +258,12 @@ def set_defaults(config, models, data):
         raise UserError(f"--prompt_tokens {config.prompt_tokens} leaves nothing of a text "
                         f"of {config.length} tokens to write; give fewer")
 
-    # flags that need others, or a package
+    refuse_together(config, models, data)
+
+
+def refuse_together(config, models, data):
+    """Raise UserError for flags that need others, that contradict each other, or that need
+    a package that is missing."""
     paths = figures.names(config.checkpoint)
     for name, (model, _) in models.items():
         refuse_exact(config.steps, config.max_calls, model, paths[name])
@@ -448,10 +453,14 @@ def continuation_row(evaluation, name, model, sampling, x, gpt2):
     if gpt2 and model is not None:
         texts, others = x.tolist(), y.tolist()
         if config.until_end:
-            texts = [row[:n] for row, n in zip(texts, ends_of(x, P, end).tolist())]
-            others = [row[:n] for row, n in zip(others, stop.tolist())]
+            texts, others = cut(x, ends_of(x, P, end)), cut(y, stop)
         add_mean(row, "mauve", mauve(gpt2, texts, others, evaluation.data.tokenizer))
     return row | {"prompts": len(x), "prompt_tokens": P, "texts": len(y)}
+
+
+def cut(x, stop):
+    """The texts x (n, L) as lists of their first stop (n,) ids."""
+    return [ids[:n] for ids, n in zip(x.tolist(), stop.tolist())]
 
 
 def measure_continuations(evaluation, gpt2):

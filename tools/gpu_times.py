@@ -109,7 +109,8 @@ def group_of(device, size, B, name, compiled):
     config = BenchConfig(preset=[size.preset], engine=[ENGINES[name]], batch=[B],
                          length=[size.length], steps=size.steps, repeats=size.repeats,
                          compile=None if compiled else False)
-    set_defaults(config, device, bench.ENGINES)      # bfloat16 on a GPU; compiled if there is g++
+    # bfloat16 on a GPU; compiled if there is g++
+    set_defaults(config, device, bench.ENGINES)
     with device:                         # the weights are drawn where they are used
         needed = {bench.ENGINES[ENGINES[name]].models}
         models = random_weights(config, device, size.preset, needed)

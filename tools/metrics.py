@@ -166,8 +166,8 @@ def diversity(x, data):
 @torch.no_grad()
 def mauve(gpt2, x, y, tokenizer, seeds=5, **settings):
     """MAUVE (arXiv 2102.01454) between texts x and y, lists of ids, in 0..1, 1 = alike:
-    (mean over seeds of its clustering, SE). Features: the last hidden state of gpt2, (model,
-    tokenizer), on each text; SDTT's scaling factor of 5. Needs mauve-text."""
+    (mean over seeds of its clustering, SE). Features: the last hidden state of gpt2, which
+    is (model, tokenizer), on each text; SDTT's scaling factor of 5. Needs mauve-text."""
     model, tokens = gpt2
     library = package("mauve")
 
