@@ -81,7 +81,7 @@ class LoopConfig:
     compile: bool | None = flag(
         None, "compile the blocks with torch.compile [on a GPU only]")
     recompute: bool = flag(
-        False, "run the blocks again in backward: less memory, a fifth slower")
+        False, "run the blocks again in backward: less memory, more arithmetic")
     log_every: int = flag(200, "steps between log lines", low=1)
     save_every: int = flag(200, "steps between checkpoints", low=1)
 

@@ -110,7 +110,8 @@ def quality_row(name, model, n, sampling, judge, data, procs):
 def likelihood_row(name, model, x, procs, draws=8):
     """Nats per token of x (n, L): a diffusion model's bound in two estimates, or, where
     attention is in the order of reveal, exactly in `draws` orders; or AR's exact value. All
-    models meet the same noise. Perplexity is exp of the better-known bound."""
+    models of one attention meet the same noise. Perplexity is exp of the better-known
+    bound."""
     def batch(i):
         """{estimate: its values (B,)} of the texts i to i + BATCH."""
         seed_all("likelihood", i)
