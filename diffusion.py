@@ -11,8 +11,13 @@ file uses its config and
     model.head(h)                          logits (N, V): what it predicts from states
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
     model.cache(B, L, spare=0)             an empty KV cache of L + spare places a text
-    model.read(cache, Reading(...))        states (N, C) of some positions, of which the
-                                           cache keeps keys and values: see make_reading
+    model.read(cache, Reading(...))        puts keys and values of some positions in their
+                                           places; then each sees the places before its
+                                           limit, and itself: states (N, C), text by text
+Attention "reveal": a token sees itself and the tokens revealed before it, a mask itself and
+all tokens. So when a mask would be revealed does not matter, and in training any random
+order fits any masks.
+
 
 Names for when tokens are revealed: order (B, n), where order[b, i] is the position that is
 revealed i-th; when (B, n), where when[b, i] is the step in which that happens; rank (B, L),
@@ -28,6 +33,8 @@ import typing
 
 import torch
 
+# upload: a CPU tensor to a device, without waiting; float64_device: the device, or the CPU
+# for one that has no float64; in_float64: moved there, as float64
 from data.devices import float64_device, in_float64, upload
 from model import NOT_FINITE, Reading, cross_entropy
 
@@ -316,16 +323,17 @@ def sample_full(model, z, order, when, draw, watch=None):
     where tokens are revealed. z (B, L) is filled in place; order, when: see plan."""
     row = torch.arange(len(z), device=z.device)[:, None]             # (B, 1)
     for i in range(steps_of(when)):
-        # the masks revealed now, M of a text at most, N together
-        masks = span((when < i).sum(1), (when <= i).sum(1))          # (B, M)
-        pos = upload(order.gather(1, masks.slot), z.device)
+        # the masks revealed now, at most M in a text, N in all. As `when` ascends, they lie
+        # side by side in the order
+        now = span((when < i).sum(1), (when <= i).sum(1))            # (B, M)
+        pos = upload(order.gather(1, now.slot), z.device)
         # what the network says there
         if i == 0:                       # the same, in less time
             h = first_states(model, z, row, pos)                     # (B, M, C)
         else:
             h = model.hidden(z, at=(row, pos))
-        # and what is drawn from it
-        b, column = masks.valid.nonzero(as_tuple=True)               # (N,) both
+        # and what is drawn from it, without the gaps (h has columns, not slots)
+        b, column = now.valid.nonzero(as_tuple=True)                 # (N,) both
         b, column = upload(b, z.device), upload(column, z.device)
         h = h[b, column]                                             # (N, C)
         z[b, pos[b, column]] = draw_tokens(model, h, draw)
@@ -361,7 +369,8 @@ def sample_cached(model, z, order, when, draw, watch=None):
     B, L = z.shape
     n = order.shape[1]                                               # masks of a text
     cache = model.cache(B, L)
-    # from now on by slot, the prompt first, as if revealed in step -1
+    # from now on all is by slot, the prompt first, as if revealed in step -1: x is z in
+    # the order of slots
     order = prompt_first(order, L)                                   # (B, L)
     when = torch.cat((torch.full((B, L - n), -1), when), 1)          # (B, L)
     order_z = upload(order, z.device)
@@ -391,10 +400,9 @@ def sample_cached(model, z, order, when, draw, watch=None):
 
 def make_reading(model, x, order, tokens, masks, filled, place):
     """The Reading of some tokens (B, T) of x (B, L), which is by slot, and of some masks
-    (B, M), a Span each. Both see themselves and the places before their `limit`: a token of
-    slot s those before s; a mask of slot s, too, but only the first `filled` (B,) of them,
-    as later slots hold no token. place (B, M): where in the cache the masks are kept; a
-    token is kept in the place of its slot."""
+    (B, M), a Span each. limit: a token of slot s sees the slots before s; a mask of slot s
+    those of them that hold a token, the first min(s, filled), filled (B,). place (B, M):
+    where in the cache the masks are kept; a token is kept in the place of its slot."""
     slot = torch.cat((tokens.slot, masks.slot), 1)                   # (B, T + M)
     valid = torch.cat((tokens.valid, masks.valid), 1)
     first = tokens.slot.shape[1]                                     # T, masks begin here
@@ -452,8 +460,10 @@ def blank_state(model, z):
 
 # ---- exact sampling: the distribution of one token at a time, in a handful of calls
 #
-# The first slots of a text are final, the next ones hold guesses, the rest nothing yet. One
-# call (left to right here, to be read; a diffusion model's order is shuffled):
+# The first `final` slots of a text keep their tokens, those up to `guessed` hold guesses,
+# the rest nothing yet. A call asks for the slots from `final` to `end` - 1; c is the first
+# of them that changes. One call (left to right, to be read; a diffusion model's order is
+# shuffled):
 #
 #     slot       0     1     2     3     4     5     6
 #     old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
@@ -462,9 +472,9 @@ def blank_state(model, z):
 # The call predicts each of the slots 2 to 6 from the old tokens in the slots before it: 4
 # from "one day tom lost", 5 from "one day tom lost his". Each guess becomes a draw from its
 # prediction, one that equals the guess as often as possible (couple); a slot without a
-# guess becomes a plain draw. Slot c is the first that changed. All before it stayed, so it
-# was predicted from tokens that stand: it is final, and so are they. Slot 5 was predicted
-# from "his", which is gone: "bag" is a guess. In the first call there are no guesses, and
+# guess becomes a plain draw. Slots 2 and 3 stayed, so slot 4 was predicted from tokens that
+# stand: 2, 3 and 4 are final. Slot 5 was predicted from "his", which is gone: "bag" is a
+# guess. In the first call there are no guesses, and
 # only the first slot becomes final; in each call at least one does. Once the early slots
 # settle the story, most later guesses stay: then one call makes many final.
 #
@@ -473,22 +483,60 @@ def blank_state(model, z):
 # asked at each slot gives that slot's prediction from just the tokens before it. (So does
 # the token before it, in AR.)
 #
-# Why it is exact: the slots before a slot s never look at s. So what happens there fixes,
-# whatever is drawn at s, the predictions p1, p2, ... that the calls make at s, and the call
-# that makes s final, the first that changes no slot before s: number K. By couple the token
-# of s after call k is a draw from pk; as K does not depend on that token, the final one is
-# a draw from pK, its prediction from final tokens. (If s were final once its own guess
-# stayed, K would depend on the token, and tokens likely in two predictions would come too
-# often.)
+# Why it is exact: fix all draws at the slots before a slot s. They alone decide the
+# predictions p1, p2, ... at s, and the call K that makes s final: the first that changes
+# none of them. By couple the token at s after call k is a draw from pk, for every k; and K
+# does not depend on that token. So the final one is a draw from pK, its prediction from
+# final tokens. (If s were final once its own guess stayed, K would depend on the token, and
+# tokens likely in two predictions would come too often.)
 # Fixed points: arXiv 2002.03629; the coupling: 2211.17192.
 
+def couple_rows(p, q, guess, mask_id):
+    """Guesses (n,) are draws from q (n, V). Returns draws from p (n, V) that equal them as
+    often as possible: a guess x stays with probability min(1, p(x) / q(x)), and otherwise
+    is drawn from what p has more than q, max(p - q, 0) (speculative sampling, arXiv
+    2211.17192). As min(p, q) + max(p - q, 0) = p, the result is a draw from p. Where guess
+    is mask_id there is none, and the draw is from p. p and q may be changed."""
+    has_guess = guess != mask_id                                     # (n,)
+    q[~has_guess] = 0                            # then max(p - q, 0), below, is p
+    # p and q of the guess itself (n,); where there is none any token will do
+    token = guess.where(has_guess, 0)[:, None]                       # (n, 1)
+    p_guess, q_guess = p.gather(1, token)[:, 0], q.gather(1, token)[:, 0]
+    # it stays with probability min(1, p / q)
+    u = torch.rand_like(p_guess)
+    stays = has_guess & (u * q_guess < p_guess)
+    # the others are drawn anew; if p - q rounds to nothing positive, from p
+    others, = (~stays).nonzero(as_tuple=True)                        # (m,)
+    p, q = p[others], q[others]                                      # (m, V) both
+    rest = (p - q).clamp_(min=0)
+    empty = rest.amax(1, keepdim=True) == 0
+    drawn = guess.clone()
+    drawn[others] = draw_from(torch.where(empty, p, rest))
+    return drawn
+
+
+def sample_exact_plain(predict, L, mask_id):
+    """sample_exact as a plain loop: one text, left to right, all slots asked in each call,
+    and no cache. predict(x (L,)) -> probabilities (L, V), those of slot s given the tokens
+    before it, x[:s]. Returns ids (L,) and the number of calls."""
+    x = torch.full((L,), mask_id)
+    q = None                             # what the guesses were drawn from
+    final, calls = 0, 0
+    while final < L:
+        p = predict(x).double()                                      # (L, V), one call
+        if q is None:
+            q = torch.zeros_like(p)                                  # no guesses yet
+        new = x.clone()
+        new[final:] = couple_rows(p[final:].clone(), q[final:], x[final:], mask_id)
+        changed, = (new != x).nonzero(as_tuple=True)
+        final = int(changed[0]) + 1 if len(changed) else L
+        x, q, calls = new, p, calls + 1
+    return x, calls
+
+
 def couple(model, h, h_old, x, mask_id, adjust=None):
-    """Guesses x (N,) are draws from q, which the states h_old (N, C) predict. Returns draws
-    from p, which h (N, C) predicts, that equal x as often as possible: x stays with
-    probability min(1, p(x) / q(x)), and otherwise is drawn from what p has more than q,
-    max(p - q, 0) (speculative sampling, arXiv 2211.17192); as min(p, q) + max(p - q, 0) is
-    p, the result is a draw from p. Where x is mask_id there is no guess, and the draw is
-    from p. adjust: see sample_exact."""
+    """couple_rows for guesses x (N,), with q what the states h_old (N, C) predict, and p
+    what h (N, C) predicts: (N,). adjust: see sample_exact."""
     def probabilities(states):
         """What states (n, C) predict: (n, V). The softmax may be float32: as in
         categorical, that is a relative error, 1e-7 of each probability."""
@@ -502,23 +550,7 @@ def couple(model, h, h_old, x, mask_id, adjust=None):
     size = max(DRAW_ROWS, COUPLE_SIZE // model.config.vocab)
     for new, old, guess in zip(h.split(size), h_old.split(size), x.split(size)):
         p, q = probabilities(new), probabilities(old)                # (n, V) both
-        guess = guess.to(p.device)
-        has_guess = guess != mask_id                                 # (n,)
-        q[~has_guess] = 0                        # then max(p - q, 0), below, is p
-        # p and q of the guess itself (n,); where there is none any token will do
-        token = guess.where(has_guess, 0)[:, None]                   # (n, 1)
-        p_guess, q_guess = p.gather(1, token)[:, 0], q.gather(1, token)[:, 0]
-        # it stays with probability min(1, p / q)
-        u = torch.rand_like(p_guess)
-        stays = has_guess & (u * q_guess < p_guess)
-        # the others are drawn anew; if p - q rounds to nothing positive, from p
-        others, = (~stays).nonzero(as_tuple=True)                    # (m,)
-        p, q = p[others], q[others]                                  # (m, V) both
-        rest = (p - q).clamp_(min=0)
-        empty = rest.amax(1, keepdim=True) == 0
-        drawn = guess.clone()
-        drawn[others] = draw_from(torch.where(empty, p, rest))
-        ids.append(drawn)
+        ids.append(couple_rows(p, q, guess.to(p.device), mask_id))
     return torch.cat(ids).to(x.device)
 
 
@@ -526,7 +558,7 @@ def couple(model, h, h_old, x, mask_id, adjust=None):
 def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=None):
     """Fill every mask of z (B, L), in few calls, with exactly the distribution of revealing
     one token at a time, as told above: for attention in the order of reveal, and for AR
-    models, whose order is left to right.
+    models, whose order is left to right. sample_exact_plain is the same without the cache.
     adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
     ahead: with f slots final a call asks for the next ahead + f: few at first, when far
     guesses are mostly wrong; None: all.
@@ -542,8 +574,8 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     order_z = upload(order, z.device)
     x = z.gather(1, order_z)             # (B, L), tokens by slot; a mask where no guess is
 
-    # of each text, (B,): slots 0 to final - 1 are done, those up to guessed - 1 hold
-    # guesses, and the rest masks
+    # of each text, (B,): slots 0 to final - 1 are done, at first the prompt's; those up to
+    # guessed - 1 hold guesses, and the rest masks
     final = (x != mask_id).sum(1).cpu()
     guessed = final
     # the first slot whose token is not yet in the cache, or is an old one there; -1: AR's
@@ -576,8 +608,8 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
         c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
         final = (c + 1).minimum(end)
         guessed = end
-        # the call has read what stayed, but not the new token at c; what it left in the
-        # cache of the slots behind is overwritten by the next call
+        # the call has read what stayed, but not the new token at c; the old keys behind c
+        # are overwritten by the next call, which reads all guesses again
         unread = final - 1
         if watch:
             done = torch.arange(L) < final[:, None]      # (B, L), by slot
@@ -620,7 +652,7 @@ def ask_masks(model, cache, order, x, unread, guessed, asked):
 
 def ask_tokens(model, cache, order, x, unread, guessed, asked):
     """ask_masks of an AR model, which predicts slot s at the token of slot s - 1, so that
-    no masks are needed:
+    no masks are needed (skip this at a first reading):
 
         place in the cache     0       1     2     3
         what is there          start   one   day   tom       the token of slot place - 1
@@ -631,8 +663,8 @@ def ask_tokens(model, cache, order, x, unread, guessed, asked):
     B, L = x.shape
     start = torch.full((B, 1), model.mask_id, device=x.device)
     shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
-    # from the place after that of the last token read, to that of the last slot asked; a
-    # text that is finished asks for nothing
+    # from the place of slot `unread`'s token to the place that predicts the last slot
+    # asked; a text that is finished asks for nothing
     begin, end = asked
     last = (end - 1).minimum(guessed).where(begin < end, unread)
     places = span(unread + 1, last + 1)                              # (B, M)
@@ -668,7 +700,7 @@ def nll_in_order(model, x, mask_id, order=None, known=0):
     h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))       # (N, C)
     asked = span(begin, end)
     of_asked = nats_of(model, h, by_slot[listed(asked, x.device)])   # (N,)
-    nats = of_asked.new_zeros(B, L)                                  # where float64 is
+    nats = of_asked.new_zeros(B, L)              # on the device that has float64
     nats[listed(asked, nats.device)] = of_asked
     return nats.sum(1)                                               # (B,)
 
