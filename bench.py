@@ -4,22 +4,27 @@ wins.
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
-The engines:
+With random weights (--preset) a number of steps takes the time that it takes with trained
+ones; but how many calls the exact engines need depends on what a model has learned.
+
+Five engines, each as fast as this code can be:
 
     ar                 with a static KV cache and a compiled decoding step
     diffusion          diffusion.py's sampler, with full attention; its blocks are compiled
     diffusion-kv       the same with attention in the order of reveal, and its KV cache
     ar-exact, diffusion-exact      the distribution of one token at a time, in few calls
 
-run as fast as this code can. Two more say what others' code takes:
+Two more, to compare with what others' code takes:
 
     diffusion-naive    the papers' sampler, as they write it, not compiled
     transformers       the AR model of the transformers package
 
+Your own is a function like those below, and a line in ENGINES.
+
 Warm-up does not count, runs of the engines alternate, and the median is shown. Roofline is
-the speed reached as a share of the limit that the hardware showed just before: memory
-bandwidth for AR, matrix products for diffusion. A low share means that the engine, not the
-machine, is slow: a comparison with it says little. Clock, memory and roofline are in
+the speed as a share of what the hardware allows, measured at the start: by memory bandwidth
+for AR (true for few texts), by matrix products for all others. If it is low the code is
+what limits an engine, and to beat it proves little. Clock, memory and roofline are in
 tools/machine.py, flags and models in tools/bench_setup.py, the crossover in
 tools/crossover.py, training in tools/bench_train.py.
 """
@@ -31,14 +36,13 @@ from dataclasses import dataclass
 
 import torch
 
-from common import Processes, start
+from common import seed_all, start
 from data.cost import counted_calls
 from data.files import UserError, write_json
 from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
 from data.script import command, parse_flags
 from diffusion import categorical, sample, sample_exact
 from model import KVCache, decode, generate
-from sample import EXACT, Sampling, draw_samples
 from tools import figures
 from tools.bench_setup import (QUALITY, SPEED, BenchConfig, checkpoints, random_weights,
                                set_defaults)
@@ -47,6 +51,8 @@ from tools.joint import sample_joint
 from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
                            least_memory, limits, line, roofline, seconds,
                            transformers_engine, with_stance)
+
+WRITTEN = 32                             # texts at a time, for quality
 
 
 # ---- the engines. Each function takes a model, B texts of L tokens, steps (None where an
@@ -99,10 +105,10 @@ class Engine:
     """What is to be known of an engine."""
     make: object                 # one of the functions above
     models: str                  # which it runs: those of this attention, or "transformers"
-    in_steps: bool = False       # whether it is run at each of --steps
-    varying: bool = False        # whether shapes differ from run to run
-    counted: bool = True         # whether its calls must be counted, or are known
-    slow: bool = False           # whether one run must do, of one batch size and model
+    in_steps: bool = False       # run it at each of --steps
+    varying: bool = False        # shapes differ from run to run: warm up with a whole run
+    counted: bool = True         # count its calls; False: its steps, or one for each token
+    slow: bool = False           # time one run only, at the first batch size, of one model
 
 
 ENGINES = {
@@ -184,10 +190,11 @@ def begin(config, row, model, decode_step, device, machine):
     if engine.counted:
         counting = counted_calls(model)
     with counting as calls:
-        def uncounted():
+        def warm_up_and_forget():
             warm_up()
             calls.clear()
-        times = first_run(row, run, uncounted, least, device)
+        # None where memory does not suffice; the row then has an "error"
+        times = first_run(row, run, warm_up_and_forget, least, device)
     if times is None:
         return None
     if engine.counted:
@@ -226,16 +233,20 @@ def measure(config, group, device, machine):
         timing.row["roofline"] = roofline(timing.row, timing.shape, machine, size)
 
 
-def quality(config, models, device, engine, label, steps):
-    """Perplexity under the AR model, and both entropies, of a trained model's texts."""
-    # the AR model of the folder is its judge
+@torch.no_grad()
+def quality(config, models, engine, label, L, steps):
+    """Perplexity under the AR model, and both entropies, of texts that an engine writes."""
     model = models[ENGINES[engine].models][label]
+    seed_all("quality", L, steps)
+    run = ENGINES[engine].make(model, WRITTEN, L, steps, decode)
+    texts = []
+    while len(texts) * WRITTEN < config.samples:
+        texts.append(run())                                          # (WRITTEN, L)
+    x = torch.cat(texts)[:config.samples]                            # (n, L)
+    # the AR model of the folder is its judge
     judge = next(iter(models["causal"].values()))
-    if engine.endswith("-exact"):
-        steps = EXACT
-    x = draw_samples(model, config.samples, Sampling(steps), Processes(device))  # (n, L)
-    vocab = judge.config.vocab           # the same for all models here
-    gen, _ = gen_ppl(make_judge(judge), x.to(device))                # exp of mean nats
+    gen, _ = gen_ppl(make_judge(judge), x)                           # exp of mean nats
+    x, vocab = x.cpu(), judge.config.vocab           # the same for all models here
     within, _ = entropy(x, vocab)                                    # without their errors
     pooled, _ = pooled_entropy(x, vocab)                             # of all texts
     return {"gen_ppl": gen, "entropy": within, "of all": pooled}
@@ -255,8 +266,9 @@ def bench(config, device, machine):
             models = random_weights(config, device, preset, needed)
         else:
             models = checkpoints(config, device)
-        # a model's quality at a number of steps is the same at every batch size
-        judged = functools.cache(functools.partial(quality, config, models, device))
+        # the quality of an engine, model, length and number of steps is the same at every
+        # batch size, and measured once
+        judged = functools.cache(functools.partial(quality, config, models))
         for L, B in itertools.product(config.length, config.batch):
             group = rows_of(config, models, preset, B, L)
             if not group:
@@ -266,9 +278,8 @@ def bench(config, device, machine):
             new = [row for row, _ in group]                          # filled by measure
             if models.get("causal") and not preset:
                 for row in new:
-                    # diffusion-naive's is diffusion's
-                    if "error" not in row and row["engine"] != "diffusion-naive":
-                        row |= judged(row["engine"], row["model"], row["steps"])
+                    if "error" not in row and not ENGINES[row["engine"]].slow:
+                        row |= judged(row["engine"], row["model"], L, row["steps"])
             fill_vs_ar(new)
             rows += new                  # saved at once: a run may be stopped
             save(config, machine, rows)

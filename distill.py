@@ -33,6 +33,7 @@ from model import Transformer
 from train import MAY_CHANGE, LoopConfig, TrainConfig, fit, prepare_model, train
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
+TOKENS = "tokens"                # what a judge reads that has the same as the models
 # flags that may change between a run and its continuation
 ANYTIME = MAY_CHANGE | {"rounds", "samples", "judge", "teacher"}
 # flags that are handed on to the training of teacher and judge
@@ -172,9 +173,9 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     The student sees only z_t, and must predict all three. z (B, L) = z_t; t (B,); rank
     (B, L), for attention "reveal": the random order in which tokens were revealed, all
     below 1 (a mask's does not matter), see model.reveal_mask.
-    Returns the targets as the teacher's states (N, C) at the masks, in the order of
-    z[z == mask_id]: teacher.head makes predictions (N, V) of them, which would take V / C
-    times the memory."""
+    Returns the targets as the teacher's states (N, C) at the masks, its last layer's output
+    in the order of z[z == mask_id]: teacher.head makes predictions (N, V) of them, which
+    would take V / C times the memory."""
     masked = z == mask_id                # (B, L), the N masks of z_t. z is replaced below
     parts = []                           # of each step: where (B, L), the states there
     for i in range(k - 1):
@@ -182,14 +183,15 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
         # reveals all, and those after it find no masks
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
-        # revealed (B, L) bool, n of them; h (n, C), the states of these alone
+        # the step runs the teacher, chooses what is revealed, and draws it: revealed (B, L)
+        # bool, n of them; h (n, C), the states of these alone
         z, revealed, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
         parts.append((revealed, h))
         if rank is not None:
             # what this step reveals comes after all that was revealed before: its rank
             # moves from [0, 1) to [i + 1, i + 2)
             rank = torch.where(revealed, rank + i + 1, rank)
-    # the last step: revealed in it or not, the rest takes its prediction
+    # the last step draws nothing: revealed in it or not, the rest takes its prediction
     rest = z == mask_id
     h_rest = states_at(teacher, z, rest, rank)
     parts.append((rest, h_rest))
@@ -202,11 +204,12 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
 
 
 def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
-    """The loss of a batch (SDTT, algorithm 2), a scalar: the divergence between student and
-    target on the masks of z_t, averaged over them. x (B, L) clean tokens, keep (B, L) those
-    that are given, see q_sample. leap: (dt, k), the student learns to do k steps of size dt
-    at once. No weight 1/t, which only a bound needs: every mask counts alike, and texts
-    with more masks more."""
+    """The loss of a batch (SDTT, algorithm 2), a scalar: the divergence of this kind
+    between student and target on the masks of z_t, averaged over them. x (B, L) clean
+    tokens, keep (B, L) those that are given, see q_sample. leap: (dt, k), the student
+    learns to do k steps of size dt at once. No weight 1/t (only a bound needs it): each
+    mask counts the same, so texts with more masks count more."""
+    dt, k = leap
     # the noise
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id, keep)    # (B, L), some tokens masked
@@ -220,7 +223,7 @@ def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
         rank = torch.rand(z.shape, device=z.device)
 
     # the teacher takes k steps from z_t, the student predicts from z_t alone
-    target_h = sdtt_targets(teacher, z, t, *leap, mask_id, rank)     # (N, C)
+    target_h = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)     # (N, C)
     h = states_at(student, z, masked, rank)                          # (N, C)
 
     # all logits (N, V) at once would be too many: chunked_sum takes n rows of h and of
@@ -242,8 +245,8 @@ def distill_round(config, procs, data, r, before, origin):
     round continues to train, in place. origin: fingerprint of the first teacher. Returns
     this round's Run, for the next one to begin from."""
     student, ema = before.model, before.ema
-    steps = schedule(config.teacher_steps, config.rounds, config.k)
-    dt = 1 / steps[r]
+    sampling_steps = schedule(config.teacher_steps, config.rounds, config.k)
+    dt = 1 / sampling_steps[r]
     # all processes have the same weights, unless their GPUs round differently: make sure
     broadcast(student, procs)
     broadcast(ema, procs)
@@ -254,10 +257,10 @@ def distill_round(config, procs, data, r, before, origin):
     if r == 0 or config.reset_optimizer:
         optimizers = make_optimizers(student, config)
 
-    # what the round's checkpoint stores beside the weights; save() drops the teacher when
-    # the round is done. (state_dict() is a view: weights that are loaded into the teacher
-    # below are stored, too)
-    content = dict(kind="sdtt", round=r + 1, sampling_steps=round(steps[r + 1]),
+    # what the round's checkpoint stores beside the weights: until the round is done also
+    # its teacher, so that a round that is stopped goes on with the one that it began with.
+    # (state_dict() shares memory: what is loaded into the teacher below is stored, too)
+    content = dict(kind="sdtt", round=r + 1, sampling_steps=round(sampling_steps[r + 1]),
                    origin=origin, tokenizer=data.tokenizer.spec, data=data.fingerprint,
                    config=dataclasses.asdict(config), teacher=teacher.state_dict())
     run = Run(config.folder / f"round{r + 1}.pt", config.steps_per_round, student, ema,
@@ -266,8 +269,7 @@ def distill_round(config, procs, data, r, before, origin):
     # rounds included
     run.updates_before = r * config.steps_per_round
 
-    # a round that goes on takes the very teacher that it began with, whatever has become of
-    # the file of the round before
+    # a round that goes on takes the teacher that it began with
     saved = resume(run, config, ANYTIME)
     if saved and saved["teacher"]:
         teacher.load_state_dict(saved["teacher"])
@@ -357,6 +359,17 @@ def first_student(teacher, config, procs):
                optimizers=[], content={})
 
 
+def make_exam(config, procs, data, results, judge_pair, context):
+    """What measures all models alike, whatever writes the texts, of `context` tokens. It
+    says in the results how the judge reads them."""
+    judge, judge_file = judge_pair
+    # a judge with other tokens is given text, not ids
+    foreign = judge_file["tokenizer"] != data.tokenizer.spec
+    results["judged"] = "text, in the judge's own tokens" if foreign else TOKENS
+    reads = make_judge(judge, judge_file["tokenizer"], data.tokenizer)
+    return Exam(config, procs, data, results, reads, fingerprint(judge), context, COLUMNS)
+
+
 def distill(config, procs):
     """The whole path that a DistillConfig describes, or what is left of it."""
     # an impossible number of rounds is refused before anything trains
@@ -377,27 +390,20 @@ def distill(config, procs):
     broadcast(teacher, procs)            # one set of weights for all
     origin = fingerprint(teacher)        # all rounds belong to this one
 
-    # what models are measured with; without a judge exam stays None, and fill_rows does
-    # nothing
-    exam, foreign = None, False
+    # what all models are measured with
     results = open_results(config)
     seconds = results["seconds"]
     seconds["teacher"] = teacher_file["seconds"]
+    exam = None                          # without a judge fill_rows does nothing
     if judge:
-        # a judge with other tokens is given text, not ids
-        foreign = judge_file["tokenizer"] != data.tokenizer.spec
-        results["judged"] = "text, in the judge's own tokens" if foreign else "tokens"
         seconds["ar"] = judge_file["seconds"]
-        # the same judge for all rows, whatever writes the texts
-        exam = Exam(config, procs, data, results,
-                    make_judge(judge, judge_file["tokenizer"], data.tokenizer),
-                    fingerprint(judge), teacher.config.context, COLUMNS)
+        exam = make_exam(config, procs, data, results, judge_pair, teacher.config.context)
 
-    # rows for a name, a model and its fingerprint; one that results.json has is kept. First
-    # those that need no distillation
+    # rows of the table, each for a name, a model and its fingerprint; one that results.json
+    # has is kept. First those that need no distillation
     fill_rows(exam, "data", None, "")
-    if judge and not foreign:
-        fill_rows(exam, "ar", judge, exam.judged_by)
+    if judge and results["judged"] == TOKENS:
+        fill_rows(exam, "ar", judge, fingerprint(judge))
     fill_rows(exam, "teacher", teacher, origin)
 
     # each round begins where the one before ended

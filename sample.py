@@ -7,10 +7,10 @@
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
     python sample.py out/stories-nano-reveal/teacher.pt --steps exact
 
-A checkpoint is all that is needed. Tokens are drawn in float64, as rounding in float32
-would change the distribution. --temperature, --top_p and --order change it on purpose, and
-are off unless given. To watch a text being written, alone or as a race: python -m
-tools.animate.
+A checkpoint is all that is needed. Tokens are drawn in float64: with float32 unlikely ones
+would be too rare, as at a lower temperature. --temperature, --top_p and --order change the
+distribution on purpose, and are off unless given. Without arguments, in a terminal, this is
+an animation; python -m tools.animate has others, and a race.
 """
 import argparse
 import runpy
@@ -34,7 +34,8 @@ BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
 DTYPES = {32: torch.float32, 64: torch.float64}          # bits: type of a token draw
 OURS = ROOT / "weights/round7.pt"        # the student that comes with the code
-OUR_STEPS = 8                    # of it; made for 2, where few of its stories are valid
+OUR_STEPS = 8                    # where it is not named; with 2, what it was distilled for,
+#                                  few of its stories are valid
 EXACT = "exact"                  # instead of a number of steps: see diffusion.sample_exact
 
 
@@ -63,16 +64,17 @@ class SampleConfig:
         8, "with exact: each call asks for this many tokens, and one more for each that is "
         "final; a larger number: fewer calls, each of more tokens", low=1)
     max_calls: int | None = flag(
-        None, "with exact: keep the guesses as they are after this many calls; the texts "
-        "are then approximate", low=1)
+        None, "with exact: stop after this many calls, with tokens that are not final; the "
+        "texts are then approximate", low=1)
     temperature: float = flag(
         1.0, "below 1: likelier tokens more often; changes the distribution", low=0.01)
     top_p: float = flag(
         1.0, "draw only among the likeliest tokens that have this probability together; "
         "changes the distribution", low=0.01, high=1)
     order: str = flag(
-        "random", "which tokens a step reveals: any, or (confidence) the surest, with full "
-        "attention; the latter changes the distribution", choices=ORDERS)
+        "random", "which masks a step reveals: any; or (confidence) those of which the "
+        "model is surest, which changes the distribution and needs full attention",
+        choices=ORDERS)
     seed: int = flag(0, "seed of the samples")
     # what is given, and how much is wanted
     prompt: str = flag("", "how the text begins")
@@ -97,7 +99,7 @@ class Sampling:
     seed: int = 0
     temperature: float = 1.0     # 1: the model's own distribution
     top_p: float = 1.0           # 1: any token may be drawn
-    precision: int = 64          # bits of a token draw, 32 or 64; of EXACT always 64
+    precision: int = 64          # bits of a token draw; 32 shows what rounding does
     sampler: object = None       # f(model, z, sampling) in place of diffusion.sample
     order: str = "random"        # "confidence" is another law, see data/orders.py
     length: int | None = None    # tokens of a text; None: the model's context
@@ -126,6 +128,8 @@ def draw_batch(model, known, sampling):
     length = sampling.length or model.config.context                 # L, prompt included
     dtype = DTYPES[sampling.precision]
 
+    # a new flag that changes the distribution belongs in `adjust`, which all use (but a
+    # sampler of one's own): exact sampling makes its draws itself
     def adjust(logits):
         """The model's distribution, sharpened as the flags say: logits (N, V) -> (N, V)."""
         return sharpen(logits, sampling.temperature, sampling.top_p)
@@ -134,7 +138,7 @@ def draw_batch(model, known, sampling):
         """One token from each row: logits (N, V) -> (N,)."""
         return categorical(adjust(logits), dtype)
 
-    # a mask wherever nothing is known (an AR model has that id, too; generate needs no z)
+    # a mask wherever nothing is known; for an AR model, too, if it is sampled exactly
     z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
     z[:, :known.shape[1]] = known
     if sampling.steps == EXACT:
@@ -146,8 +150,8 @@ def draw_batch(model, known, sampling):
         return sampling.sampler(model, z, sampling), None            # such as tools.joint's
     if sampling.order == "confidence":
         return sample_confident(model, z, sampling.steps, model.mask_id, draw), None
-    # some texts are finished before others: of each text, the calls that revealed something
-    # in it
+    # a text without masks takes no part in later calls: of each text only the calls that
+    # changed it count
     calls = torch.zeros(len(z), dtype=torch.long)                    # (B,)
     before = z                                                       # (B, L)
 
@@ -163,9 +167,10 @@ def draw_batch(model, known, sampling):
 
 
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):
-    """n texts (n, L) on the CPU, drawn as `sampling` says, in all processes together; each
-    returns all of them. With the same seed and steps all models of one context reveal
-    positions in the same order: diffusion.plan draws it before any network is called.
+    """n texts (n, L) on the CPU, drawn as `sampling` says. procs: the processes of this run
+    (on a laptop one), which share the work; each returns all texts. With the same seed and
+    steps all models of one context reveal positions in the same order, so that a teacher
+    and its student can be compared.
     prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
     title: of a progress bar. costs: a list that gets the Cost of each batch."""
     if prompts is None:
@@ -173,16 +178,17 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
 
     def batch(i):
         """Texts i to i + BATCH, and their Cost."""
-        # a seed for each batch: the texts do not depend on how many processes there are
+        # a seed for each batch, and number of steps: the texts do not depend on how many
+        # processes there are
         seed_all(sampling.seed, "samples", sampling.steps, i)
         known = prompts[i:i + BATCH].to(procs.device)                # (B, P)
-        with counted_calls(model) as reads:              # of each call the positions read
+        with counted_calls(model) as reads:      # for each call, how many positions
             x, calls = draw_batch(model, known, sampling)            # (B, L)
         if calls is None:                # every text took part in every call
             calls = torch.full((len(x),), len(reads))
+        # nfe: calls of the network for the batch; calls: of each text
         return x.cpu(), Cost(nfe=len(reads), calls=calls.tolist(), reads=sum(reads))
 
-    # each process draws some of the batches, and gets all of them
     results = spread(range(0, n, BATCH), batch, procs, title)
     if costs is not None:
         costs.extend(cost for _, cost in results)
@@ -213,11 +219,12 @@ def main():
     # every text begins with the same known tokens
     known = known_tokens(config, model, tokenizer)                   # (P,)
     prompts = known.expand(config.num_samples, -1)                   # (n, P)
-    # a student is made for a number of steps, a teacher for none
+    # --steps, or those for which a student was distilled, or (a teacher) DEFAULT_STEPS
     steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
-    sampling = Sampling(steps, config.seed, config.temperature, config.top_p,
-                        order=config.order, length=config.length, ahead=config.ahead,
-                        max_calls=config.max_calls)
+    # a new flag is in SampleConfig, in Sampling, here, and where draw_batch uses it
+    sampling = Sampling(steps=steps, seed=config.seed, temperature=config.temperature,
+                        top_p=config.top_p, order=config.order, length=config.length,
+                        ahead=config.ahead, max_calls=config.max_calls)
     costs = []                                           # of each batch
     x = draw_samples(model, config.num_samples, sampling, procs, prompts, costs=costs)
 

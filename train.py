@@ -54,8 +54,8 @@ class LoopConfig:
         "that of the given teacher]", choices=["full", "reveal"])
     out: str | None = flag(None, "folder of the results [out/DATASET-PRESET]")
 
-    # the batch. Each micro-batch draws texts and noise from a seed of its own, so another
-    # size makes another run
+    # the batch. Each micro-batch draws texts and noise from a seed of its own, so to change
+    # its size changes the run
     batch: int = flag(32, "sequences per step, over all processes", low=1)
     micro_batch: int | None = flag(
         None, "sequences per forward pass [batch / processes]", low=1)
@@ -181,8 +181,8 @@ def new_model(config, data):
     # if every row of the data begins a text, absolute positions carry information, too
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # with rope alone (relative) there are no biases in attention, as in the published MDLM,
-    # so that tools.convert can export it; otherwise there are, as in GPT-2
+    # biases in attention's products, as GPT-2 has them; with rope alone (relative) none, as
+    # in the published MDLM, so that tools.convert can export it
     model_config.attention_bias = not model_config.relative
     return Transformer(model_config)     # random weights
 
@@ -209,6 +209,8 @@ def train(config, procs, as_saved=False):
     # the averaged copy (a copy is not compiled, even of a model that is)
     ema = prepare_model(copy.deepcopy(model).eval(), config, procs)
     optimizers = make_optimizers(model, config)                      # Muon and AdamW
+    # a Run is all that a checkpoint keeps: the file, the steps to be done and those done,
+    # model, averaged copy, optimizers, and `content`, what else the file says
     run = Run(config.path, config.steps, model, ema, optimizers, content)
 
     # go on where the checkpoint stands, if there is one
@@ -231,7 +233,17 @@ def train(config, procs, as_saved=False):
     return config.path
 
 
-# ---- the loop
+# ---- the loop. Who takes part:
+#
+# procs     the processes: this one is number .rank of .world, on .device
+# run       what a checkpoint keeps: .model, .ema (its averaged copy, in eval mode) and
+#           .optimizers; .step of .steps done; .micro, see micro_batches; .updates_before,
+#           how often earlier rounds have updated ema, here 0; .path
+# loss      f(model, x, keep=keep) -> scalar, a mean, in nats per token; distill.py's is per
+#           mask, and not for all divergences in nats. It draws the noise itself, such as t
+#           and the masks
+# x, keep   a batch: clean tokens (B, L), and bool (B, L), a prompt's tokens, which are
+#           never masked and do not count; None: there are no prompts
 
 class ModelWithLoss(torch.nn.Module):
     """A model and its loss as one forward pass, which DistributedDataParallel needs."""
@@ -241,7 +253,7 @@ class ModelWithLoss(torch.nn.Module):
         self.model, self.loss = model, loss
 
     def forward(self, x, keep):
-        """x (B, L), keep (B, L) or None -> a scalar, in nats per token."""
+        """x (B, L), keep (B, L) or None -> a scalar, see fit."""
         return self.loss(self.model, x, keep=keep)
 
 
@@ -261,14 +273,8 @@ def with_loss(model, loss, procs):
 
 def fit(config, procs, data, run, loss, val_loss=None):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
-    config: LoopConfig. procs: Processes, this one is number .rank of .world, on .device.
-    run: a Run, what a checkpoint keeps: .model, .ema (its averaged copy, in eval mode) and
-    .optimizers; .step of .steps done; .micro, see micro_batches; .updates_before, of the
-    average, in earlier rounds; .path.
-    loss: f(model, x, keep=keep) -> scalar, a mean in nats, per token or, distill.py's, per
-    mask. x (B, L) are clean tokens: the loss draws the noise itself, such as t and the
-    masks. keep (B, L) bool: a prompt's tokens, never masked and not counted; None: there
-    are no prompts. val_loss: the loss of validation, if different.
+    config: LoopConfig; procs: Processes; run: a Run; loss: a function, see above; val_loss:
+    the loss of validation, if different.
     Raises UserError if a loss or gradient becomes NaN or infinite (on a GPU up to 20 steps
     later), and always before such weights are saved."""
     # every process reads the checkpoint: is it the same file for all?
@@ -397,8 +403,8 @@ def micro_batches(config, procs, run=None):
                   f"{config.batch}. It goes on with {micro}: from here on it draws "
                   "different noise. (With --micro_batch nothing depends on the number of "
                   "processes.)")
-    # equal sizes: the mean of the micro-batches' means is the batch's mean. (With prompts,
-    # of different lengths, each micro-batch counts alike)
+    # each micro-batch counts alike. For a loss per token that gives the batch's mean; with
+    # prompts, or distill.py's loss per mask, nearly
     if config.batch % (micro * procs.world):
         raise UserError(f"--batch {config.batch} is not a multiple of {procs.world} "
                         f"processes x {micro} sequences; choose another --batch or "
@@ -408,8 +414,8 @@ def micro_batches(config, procs, run=None):
 
 @torch.no_grad()
 def validate(model, loss, data, config, batches=4):
-    """Mean loss on validation text, in nats per token, of a model in eval mode, as the
-    averaged copy is. Always with the same text and noise; the generators' states are
+    """Mean loss on validation text, see fit, of a model in eval mode, as the averaged copy
+    is. Always with the same text and noise; the generators' states are
     restored afterwards."""
     device = model.embed.weight.device
     size = 128 if config.preset == "nano" else 16        # sequences of a batch
