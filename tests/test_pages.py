@@ -198,9 +198,10 @@ def two_means():
     mean = often * sure + (1 - often) * (1 - sure)
     tom = sure ** often * (1 - sure) ** (1 - often)
     sam = (1 - sure) ** often * sure ** (1 - often)
-    yield (f"if *tom* has {percent(sure)} in {percent(often)} of the draws and {percent(1 - sure)} "
-           f"in the others, *sam* the rest, the mean gives *tom* {percent(mean)}, the geometric "
-           f"mean {percent(tom / (tom + sam))}.")
+    yield (f"Say that in {percent(often)} of the draws *tom* is revealed, and the target is *tom* "
+           f"{percent(sure)}, *sam* {percent(1 - sure)}; in the others")
+    yield f"would teach the student their mean, *tom* {percent(mean)},"
+    yield f"is their geometric mean, normalised: *tom* {percent(tom / (tom + sam))}."
 
 
 def table_of_rounds():
