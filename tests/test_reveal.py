@@ -8,6 +8,7 @@ import collections
 import copy
 import itertools
 import json
+import shutil
 import math
 
 import pytest
@@ -270,6 +271,14 @@ def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
     heated = json.loads((folder / "exact.json").read_text())["rows"]
     assert len(heated) == 42 + 3 * len(exact.HEAT)
     assert {row["divergence"] for row in heated if row["model"] == "round 1"} == {"kld"}
+    # a folder of rounds alone, as --teacher of another leaves it: the same rows for these
+    (folder / "out/rounds").mkdir()
+    shutil.copy(folder / "out/d-nano-reveal/round1.pt", folder / "out/rounds")
+    alone = ["out/rounds", "--judge", "out/d-nano-reveal/ar.pt", "--samples", 4, "--json"]
+    call(exact, *alone, "exact.json")
+    assert json.loads((folder / "exact.json").read_text())["rows"] == heated
+    call(exact, *alone, "alone.json")
+    assert len(json.loads((folder / "alone.json").read_text())["rows"]) == 1 + 4 + 2
     call(exact, "out/d-nano-reveal", "--samples", 4, "--lengths", 5, 12, "--json", "grow.json")
     grown = json.loads((folder / "grow.json").read_text())["rows"]
     assert len(grown) == 6 and {row["length"] for row in grown} == {5, 12}

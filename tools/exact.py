@@ -111,17 +111,25 @@ class Folder:
 
 
 def open_folder(path, procs):
-    """The Folder at a path. Raises UserError where it is none, or of full attention."""
-    ar, _ = load_model(path / "ar.pt", procs.device, ("ar",))
-    teacher, content = load_model(path / "teacher.pt", procs.device, ("mdlm",))
-    if teacher.config.attention != "reveal":
-        raise UserError(f"{path}/teacher.pt has {teacher.config.attention} attention; name "
-                        "a folder of distill.py --attention reveal")
-    models, divergence = {"data": None, "ar": ar, "teacher": teacher}, None
-    for file in round_files(path):
-        model, made = load_model(file, procs.device, ("sdtt",))
-        models[f"round {made['round']}"] = model
-        divergence = made["config"]["divergence"]        # of all rounds the same
+    """The Folder at a path. Where ar.pt and teacher.pt are missing, as --teacher and
+    --judge named others, it has the rounds alone. Raises UserError where it is no folder of
+    distill.py's, or of full attention."""
+    models = {"data": None}
+    rounds = round_files(path)
+    for name, kind in (("ar", "ar"), ("teacher", "mdlm")):
+        file = path / f"{name}.pt"
+        if file.exists() or not rounds:
+            models[name], content = load_model(file, procs.device, (kind,))
+    divergence = None
+    for file in rounds:
+        model, content = load_model(file, procs.device, ("sdtt",))
+        models[f"round {content['round']}"] = model
+        divergence = content["config"]["divergence"]     # of all rounds the same
+    # the last one says what all are of
+    last = list(models.values())[-1]
+    if last.config.attention != "reveal":
+        raise UserError(f"the models in {path} have {last.config.attention} attention; "
+                        "name a folder of distill.py --attention reveal")
     data = load_data(content["config"]["dataset"], procs)
     if content.get("data") not in (None, data.fingerprint):      # older ones do not say
         raise UserError(f"{path} was trained on other text than {data.folder} holds now")
@@ -134,13 +142,13 @@ def measure_folder(config, folder, judge_file, procs, rows, save):
     called. judge_file: the judge and its checkpoint's content."""
     judge_model, content = judge_file
     same = content["tokenizer"] == folder.data.tokenizer.spec
-    if same and judge_model.config.context < folder.models["ar"].config.context:
+    length = list(folder.models.values())[-1].config.context         # all have the same
+    if same and judge_model.config.context < length:
         raise UserError(f"the judge reads {judge_model.config.context} tokens, the texts "
                         f"of {folder.name} have more; give another --judge")
     judge = make_judge(judge_model, content["tokenizer"], folder.data.tokenizer)
     judged_by = fingerprint(judge_model)
     alone = Processes(procs.device)
-    length = folder.models["ar"].config.context
     if config.lengths and max(config.lengths) > length:
         raise UserError(f"--lengths {max(config.lengths)} is beyond the context of "
                         f"{folder.name}, {length} tokens")
