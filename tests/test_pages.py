@@ -326,6 +326,9 @@ def last_rows(file, dataset):
 
 def table_of_findings():
     """The text table; round 0 is a teacher."""
+    samples = {one["samples"] for one in rows_of("divergences.json") if one.get("steps")}
+    few, many = sorted(samples)
+    yield f"{many} texts each, {few} at other temperatures"
     yield "bound ppl, 8 all valid as kld's bound ppl, 8 all as kld's"
     for file, variant, round in FINDINGS:
         line = f"{variant} {round}"
@@ -517,22 +520,65 @@ def stories():
 SHOWN = 5                                # levels of diversity
 
 
+METHODS = {                              # of the table: how tools.envelope calls them
+    "teacher, 8 steps": "teacher, 8 steps", "KLD, 8 steps": "kld, 8 steps",
+    "TVD, 8 steps": "tvd, 8 steps", "MSE, 8 steps": "mse, 8 steps",
+    "Jensen-Shannon, 8 steps": "jsd, 8 steps", "forward KL, 8 steps": "fkl, 8 steps",
+    "teacher, exact, all ahead": "teacher, exact", "AR": "AR"}
+
+
+@functools.cache
+def at_equal_diversity(key):
+    """(levels, {method: [(perplexity, SE, model) of both seeds at each level]}), of KLD's and the
+    other divergences' rows; the levels are those of exact.json alone."""
+    everything = {one["key"]: one for file in ("exact.json", "exact-divergences.json")
+                  for one in rows_of(file)}
+    alone = envelope.groups_of(rows_of("exact.json"))
+    groups = envelope.groups_of(list(everything.values()))
+    levels = list(zip(*[envelope.levels(alone["stories", seed], key, envelope.LEVELS)
+                        for seed in SEEDS]))
+    curves = [envelope.curves_of(groups["stories", seed]) for seed in SEEDS]
+    found = {}
+    for title, method in METHODS.items():
+        found[title] = [[envelope.best_at(of[method], key, level) for of, level in zip(curves, at)]
+                        for at in levels]
+    return levels, found
+
+
 def equal_diversity():
     """At equal diversity: the table of tools.envelope, without its last level."""
-    key = "pooled_entropy"
-    groups = envelope.groups_of(rows_of("exact.json"))
-    groups = [groups["stories", seed] for seed in SEEDS]
-    levels = [envelope.levels(rows, key, envelope.LEVELS)[:SHOWN] for rows in groups]
-    curves = [envelope.curves_of(rows) for rows in groups]
-    yield cells("seed 0/1, entropy of all texts", *[f"{a:.2f}/{b:.2f}" for a, b in zip(*levels)])
-    for title, method in (
-            ("teacher, 8 steps", "teacher, 8 steps"), ("KLD, 8 steps", "kld, 8 steps"),
-            ("teacher, exact, all ahead", "teacher, exact"), ("AR", "AR")):
-        line = []
-        for at in zip(*levels):
-            best = [envelope.best_at(of[method], key, level) for of, level in zip(curves, at)]
-            line.append(best_of_both(best))
-        yield cells(title, *line)
+    levels, found = at_equal_diversity("pooled_entropy")
+    yield cells("seed 0/1, entropy of all texts", *[f"{a:.2f}/{b:.2f}" for a, b in levels[:SHOWN]])
+    for title, line in found.items():
+        yield cells(title, *[best_of_both(best) for best in line[:SHOWN]])
+
+
+def which_divergence():
+    """What the tables say of the divergences: in words, so the comparisons are made here."""
+    def pairs(mine, other, levels):
+        """(value, SE) of two methods at some levels, for both seeds, where both have one."""
+        for a_both, b_both in zip(found[mine][levels], found[other][levels]):
+            for (a, a_se, _), (b, b_se, _) in zip(a_both, b_both):
+                if a is not None and b is not None:
+                    yield a, a_se, b, b_se
+    for key in ("pooled_entropy", "choices"):
+        _, found = at_equal_diversity(key)
+        for name in ("TVD", "MSE", "Jensen-Shannon", "forward KL"):
+            for kld, _, other, _ in pairs("KLD, 8 steps", f"{name}, 8 steps", slice(2, None)):
+                assert kld < other, name
+            for kld, se, other, other_se in pairs("KLD, 8 steps", f"{name}, 8 steps", slice(2)):
+                assert kld - other < 2 * math.hypot(se, other_se), name
+        for name in ("TVD", "Jensen-Shannon"):
+            for other, _, teacher, _ in pairs(f"{name}, 8 steps", "teacher, 8 steps", slice(None)):
+                assert other < teacher, name
+        for a, a_se, b, b_se in pairs("forward KL, 8 steps", "teacher, 8 steps", slice(None)):
+            assert abs(a - b) < 2 * math.hypot(a_se, b_se)
+        for a, a_se, b, b_se in pairs("MSE, 8 steps", "teacher, 8 steps", slice(0, 2)):
+            assert abs(a - b) < 2 * math.hypot(a_se, b_se)
+    yield ("From the third level down it is the best of the five divergences, by both measures, and "
+           "above none is better by two standard errors; next come Jensen-Shannon and TVD. Forward "
+           "KL, and MSE where diversity is high, are within two standard errors of the cooled "
+           "teacher.")
 
 
 def best_of_both(best):
@@ -738,8 +784,8 @@ def growth():
            f"{whole[0]['reads']:.1f} to {whole[-1]['reads']:.1f} positions a token;")
     one = of("teacher", length=512)
     yield f"8 ahead {one['calls']:.1f} calls for 512 tokens, and {one['reads']:.1f}."
-    ar = [of("ar", length=n)["calls"] for n in lengths[:4]]
-    yield f"AR needs {listed(ar, '.1f')} calls for the first four."
+    ar = [of("ar", length=n)["calls"] for n in lengths]
+    yield f"AR needs {listed(ar, '.1f')} calls: it doubles, too."
     yield f"({better:.1f} against {needed[1]:.1f} for 64)"
     yield "context of 512 tokens"
 
@@ -750,7 +796,7 @@ PAGES = {
     "README.md": [top, quick_start, two_means, table_of_rounds, what_it_shows, speed, exact_samples],
     "results/README.md": [how_to_read, table_of_findings, findings, larger_k, last_words,
                           other_orders, table_of_speed, speed_of_gpt2, muon],
-    "results/exact.md": [stories, equal_diversity, given_up, law_is_kept, what_follows,
+    "results/exact.md": [stories, equal_diversity, which_divergence, given_up, law_is_kept, what_follows,
                          exact_in_time, exact_in_time_today, likelihood, docstrings, growth]}
 
 NO_FIGURES = [                           # (what stands on a page, why it is no figure)
