@@ -11,15 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pytest                                                        # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """Where pytest-xdist is installed, a whole run shares its files among two processes: hardly any
-    test uses more than one core. (-n 0, or -p no:xdist, is one process.)"""
-    whole = len(config.args) == 1 and Path(config.args[0]).is_dir()
-    if whole and getattr(config.option, "numprocesses", 0) is None:
-        config.option.numprocesses, config.option.dist = 2, "loadfile"
-
-
 @pytest.fixture(scope="session", autouse=True)
 def modules_are_no_garbage():
     """bench.py collects garbage before each measurement, which is quick without the modules."""
@@ -30,7 +21,7 @@ def modules_are_no_garbage():
 @pytest.fixture(scope="session", autouse=True)
 def killed_runs_begin_at_once(request, tmp_path_factory):
     """The longest work of the suite is done beside the other tests, where it is wanted. (Not beside
-    a second process, which would do it, too: see pytest_cmdline_main.)"""
+    another process of pytest-xdist, which would do it, too.)"""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     if any("runs" in item.fixturenames and item.path.name == "test_stopping.py"
