@@ -14,7 +14,7 @@ import distill
 from data import checkpoints
 from diffusion import sample
 from helpers import call, refused, start_server
-from model import PRESETS, ModelConfig, Transformer
+from model import PRESETS, ModelConfig, Transformer, decode
 from toy import ancestral_law, chi_square, count, exact_model, joint
 from tools import bench_setup, bench_train, crossover, machine
 
@@ -372,6 +372,17 @@ def test_unknown_names_and_empty_lists_end_in_usage(folder, capsys, flags):
         call(bench, *flags)
     assert stop.value.code == 2
     assert flags[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", [name for name in bench.ENGINES if name != "transformers"])
+def test_an_engine_writes_the_texts_that_it_is_asked_for(name):
+    """Two of 8 tokens, real ones. No chance involved."""
+    engine = bench.ENGINES[name]
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(10, 8, 1, 2, 16, attention=engine.models)).eval()
+    with torch.no_grad():
+        x = engine.make(model, 2, 8, 4 if engine.in_steps else None, decode)()
+    assert x.shape == (2, 8) and 0 <= x.min() and x.max() < 10
 
 
 @pytest.mark.parametrize("gain, said", [(0.25, "emulates bfloat16: its products take 4.0 times"),
