@@ -29,7 +29,7 @@ from data.results import (Exam, announce, announce_round, conclude, fill_rows,
                           open_results)
 from data.script import GOES_ON, as_command, command, flag, parse_flags
 from diffusion import q_sample, rank_prompt_first, sample_t, states_at, unmask_step
-from model import Transformer
+from model import SHORT, Transformer
 from train import MAY_CHANGE, LoopConfig, TrainConfig, fit, prepare_model, train
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
@@ -102,7 +102,7 @@ class DistillConfig(LoopConfig):
     # the method
     rounds: int = flag(7, "rounds; each divides the sampling steps by k", low=1)
     teacher_steps: int | None = flag(
-        None, "steps of the first teacher, dt = 1/teacher_steps [1024; preset nano 256]",
+        None, "steps of the first teacher, dt = 1/teacher_steps [1024; nano, mini 256]",
         low=2)
     k: int = flag(2, "teacher steps that the student learns to do at once", low=1)
     divergence: str = flag(
@@ -130,8 +130,8 @@ class DistillConfig(LoopConfig):
 
     def __post_init__(self):
         if self.teacher_steps is None:
-            # nano's stories have 50 tokens: in 256 steps most are revealed alone
-            self.teacher_steps = 256 if self.preset == "nano" else 1024
+            # of at most 64 tokens most are revealed alone in 256 steps
+            self.teacher_steps = 256 if self.preset in SHORT else 1024
         if self.steps_per_round is None:
             # optimizer steps; the paper takes 10,000
             self.steps_per_round = 150 if self.dataset == "stories" else 600

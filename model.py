@@ -58,13 +58,16 @@ class ModelConfig:
 
 
 PRESETS = {
-    "nano": dict(layers=3, heads=4, width=128, context=64),          # for a laptop CPU
+    # for a laptop CPU, the second with patience: see SHORT
+    "nano": dict(layers=3, heads=4, width=128, context=64),
+    "mini": dict(layers=4, heads=6, width=192, context=64),
     # SDTT's three sizes, and a larger one
     "small": dict(layers=12, heads=12, width=768, context=1024),
     "medium": dict(layers=24, heads=16, width=1024, context=1024),
     "large": dict(layers=24, heads=16, width=1536, context=1024),
     "xl": dict(layers=24, heads=32, width=2048, context=1024),
 }
+SHORT = "nano", "mini"           # presets of short texts
 CHOICES = {"positions": ("rope", "learned", "both"),
            "attention": ("full", "causal", "reveal")}
 CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB

@@ -32,7 +32,7 @@ from data.log import rewind_log, write_log
 from data.script import GOES_ON, command, device_flag, flag, parse_flags
 from data.watch import Clock, Guard
 from diffusion import nelbo, nll_in_order, rank_prompt_first
-from model import PRESETS, ModelConfig, Transformer, cross_entropy, shifted
+from model import PRESETS, SHORT, ModelConfig, Transformer, cross_entropy, shifted
 
 
 # ---- the flags; [in brackets]: the default, where it depends on other things
@@ -418,7 +418,7 @@ def validate(model, loss, data, config, batches=4):
     is. Always with the same text and noise; the generators' states are
     restored afterwards."""
     device = model.embed.weight.device
-    size = 128 if config.preset == "nano" else 16        # sequences of a batch
+    size = 128 if config.preset in SHORT else 16         # sequences of a batch
     total = 0.0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for i in range(batches):         # 4 for a log line, 1 for a save

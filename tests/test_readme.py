@@ -199,7 +199,9 @@ def run(words):
                          ids=lambda words: " ".join(words))
 def test_command_runs_in_small(home, words, capsys):
     """With status 0; it prints something, and writes the file that it was asked for."""
-    for word, package in (("--plot", "matplotlib"), ("--export", "safetensors"),
+    # (exact.json is made by a command with --plot)
+    for word, package in (("--plot", "matplotlib"), ("exact.json", "matplotlib"),
+                          ("--export", "safetensors"),
                           ("transformers", "transformers"), ("tools.figures", "matplotlib")):
         if word in words:
             pytest.importorskip(package)

@@ -99,6 +99,7 @@ def test_defaults_and_given_flags_reach_the_config():
     """int | None, bool with --no-, and the default that depends on the preset."""
     c = script.parse_flags(distill.DistillConfig, "", [])
     assert c == distill.DistillConfig() and c.teacher_steps == 256
+    assert [distill.DistillConfig(preset=p).teacher_steps for p in ("mini", "small")] == [256, 1024]
     c = script.parse_flags(distill.DistillConfig, "", ["--preset", "small", "--no-bf16",
                                                        "--reset_optimizer", "--context", "128"])
     assert (c.teacher_steps, c.bf16, c.reset_optimizer, c.context) == (1024, False, True, 128)

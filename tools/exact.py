@@ -111,14 +111,14 @@ class Folder:
 
 
 def open_folder(path, procs):
-    """The Folder at a path. Where ar.pt and teacher.pt are missing, as --teacher and
-    --judge named others, it has the rounds alone. Raises UserError where it is no folder of
-    distill.py's, or of full attention."""
+    """The Folder at a path. It may have rounds alone, where --teacher named another's, or a
+    teacher alone. Raises UserError where it has neither, or of full attention."""
     models = {"data": None}
     rounds = round_files(path)
     for name, kind in (("ar", "ar"), ("teacher", "mdlm")):
         file = path / f"{name}.pt"
-        if file.exists() or not rounds:
+        # a teacher that is needed and missing is an error
+        if file.exists() or name == "teacher" and not rounds:
             models[name], content = load_model(file, procs.device, (kind,))
     divergence = None
     for file in rounds:
@@ -219,9 +219,9 @@ def read_rows(path):
 
 def main():
     config = parse_flags(ExactConfig, __doc__, folders="of distill.py --attention reveal")
-    figures.check_picture(config.plot)
     if config.plot and config.lengths:
         raise UserError("--plot is of quality, which --lengths leaves out; give only one")
+    figures.check_picture(config.plot)
     procs = start(config.device)
     rows = []
     if config.json and Path(config.json).exists():
