@@ -792,6 +792,18 @@ def growth():
     yield "context of 512 tokens"
 
 
+def larger_model():
+    """And the first seed's nano teacher: results/exact-mini.json, results/exact.json."""
+    mini = functools.partial(sampled, "teacher", file="exact-mini.json")
+    exact, whole, one = mini(EXACT), mini(EXACT, ahead=ALL), mini(1024)
+    nano = sampled("teacher", EXACT, ahead=ALL)
+    yield (f"**A larger model** (preset mini, {weights('mini')} million weights, as many updates; "
+           f"`results/exact-mini.json`) has {percent(one['valid'])} valid one token at a time and "
+           f"{percent(whole['valid'])} exact, all ahead, in {whole['calls']:.1f} calls, where nano "
+           f"needs {nano['calls']:.1f}; 8 ahead in {exact['calls']:.1f}, reading "
+           f"{exact['reads']:.1f} positions a token.")
+
+
 # ---- the pages, and what they say
 
 PAGES = {
@@ -799,7 +811,8 @@ PAGES = {
     "results/README.md": [how_to_read, what_the_quick_start_prints, table_of_findings, findings, larger_k, last_words,
                           other_orders, table_of_speed, speed_of_gpt2, muon],
     "results/exact.md": [stories, equal_diversity, which_divergence, given_up, law_is_kept, what_follows,
-                         exact_in_time, exact_in_time_today, likelihood, docstrings, growth]}
+                         exact_in_time, exact_in_time_today, likelihood, docstrings, growth,
+                         larger_model]}
 
 NO_FIGURES = [                           # (what stands on a page, why it is no figure)
     (r"`[^`]*`", "names of files, flags and commands"),
