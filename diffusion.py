@@ -18,7 +18,6 @@ Attention "reveal": a token sees itself and the tokens revealed before it, a mas
 all tokens. So when a mask would be revealed does not matter, and in training any random
 order fits any masks.
 
-
 Names for when tokens are revealed: order (B, n), where order[b, i] is the position that is
 revealed i-th; when (B, n), where when[b, i] is the step in which that happens; rank (B, L),
 where rank[b, l] says how late position l is revealed: only the comparison of these numbers
@@ -228,7 +227,7 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
 def sample_plain(model, z, steps, mask_id):
     """What `sample` does, as a plain loop: fill every mask of z (B, L) in `steps` equal
     steps from t = 1 to t = 0, with as many calls. Returns ids (B, L). For full attention.
-    `sample` has the same distribution, in less time; the tests compare it with this."""
+    `sample` has the same distribution, in less time: the tests enumerate it for both."""
     times = torch.linspace(1, 0, steps + 1, device=z.device).expand(len(z), -1)
     for i in range(steps):
         t, s = times[:, i], times[:, i + 1]                          # (B,) both
@@ -496,7 +495,7 @@ def couple_rows(p, q, guess, mask_id):
     often as possible: a guess x stays with probability min(1, p(x) / q(x)), and otherwise
     is drawn from what p has more than q, max(p - q, 0) (speculative sampling, arXiv
     2211.17192). As min(p, q) + max(p - q, 0) = p, the result is a draw from p. Where guess
-    is mask_id there is none, and the draw is from p. p and q may be changed."""
+    is mask_id there is none, and the draw is from p. q is lost."""
     has_guess = guess != mask_id                                     # (n,)
     q[~has_guess] = 0                            # then max(p - q, 0), below, is p
     # p and q of the guess itself (n,); where there is none any token will do
@@ -526,11 +525,16 @@ def sample_exact_plain(predict, L, mask_id):
         p = predict(x).double()                                      # (L, V), one call
         if q is None:
             q = torch.zeros_like(p)                                  # no guesses yet
-        new = x.clone()
-        new[final:] = couple_rows(p[final:].clone(), q[final:], x[final:], mask_id)
-        changed, = (new != x).nonzero(as_tuple=True)
-        final = int(changed[0]) + 1 if len(changed) else L
-        x, q, calls = new, p, calls + 1
+        calls += 1
+        # each guess becomes a draw from its new prediction
+        new = x.clone()                                              # (L,)
+        new[final:] = couple_rows(p[final:], q[final:], x[final:], mask_id)
+        # the first slot that changed is final, like all before it
+        changed, = (new != x).nonzero(as_tuple=True)                 # slots
+        final = L
+        if len(changed):
+            final = int(changed[0]) + 1
+        x, q = new, p
     return x, calls
 
 

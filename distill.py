@@ -33,7 +33,6 @@ from model import SHORT, Transformer
 from train import MAY_CHANGE, LoopConfig, TrainConfig, fit, prepare_model, train
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
-TOKENS = "tokens"                # what a judge reads that has the same as the models
 # flags that may change between a run and its continuation
 ANYTIME = MAY_CHANGE | {"rounds", "samples", "judge", "teacher"}
 # flags that are handed on to the training of teacher and judge
@@ -364,8 +363,9 @@ def make_exam(config, procs, data, results, judge_pair, context):
     says in the results how the judge reads them."""
     judge, judge_file = judge_pair
     # a judge with other tokens is given text, not ids
-    foreign = judge_file["tokenizer"] != data.tokenizer.spec
-    results["judged"] = "text, in the judge's own tokens" if foreign else TOKENS
+    results["judged"] = "text, in the judge's own tokens"
+    if judge_file["tokenizer"] == data.tokenizer.spec:
+        results["judged"] = "tokens"
     reads = make_judge(judge, judge_file["tokenizer"], data.tokenizer)
     return Exam(config, procs, data, results, reads, fingerprint(judge), context, COLUMNS)
 
@@ -402,7 +402,8 @@ def distill(config, procs):
     # rows of the table, each for a name, a model and its fingerprint; one that results.json
     # has is kept. First those that need no distillation
     fill_rows(exam, "data", None, "")
-    if judge and results["judged"] == TOKENS:
+    # a judge of the same tokens is also the AR baseline
+    if judge and judge_file["tokenizer"] == data.tokenizer.spec:
         fill_rows(exam, "ar", judge, fingerprint(judge))
     fill_rows(exam, "teacher", teacher, origin)
 

@@ -41,8 +41,8 @@ class ModelConfig:
     attention: str = "full"      # "full", "causal" (AR) or "reveal", see Transformer
     positions: str = "rope"      # "rope" (rotary), "learned" (GPT-2's) or "both"
     dropout: float = 0.0         # on each block's two outputs, in training only
-    attention_bias: bool = True  # biases in attention's projections; MDLM's models
-    #                              (arXiv 2406.07524) have none
+    # biases in attention's projections; MDLM's models (arXiv 2406.07524) have none
+    attention_bias: bool = True
 
     @property
     def causal(self):

@@ -34,8 +34,8 @@ BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
 DTYPES = {32: torch.float32, 64: torch.float64}          # bits: type of a token draw
 OURS = ROOT / "weights/round7.pt"        # the student that comes with the code
-OUR_STEPS = 8                    # where it is not named; with 2, what it was distilled for,
-#                                  few of its stories are valid
+# where it is not named; with 2, what it was distilled for, few of its stories are valid
+OUR_STEPS = 8
 EXACT = "exact"                  # instead of a number of steps: see diffusion.sample_exact
 
 

@@ -117,8 +117,9 @@ def open_folder(path, procs):
     rounds = round_files(path)
     for name, kind in (("ar", "ar"), ("teacher", "mdlm")):
         file = path / f"{name}.pt"
-        # a teacher that is needed and missing is an error
-        if file.exists() or name == "teacher" and not rounds:
+        # without rounds a teacher is needed: if it is missing, load_model says so
+        needed = name == "teacher" and not rounds
+        if needed or file.exists():
             models[name], content = load_model(file, procs.device, (kind,))
     divergence = None
     for file in rounds:
