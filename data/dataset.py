@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from common import ROOT, run_in_first
+from data.devices import upload
 from data.files import UserError, hold, reason, release, write
 
 
@@ -212,11 +213,11 @@ class Data:
 
 
 def to_device(x, device):
-    """A tensor from the CPU, on the device."""
-    if torch.device(device).type == "cuda":
-        # from memory that is not paged out, so that nobody waits for the copy
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+    """A batch from the CPU, on the device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        x = x.pin_memory()               # not paged out: a GPU fetches it by itself
+    return upload(x, device)
 
 
 BLOCK = 2 ** 16                  # tokens of a block

@@ -72,7 +72,7 @@ def keep_blocks_below(size):
 def host_waits(run, device):
     """How often the CPU waited for a GPU in run(), by place: {"diffusion.py:310": 16}; on a
     CPU {}. As far as PyTorch notices: for a number that is read, for a size that depends on
-    numbers, for a copy from memory that is not pinned."""
+    numbers, for a copy."""
     if device.type != "cuda":
         run()
         return {}
