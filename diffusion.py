@@ -1,30 +1,27 @@
-"""Masked diffusion as pure functions: the noise, the bound, one reverse step, the samplers.
+"""Masked diffusion as pure functions: the noise, the bound, one reverse step, the samplers
+in steps. (Exact sampling, in exact.py, needs some of them.)
 
 x: clean tokens (B, L), ids 0..V-1. z_t: the same with some tokens replaced by mask_id = V.
 t in [0, 1] is the time, 1 = all masked: each token is masked with probability
 mask_share(t), here t itself. (The papers write alpha_t = 1 - mask_share(t) for the share
 that is left.) Time runs backward when sampling, from t to s < t.
 
+Names for when tokens are revealed: order (B, n), where order[b, i] is the position that is
+revealed i-th; when (B, n), where when[b, i] is the step in which that happens; rank (B, L),
+where rank[b, l] says how late position l is revealed: only the comparison of these numbers
+counts (where none are given the model draws them). Slot i is the i-th entry of the order.
+An example, L = 4: position 2 is revealed first, with 0, then 3 and 1: order = [2, 0, 3, 1],
+when = [0, 0, 1, 1], rank = [1, 3, 0, 2], and slot 1 is position 0.
+
 A "model" is model.py's Transformer, or a table of probabilities, as in tests/toy.py. This
 file uses its config and
     model.hidden(z, at=None, rank=None)    states (B, L, C); at = (row, pos): (B, M, C)
     model.head(h)                          logits (N, V): what it predicts from states
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
-    model.cache(B, L, spare=0)             an empty KV cache of L + spare places a text
-    model.read(cache, Reading(...))        puts keys and values of some positions in their
-                                           places; then each sees the places before its
-                                           limit, and itself: states (N, C), text by text
-Attention "reveal": a token sees itself and the tokens revealed before it, a mask itself and
-all tokens. So when a mask would be revealed does not matter, and in training any random
-order fits any masks.
+rank is for attention "reveal" alone: a token sees itself and the tokens revealed before it,
+a mask itself and all tokens. So where a mask stands in the order does not matter, and
+training can draw a random order without looking at which positions are masked.
 
-Names for when tokens are revealed: order (B, n), where order[b, i] is the position that is
-revealed i-th; when (B, n), where when[b, i] is the step in which that happens; rank (B, L),
-where rank[b, l] says how late position l is revealed: only the comparison of these numbers
-counts (where none are given the model draws them). Slot i is the i-th place in the order;
-where there is a KV cache, the prompt's positions come first: see prompt_first. An example,
-L = 4: position 2 is revealed first, with 0, then 3 and 1: order = [2, 0, 3, 1], when = [0,
-0, 1, 1], rank = [1, 3, 0, 2], and slot 1 is position 0.
 Bookkeeping, such as order, is on the CPU, tokens and states on the model's device.
 Randomness comes from torch's global generators.
 """
@@ -39,7 +36,6 @@ from model import NOT_FINITE, Reading, cross_entropy
 
 HEAD_ROWS = 512                  # states that the head is given at a time
 DRAW_ROWS = 32                   # rows of logits drawn from at a time: see draw_tokens
-COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V): 8 MB
 
 
 # ---- the noise schedule: for another one, change mask_share and mask_rate
@@ -95,10 +91,10 @@ def rank_prompt_first(keep):
 
 def states_at(model, z, where, rank=None):
     """The states (N, C) at the N positions of z (B, L) where the bool `where` (B, L) is
-    true, row by row. (hidden(z, at) would compute less in its last block, but N differs
-    from call to call, which a compiler handles badly.)"""
-    # on a CPU skip sequences of which nothing is wanted; on a GPU a batch that changes its
-    # size, and may be empty, costs more than that saves
+    true, row by row. (hidden(z, at) would compute less in its last block, but that block
+    would then run uncompiled, see Transformer.run.)"""
+    # on a CPU skip sequences of which nothing is wanted (in SDTT's short steps most); on a
+    # GPU a batch that changes its size, and may be empty, costs more than that saves
     if z.device.type == "cpu":
         rows = where.any(1)                                          # (B,)
         z, where = z[rows], where[rows]
@@ -115,9 +111,10 @@ def nelbo(model, x, mask_id, keep=None):
 
     Why 1/t: about t L tokens are masked, and each may be the next one revealed. So 1/(t L)
     times the sum estimates the cost of one reveal; averaged over t it is the mean cost of a
-    token over random orders. That is exact: a given set of k masks has the probability t^k
-    (1 - t)^(L - k), and 1/t times that, integrated over t and summed over all sets of k,
-    gives 1/k. So each k from 1 to L counts once, with the mean loss of a mask among k.
+    token over random orders. That is exact, though k, the number of masks, is only about
+    t L: a given set of k masks has the probability t^k (1 - t)^(L - k); this times 1/t,
+    integrated over t, is 1 / (k (L choose k)), and there are (L choose k) such sets. So
+    each k from 1 to L counts once, with the mean loss of a mask among k; 1/L averages them.
     (In general the weight is -alpha'_t / (1 - alpha_t).)
     Why a bound: in one order the costs add up to -log p(x | order), and their mean over
     orders is at least -log p(x) of the mixture of orders (Jensen's inequality).
@@ -136,8 +133,8 @@ def nelbo(model, x, mask_id, keep=None):
         rank = rank_prompt_first(keep)
     # the network, then the loss: the head is needed at the masks only
     h = states_at(model, z, masked, rank)                            # (N, C)
-    # over all B L tokens (but those to keep), not over the masks: that there are few of
-    # them at small t is what the weight 1/t makes up for
+    # divided by the number of all tokens (but those to keep), not of masks: the weight 1/t
+    # already makes up for there being few masks at small t
     return model.chunked_sum(h, weighted_nll, x[masked], weight) / count
 
 
@@ -152,7 +149,8 @@ def categorical(logits, dtype=torch.float64):
     """One exact draw per row: logits (..., V) -> ids (...).
     By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be
     out of reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The
-    exponentials may be float32: that is a relative error, 1e-7 of each probability.
+    exponentials may be float32: that is a relative error, 1e-7 of each probability. (dtype
+    is there to show what float32 does.)
     A row that holds NaN gives V, the mask's id. The samplers check for that once, at their
     end; a check here would make the CPU wait for a GPU."""
     # probabilities up to a factor (float64 from the start takes 7 times as long)
@@ -165,12 +163,12 @@ def draw_from(weights):
     """One draw per row of weights (..., V), at least 0 and of any sum: ids (...). In place:
     the weights are lost."""
     V = weights.shape[-1]
-    cdf = torch.cumsum(weights, -1, out=weights)                     # (..., V)
+    cdf = weights.cumsum_(-1)                                        # (..., V)
     total = cdf[..., -1:]                                            # (..., 1)
     # the first entry above a uniform draw
     u = torch.rand(total.shape, dtype=cdf.dtype, device=cdf.device) * total
     ids = torch.searchsorted(cdf, u, right=True)[..., 0]             # (...)
-    ids = ids.clamp(max=V - 1)                         # u may have been rounded up to total
+    ids = ids.clamp(max=V - 1)           # a safeguard, should rounding take u up to total
     return torch.where(total[..., 0].isfinite(), ids, V)
 
 
@@ -189,8 +187,8 @@ def draw_tokens(model, h, draw=categorical):
 
 def sharpen(logits, temperature=1.0, top_p=1.0):
     """Logits (..., V) of a sharper distribution: divided by the temperature, then without
-    the tokens outside the smallest set that has probability top_p. 1 and 1 change
-    nothing."""
+    the tokens outside the smallest set that has probability top_p. 1 and 1 change nothing.
+    sample.py gives `sample` a draw that sharpens first."""
     logits = logits / temperature
     if top_p >= 1:
         return logits
@@ -209,7 +207,8 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
     the network says: so that comes first, and the head is needed at those positions only.
     distill.py's teacher takes such steps; `sample` has the same distribution, but draws all
     reveals beforehand, see plan.
-    rank (B, L): when the tokens of z were revealed, for attention "reveal".
+    rank (B, L): when the tokens of z were revealed, for attention "reveal"; before another
+    step the caller ranks those revealed here after them, as distill.py does.
     Returns z_s (B, L), the bool reveal (B, L), and the states (N, C) at the revealed
     positions, from whose predictions the tokens were drawn."""
     # which masks are revealed
@@ -241,10 +240,9 @@ def plan(z, steps, mask_id):
     ascending, the step in which each of these is revealed. On the CPU. Raises ValueError if
     rows have different numbers of masks.
 
-    sample_plain calls the network in every step. But which masks a step reveals does not
-    depend on the network, so that can be drawn first: each mask is revealed in the step
-    that draw_steps draws for it, independently of all others. A step that reveals nothing
-    of a text changes nothing in it, and no network is told the time: so each text drops its
+    Each mask is revealed in the step that draw_steps draws for it, independently of all
+    others. sample_plain calls the network in every step; but a step that reveals nothing of
+    a text changes nothing in it, and no network is told the time: so each text drops its
     empty steps, and numbers the others 0, 1, 2, ... The steps 7, 2, 7, 5 of four masks are
     sorted to 2, 5, 7, 7 and become 0, 1, 2, 2. Call i of a batch does step i of every text,
     although these steps may be at different times. A batch needs as many calls as its text
@@ -270,15 +268,6 @@ def random_order(z, mask_id):
     return key.argsort(dim=1)[:, :n]
 
 
-def prompt_first(order, L):
-    """order (B, n) of the masks in texts of L positions, with the prompt's positions before
-    it, in random order, as in training: (B, L)."""
-    B, n = order.shape
-    is_mask = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, True)
-    prompt = torch.rand(B, L).masked_fill(is_mask, 2).argsort(1)[:, :L - n]
-    return torch.cat((prompt, order), 1)
-
-
 def draw_steps(steps, rows, n):
     """For each of (rows, n) masks the step, 0 to steps - 1, that reveals it, where `steps`
     equal steps lead from t = 1 to t = 0. A mask survives until t with probability
@@ -290,7 +279,8 @@ def draw_steps(steps, rows, n):
     if torch.equal(mask_share(grid), grid):
         return torch.randint(steps, (rows, n))
 
-    # any other schedule: invert the share that is revealed by s, where each step ends
+    # any other schedule: s is the time at which each step ends, `revealed` the share of the
+    # masks revealed by then; a mask's step is the first whose share is above a uniform draw
     s = 1 - torch.arange(1, steps + 1, dtype=torch.float64) / steps      # (steps,)
     revealed = 1 - mask_share(s)                                     # (steps,), rising to 1
     u = torch.rand((rows, n), dtype=torch.float64)
@@ -331,7 +321,7 @@ def sample_full(model, z, order, when, draw, watch=None):
             h = first_states(model, z, row, pos)                     # (B, M, C)
         else:
             h = model.hidden(z, at=(row, pos))
-        # and what is drawn from it, without the gaps (h has columns, not slots)
+        # and what is drawn from it, in the columns of h and pos that are not gaps
         b, column = now.valid.nonzero(as_tuple=True)                 # (N,) both
         b, column = upload(b, z.device), upload(column, z.device)
         h = h[b, column]                                             # (N, C)
@@ -352,70 +342,6 @@ def span(begin, end):
     slot = begin[:, None] + torch.arange(int((end - begin).max()))
     valid = slot < end[:, None]
     return Span(slot.where(valid, 0), valid)
-
-
-def listed(slots, device):
-    """The N slots of a Span as a pair of ids (N,), of texts and of slots, on the device."""
-    b, column = slots.valid.nonzero(as_tuple=True)
-    return upload(b, device), upload(slots.slot[b, column], device)
-
-
-def sample_cached(model, z, order, when, draw, watch=None):
-    """sample with attention in the order of reveal, and its exact KV cache: a step reads
-    the tokens revealed in the one before, whose keys and values stay in the cache, and the
-    masks that are revealed now. So each position is read twice, whatever the number of
-    steps. z (B, L) is what to fill; order, when: see plan."""
-    B, L = z.shape
-    n = order.shape[1]                                               # masks of a text
-    cache = model.cache(B, L)
-    # from now on all is by slot, the prompt first, as if revealed in step -1: x is z in
-    # the order of slots
-    order = prompt_first(order, L)                                   # (B, L)
-    when = torch.cat((torch.full((B, L - n), -1), when), 1)          # (B, L)
-    order_z = upload(order, z.device)
-    x = z.gather(1, order_z)                                         # (B, L)
-
-    cached = torch.zeros(B, dtype=torch.long)            # tokens in the cache, of each text
-    for i in range(steps_of(when)):
-        known, end = (when < i).sum(1), (when <= i).sum(1)           # (B,) both
-        # the N masks revealed now, and what the network says there; it reads, too, the
-        # tokens that it has not read yet
-        masks = span(known, end)
-        if i == 0 and n == L and model.config.relative:
-            # no prompt: nothing to store yet, and all masks have the same state
-            h = blank_state(model, z).expand(int(masks.valid.sum()), -1)         # (N, C)
-        else:
-            # a mask has the place that its token will have, which then overwrites it
-            new = make_reading(model, x, order, span(cached, known), masks, known,
-                               place=masks.slot)
-            h = model.read(cache, new)                               # (N, C)
-            cached = known
-        # and what is drawn from it
-        x[listed(masks, z.device)] = draw_tokens(model, h, draw)                 # (N,)
-        if watch:
-            watch(by_position(x, order_z))
-    return by_position(x, order_z)
-
-
-def make_reading(model, x, order, tokens, masks, filled, place):
-    """The Reading of some tokens (B, T) of x (B, L), which is by slot, and of some masks
-    (B, M), a Span each. limit: a token of slot s sees the slots before s; a mask of slot s
-    those of them that hold a token, the first min(s, filled), filled (B,). place (B, M):
-    where in the cache the masks are kept; a token is kept in the place of its slot."""
-    slot = torch.cat((tokens.slot, masks.slot), 1)                   # (B, T + M)
-    valid = torch.cat((tokens.valid, masks.valid), 1)
-    first = tokens.slot.shape[1]                                     # T, masks begin here
-    idx = x.gather(1, upload(slot, x.device))
-    idx[:, first:] = model.mask_id
-    limit = torch.cat((tokens.slot, masks.slot.minimum(filled[:, None])), 1)
-    place = torch.cat((tokens.slot, place), 1)
-    return Reading(idx=idx, pos=order.gather(1, slot), place=place, limit=limit,
-                   valid=valid, wanted_from=first)
-
-
-def by_position(x, order):
-    """What is in the order of slots, x (B, L), in that of positions again: (B, L)."""
-    return torch.empty_like(x).scatter_(1, order, x)
 
 
 def steps_of(when):
@@ -439,7 +365,7 @@ def first_states(model, z, row, pos):
     """model.hidden(z, at=(row, pos)) of the first step, without computing twice what is
     alike: texts without a prompt are nothing but masks."""
     alike = bool((z == z[:1]).all())                     # all texts are equal
-    # one of them has a mask at least, so if its ids are equal all are masks
+    # each text has at least one mask: if all its ids are equal, all are masks
     if alike and bool((z[0] == z[0, 0]).all()) and model.config.relative:
         return blank_state(model, z).expand(*pos.shape, -1)
     if alike:
@@ -457,262 +383,84 @@ def blank_state(model, z):
     return model.hidden(z[:1, :1], rank=rank)[0]
 
 
-# ---- exact sampling: the distribution of one token at a time, in a handful of calls
+# ---- attention in the order of reveal: the same sampler with a KV cache, which is exact.
+# Here slots include the prompt, first. The model has two more functions, and a mask_id:
 #
-# The first `final` slots of a text keep their tokens, those up to `guessed` hold guesses,
-# the rest nothing yet. A call asks for the slots from `final` to `end` - 1; c is the first
-# of them that changes. One call (left to right, to be read; a diffusion model's order is
-# shuffled):
-#
-#     slot       0     1     2     3     4     5     6
-#     old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
-#     new        one   day   tom   lost  her   bag   .     c = 4: final = 5, guessed = 7
-#
-# The call predicts each of the slots 2 to 6 from the old tokens in the slots before it: 4
-# from "one day tom lost", 5 from "one day tom lost his". Each guess becomes a draw from its
-# prediction, one that equals the guess as often as possible (couple); a slot without a
-# guess becomes a plain draw. Slots 2 and 3 stayed, so slot 4 was predicted from tokens that
-# stand: 2, 3 and 4 are final. Slot 5 was predicted from "his", which is gone: "bag" is a
-# guess. In the first call there are no guesses, and
-# only the first slot becomes final; in each call at least one does. Once the early slots
-# settle the story, most later guesses stay: then one call makes many final.
-#
-# Why one call is enough: with attention "reveal" a token sees itself and the tokens in the
-# slots before it, a mask itself and those tokens, and nothing sees another mask. So a mask
-# asked at each slot gives that slot's prediction from just the tokens before it. (So does
-# the token before it, in AR.)
-#
-# Why it is exact: fix all draws at the slots before a slot s. They alone decide the
-# predictions p1, p2, ... at s, and the call K that makes s final: the first that changes
-# none of them. By couple the token at s after call k is a draw from pk, for every k; and K
-# does not depend on that token. So the final one is a draw from pK, its prediction from
-# final tokens. (If s were final once its own guess stayed, K would depend on the token, and
-# tokens likely in two predictions would come too often.)
-# Fixed points: arXiv 2002.03629; the coupling: 2211.17192.
+#     model.cache(B, L, spare=0)         an empty KV cache of L + spare places a text
+#     model.read(cache, Reading(...))    puts keys and values of some positions in their
+#                                        places; then each sees the places before its limit,
+#                                        and itself: the states (N, C) of those from column
+#                                        wanted_from on, text by text
 
-def couple_rows(p, q, guess, mask_id):
-    """Guesses (n,) are draws from q (n, V). Returns draws from p (n, V) that equal them as
-    often as possible: a guess x stays with probability min(1, p(x) / q(x)), and otherwise
-    is drawn from what p has more than q, max(p - q, 0) (speculative sampling, arXiv
-    2211.17192). As min(p, q) + max(p - q, 0) = p, the result is a draw from p. Where guess
-    is mask_id there is none, and the draw is from p. q is lost."""
-    has_guess = guess != mask_id                                     # (n,)
-    q[~has_guess] = 0                            # then max(p - q, 0), below, is p
-    # p and q of the guess itself (n,); where there is none any token will do
-    token = guess.where(has_guess, 0)[:, None]                       # (n, 1)
-    p_guess, q_guess = p.gather(1, token)[:, 0], q.gather(1, token)[:, 0]
-    # it stays with probability min(1, p / q)
-    u = torch.rand_like(p_guess)
-    stays = has_guess & (u * q_guess < p_guess)
-    # the others are drawn anew; if p - q rounds to nothing positive, from p
-    others, = (~stays).nonzero(as_tuple=True)                        # (m,)
-    p, q = p[others], q[others]                                      # (m, V) both
-    rest = (p - q).clamp_(min=0)
-    empty = rest.amax(1, keepdim=True) == 0
-    drawn = guess.clone()
-    drawn[others] = draw_from(torch.where(empty, p, rest))
-    return drawn
-
-
-def sample_exact_plain(predict, L, mask_id):
-    """sample_exact as a plain loop: one text, left to right, all slots asked in each call,
-    and no cache. predict(x (L,)) -> probabilities (L, V), those of slot s given the tokens
-    before it, x[:s]. Returns ids (L,) and the number of calls."""
-    x = torch.full((L,), mask_id)
-    q = None                             # what the guesses were drawn from
-    final, calls = 0, 0
-    while final < L:
-        p = predict(x).double()                                      # (L, V), one call
-        if q is None:
-            q = torch.zeros_like(p)                                  # no guesses yet
-        calls += 1
-        # each guess becomes a draw from its new prediction
-        new = x.clone()                                              # (L,)
-        new[final:] = couple_rows(p[final:], q[final:], x[final:], mask_id)
-        # the first slot that changed is final, like all before it
-        changed, = (new != x).nonzero(as_tuple=True)                 # slots
-        final = L
-        if len(changed):
-            final = int(changed[0]) + 1
-        x, q = new, p
-    return x, calls
-
-
-def couple(model, h, h_old, x, mask_id, adjust=None):
-    """couple_rows for guesses x (N,), with q what the states h_old (N, C) predict, and p
-    what h (N, C) predicts: (N,). adjust: see sample_exact."""
-    def probabilities(states):
-        """What states (n, C) predict: (n, V). The softmax may be float32: as in
-        categorical, that is a relative error, 1e-7 of each probability."""
-        logits = model.head(states)
-        if adjust:
-            logits = adjust(logits)
-        return in_float64(logits.softmax(-1))
-
-    ids = []
-    # some at a time, as in draw_tokens: never all (N, V)
-    size = max(DRAW_ROWS, COUPLE_SIZE // model.config.vocab)
-    for new, old, guess in zip(h.split(size), h_old.split(size), x.split(size)):
-        p, q = probabilities(new), probabilities(old)                # (n, V) both
-        ids.append(couple_rows(p, q, guess.to(p.device), mask_id))
-    return torch.cat(ids).to(x.device)
-
-
-@torch.no_grad()
-def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=None):
-    """Fill every mask of z (B, L), in few calls, with exactly the distribution of revealing
-    one token at a time, as told above: for attention in the order of reveal, and for AR
-    models, whose order is left to right. sample_exact_plain is the same without the cache.
-    adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
-    ahead: with f slots final a call asks for the next ahead + f: few at first, when far
-    guesses are mostly wrong; None: all.
-    max_calls: stop there and leave the guesses as they are, which is not exact.
-    watch: called after each call with z and the bool (B, L) of its final tokens.
-    Returns ids (B, L) and the calls that each text took (B,); a batch takes as many as its
-    slowest text. Raises ValueError (see how_to_ask), and FloatingPointError at predictions
-    of NaN."""
+def sample_cached(model, z, order, when, draw, watch=None):
+    """sample with attention in the order of reveal: a step reads the tokens revealed in the
+    one before, whose keys and values stay in the cache, and the masks revealed now. So each
+    position is read twice, whatever the number of steps. z (B, L) is what to fill; order,
+    when: see plan. In the example at the top of this file step 0 reads the masks of slots 0
+    and 1; step 1 reads the tokens of slots 0 and 1, and the masks of 2 and 3."""
     B, L = z.shape
-    ahead = L if ahead is None else min(ahead, L)
-    # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
-    ask, order = how_to_ask(model, z, mask_id)
-    order_z = upload(order, z.device)
-    x = z.gather(1, order_z)             # (B, L), tokens by slot; a mask where no guess is
+    n = order.shape[1]                                               # masks of a text
+    cache = model.cache(B, L)
+    # from here on the slots include the prompt, as if it were revealed in step -1
+    order = prompt_first(order, L)                                   # (B, L)
+    when = torch.cat((torch.full((B, L - n), -1), when), 1)          # (B, L)
+    order_z = upload(order, z.device)    # order, on z's device
+    x = z.gather(1, order_z)             # (B, L), masks too: x[b, i] = z[b, order[b, i]]
 
-    # of each text, (B,): slots 0 to final - 1 are done, at first the prompt's; those up to
-    # guessed - 1 hold guesses, and the rest masks
-    final = (x != mask_id).sum(1).cpu()
-    guessed = final
-    # the first slot whose token is not yet in the cache, or is an old one there; -1: AR's
-    # start symbol, too
-    unread = torch.full_like(final, -1)
-    cache = model.cache(B, L, spare=L)
-    states = None                        # (B, L, C): what each slot's token was drawn from
-    calls, made = torch.zeros(B, dtype=torch.long), 0
-    while bool((final < L).any()) and made != max_calls:
-        made += 1
-        calls += final < L
-        # what is asked: the slots from `final` to `end` - 1 (B,), N together; of a finished
-        # text none. `end` never falls, so every guess is asked again
-        end = final + (ahead + final)
-        if made == max_calls:
-            end = end + L                                # no slot may stay without a guess
-        end = end.clamp(max=L)
-        h = ask(model, cache, order, x, unread, guessed, (final, end))           # (N, C)
-        if states is None:
-            states = h.new_zeros(B, L, h.shape[1])
-
-        # each guess becomes a draw from its new prediction; h has the rows of `listed`
-        at = listed(span(final, end), z.device)          # (N,) text, slot
-        old, x = x, x.clone()
-        x[at] = couple(model, h, states[at], old[at], mask_id, adjust)
-        states[at] = h
-        # c (B,): the first slot that changed, or `end` if none did, which then is L. (A
-        # slot without a guess held a mask, so it has changed: all behind it stay guesses)
-        changed = (x != old).cpu()
-        c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
-        final = (c + 1).minimum(end)
-        guessed = end
-        # the call has read what stayed, but not the new token at c; the old keys behind c
-        # are overwritten by the next call, which reads all guesses again
-        unread = final - 1
+    cached = torch.zeros(B, dtype=torch.long)            # tokens in the cache, of each text
+    for i in range(steps_of(when)):
+        known, end = (when < i).sum(1), (when <= i).sum(1)           # (B,) both
+        # the N masks revealed now. The network reads them, and with them the tokens that
+        # it has not read yet
+        masks = span(known, end)
+        if i == 0 and n == L and model.config.relative:
+            # no prompt: nothing to store yet, and all masks have the same state
+            h = blank_state(model, z).expand(int(masks.valid.sum()), -1)         # (N, C)
+        else:
+            # a mask has the place that its token will have, which then overwrites it
+            new = make_reading(model, x, order, span(cached, known), masks, known,
+                               place=masks.slot)
+            h = model.read(cache, new)                               # (N, C)
+            cached = known
+        # and what is drawn from it
+        x[listed(masks, z.device)] = draw_tokens(model, h, draw)                 # (N,)
         if watch:
-            done = torch.arange(L) < final[:, None]      # (B, L), by slot
-            watch(by_position(x, order_z), by_position(done, order))
-    return without_masks(by_position(x, order_z), mask_id), calls
+            watch(by_position(x, order_z))
+    return by_position(x, order_z)
 
 
-# ---- how one call asks: the states (N, C) that predict slots `begin` to `end` - 1, each
-# from the tokens before it. What follows is how the cache makes that one call
-
-def how_to_ask(model, z, mask_id):
-    """What differs between models in sample_exact: (ask_masks or ask_tokens, order (B, L)).
-    Raises ValueError for full attention; AR: if z has gaps; "reveal": if its rows differ in
-    their number of masks."""
-    B, L = z.shape
-    if model.config.causal:
-        if bool(((z[:, 1:] != mask_id) & (z[:, :-1] == mask_id)).any()):
-            raise ValueError("an AR model goes on from a prompt, and fills no gaps")
-        return ask_tokens, torch.arange(L).repeat(B, 1)
-    if model.config.attention != "reveal":
-        raise ValueError("exact sampling needs attention in the order of reveal")
-    return ask_masks, prompt_first(random_order(z, mask_id), L)
-
-
-def ask_masks(model, cache, order, x, unread, guessed, asked):
-    """One call of a model with attention in the order of reveal: the states (N, C) of masks
-    at the slots from begin to end - 1, with asked = begin, end, (B,) both; N together. It
-    reads, first, the tokens of x (B, L) that the cache lacks, from slot `unread` (B,) on;
-    then the masks. Both the token of slot s and its mask see the tokens of the slots before
-    s that have one. The cache keeps the token of slot s in place s, and its mask in place
-    L + s: in place s it would overwrite the guess there, which this call reads, too."""
-    begin, end = asked
-    masks = span(begin, end)
-    # the token of the last slot asked is not read: nothing that is asked comes after it
-    tokens = span(unread.clamp(min=0), (end - 1).minimum(guessed))
-    place = masks.slot + x.shape[1]
-    new = make_reading(model, x, order, tokens, masks, guessed, place)
-    return model.read(cache, new)
+def make_reading(model, x, order, tokens, masks, filled, place):
+    """The Reading of some tokens (B, T), then some masks (B, M), each a Span of x (B, L),
+    which is by slot. A token is kept in the place of its slot, and sees the slots before
+    it. A mask is kept in its `place` (B, M), and sees the first `filled` (B,) slots: above,
+    all tokens. (In exact.py those also hold guesses, and a mask may stand at the slot of
+    one: then it sees only the slots before its own.)"""
+    slot = torch.cat((tokens.slot, masks.slot), 1)                   # (B, T + M)
+    valid = torch.cat((tokens.valid, masks.valid), 1)
+    T = tokens.slot.shape[1]             # the masks' first column
+    idx = x.gather(1, upload(slot, x.device))
+    idx[:, T:] = model.mask_id
+    limit = torch.cat((tokens.slot, masks.slot.minimum(filled[:, None])), 1)
+    place = torch.cat((tokens.slot, place), 1)
+    return Reading(idx=idx, pos=order.gather(1, slot), place=place, limit=limit,
+                   valid=valid, wanted_from=T)
 
 
-def ask_tokens(model, cache, order, x, unread, guessed, asked):
-    """ask_masks of an AR model, which predicts slot s at the token of slot s - 1, so that
-    no masks are needed (skip this at a first reading):
-
-        place in the cache     0       1     2     3
-        what is there          start   one   day   tom       the token of slot place - 1
-        what it predicts       slot 0  1     2     3
-
-    Slots beyond the guesses cannot be predicted yet. Their states are 0, so their first
-    guesses are arbitrary draws, from head(0); couple corrects them, as it does any."""
-    B, L = x.shape
-    start = torch.full((B, 1), model.mask_id, device=x.device)
-    shifted = torch.cat((start, x[:, :-1]), 1)                       # (B, L)
-    # from the place of slot `unread`'s token to the place that predicts the last slot
-    # asked; a text that is finished asks for nothing
-    begin, end = asked
-    last = (end - 1).minimum(guessed).where(begin < end, unread)
-    places = span(unread + 1, last + 1)                              # (B, M)
-    idx = shifted.gather(1, upload(places.slot, x.device))
-    new = Reading(idx=idx, pos=places.slot, place=places.slot, limit=places.slot,
-                  valid=places.valid)
-    h = model.read(cache, new)
-    states = h.new_zeros(B, L, h.shape[1])
-    states[listed(places, x.device)] = h
-    return states[listed(span(begin, end), x.device)]                # (N, C)
+def prompt_first(order, L):
+    """order (B, n) of the masks in texts of L positions, with the prompt's positions before
+    it, in random order, as in training: (B, L)."""
+    B, n = order.shape
+    is_mask = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, True)
+    prompt = torch.rand(B, L).masked_fill(is_mask, 2).argsort(1)[:, :L - n]
+    return torch.cat((prompt, order), 1)
 
 
-# ---- the same call on a given text: its likelihood
-
-@torch.no_grad()
-def nll_in_order(model, x, mask_id, order=None, known=0):
-    """-log p(x | order) of each text of x (B, L), exactly and in one call, in nats: (B,).
-    For attention in the order of reveal. order (B, L): positions, on the CPU; random ones
-    unless given. known: the first so many slots, a number or (B, 1), are given and cost
-    nothing.
-    The same reading as in sample_exact, with the text itself as the guess: a mask at each
-    slot says what the token costs given those before it. The mean over orders is at least
-    -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
-    are drawn, and every token counts."""
-    B, L = x.shape
-    if order is None:
-        order = random_order(torch.full_like(x, mask_id), mask_id)   # (B, L)
-    by_slot = x.gather(1, upload(order, x.device))                   # (B, L)
-    # all slots are guessed and no token is in the cache; asked are those that are not known
-    unread, end = torch.zeros(B, dtype=torch.long), torch.full((B,), L)
-    begin = torch.as_tensor(known).reshape(-1).expand(B)             # (B,)
-    cache = model.cache(B, L, spare=L)
-    h = ask_masks(model, cache, order, by_slot, unread, end, (begin, end))       # (N, C)
-    asked = span(begin, end)
-    of_asked = nats_of(model, h, by_slot[listed(asked, x.device)])   # (N,)
-    nats = of_asked.new_zeros(B, L)              # on the device that has float64
-    nats[listed(asked, nats.device)] = of_asked
-    return nats.sum(1)                                               # (B,)
+def listed(slots, device):
+    """The N slots of a Span as a pair of ids (N,), of texts and of slots, on the device."""
+    b, column = slots.valid.nonzero(as_tuple=True)
+    return upload(b, device), upload(slots.slot[b, column], device)
 
 
-def nats_of(model, h, ids):
-    """-log p of ids (N,) under what the states h (N, C) predict: (N,), float64. The head is
-    given some states at a time, see draw_tokens."""
-    nats = []
-    for states, some in zip(h.split(HEAD_ROWS), ids.split(HEAD_ROWS)):
-        nats.append(in_float64(cross_entropy(model.head(states), some)))
-    return torch.cat(nats)
+def by_position(x, order):
+    """What is in the order of slots, x (B, L), in that of positions again: (B, L)."""
+    return torch.empty_like(x).scatter_(1, order, x)

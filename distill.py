@@ -8,14 +8,15 @@ of itself, does in k steps of size dt (k = 2 unless --k says otherwise); then dt
 as large. It ends with a table, text, and a folder of results. Interrupt it at any time: the
 same command goes on where it was.
 
-The method is in `sdtt_targets`, `sdtt_loss` and `distill_round`; what comes before is
-divergences and flags, what comes after is the path from nothing to a table. What is
-measured, and kept, is in data/results.py.
+The method comes first: `sdtt_targets`, `sdtt_loss` and the divergences; then the flags, a
+round (`distill_round`), and the path from nothing to a table. What is measured, and kept,
+is in data/results.py.
 """
 import copy
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,25 +25,107 @@ from common import agree, broadcast, make_optimizers, run_in_first, start
 from data.checkpoints import Run, fingerprint, load_for, load_model, resume
 from data.dataset import load_data
 from data.files import UserError, hold
-from data.measures import make_judge
-from data.results import (Exam, announce, announce_round, conclude, fill_rows,
-                          open_results)
+from data.results import announce, announce_round, conclude, fill_rows, open_exam
 from data.script import GOES_ON, as_command, command, flag, parse_flags
 from diffusion import q_sample, rank_prompt_first, sample_t, states_at, unmask_step
 from model import SHORT, Transformer
 from train import MAY_CHANGE, LoopConfig, TrainConfig, fit, prepare_model, train
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
-# flags that may change between a run and its continuation
+# flags that may change between a run and its continuation. --teacher may name another path,
+# but not other weights: each round's checkpoint holds their fingerprint (origin)
 ANYTIME = MAY_CHANGE | {"rounds", "samples", "judge", "teacher"}
 # flags that are handed on to the training of teacher and judge
 SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batch",
           "micro_batch", "seed", "device", "bf16", "compile", "recompute")
 
 
-# ---- divergences of p, which the student predicts at a mask, from q, the target: functions
-# of log_p, which has a gradient, and log_q, (N, V) both, finite, float32, for N masks and V
-# tokens -> (N,), a number for each mask by itself, as rows come in chunks
+# ---- the method
+
+@torch.no_grad()
+def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
+    """What the student learns to predict at each mask of z_t (SDTT, algorithm 1).
+    The teacher takes k reverse steps of size dt from t. The target at a mask is the
+    teacher's prediction in the step that reveals it; masks that no step reveals get that of
+    the last. So the first k - 1 steps draw tokens, and the last one only predicts, at all
+    masks that are left. With k = 2:
+
+        z_t                       _     met   _     .     he   was   _
+        step 1 draws              sam   met   _     .     he   was   _
+        step 2 only predicts      sam   met   _     .     he   was   _
+        target: prediction of     1           2                      2
+
+    The student sees only z_t, and must predict all three.
+    z (B, L) = z_t; t (B,). rank (B, L), for attention "reveal": the order in which the
+    tokens of z_t count as revealed, random numbers in [0, 1), of a prompt below 0.
+    Returns the targets as the teacher's states (N, C) at the masks, its last layer's output
+    in the order of z[z == mask_id]: teacher.head makes predictions (N, V) of them, which
+    would take V / C times the memory."""
+    masked = z == mask_id                # (B, L), the N masks of z_t. z is replaced below
+    parts = []                           # of each step: where (B, L), the states there
+    for i in range(k - 1):
+        # the times of step i. From a small t fewer than k steps fit: the one that is cut
+        # off at 0 reveals all masks that are left, and later steps find none
+        t_i = (t - i * dt).clamp(min=0)                              # (B,)
+        s_i = (t - (i + 1) * dt).clamp(min=0)
+        # the step chooses what is revealed, runs the teacher, and draws it: revealed (B, L)
+        # bool, n of them; h (n, C), the teacher's states at these
+        z, revealed, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
+        parts.append((revealed, h))
+        if rank is not None:
+            # what this step reveals comes after all that was revealed before: its rank
+            # moves from [0, 1) to [i + 1, i + 2)
+            rank = torch.where(revealed, rank + i + 1, rank)
+    # the last step draws nothing: revealed in it or not, the rest takes its prediction
+    rest = z == mask_id
+    h_rest = states_at(teacher, z, rest, rank)
+    parts.append((rest, h_rest))
+
+    # each mask of z_t was revealed in one of the steps, or is in the rest
+    target_h = h_rest.new_zeros(*z.shape, h_rest.shape[1])           # (B, L, C)
+    for where, h in parts:
+        target_h[where] = h
+    return target_h[masked]                                          # (N, C)
+
+
+def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
+    """The loss of a batch (SDTT, algorithm 2), a scalar: the divergence of this kind
+    between student and target on the masks of z_t, averaged over them. x (B, L) clean
+    tokens, keep (B, L) those that are given, see q_sample. leap = (dt, k): the student
+    learns to do k steps of size dt at once. No weight 1/t (only a bound needs it): each
+    mask counts the same, so texts with more masks count more."""
+    dt, k = leap
+    # the noise
+    t = sample_t(x.shape[0], x.device)                               # (B,)
+    z = q_sample(x, t, mask_id, keep)    # (B, L), some tokens masked
+    masked = z == mask_id                                            # (B, L), N of them
+    # the order of reveal, one for teacher and student (full attention makes no use of it);
+    # a prompt comes first
+    rank = None
+    if keep is not None:
+        rank = rank_prompt_first(keep)
+    elif teacher.config.attention == "reveal":
+        rank = torch.rand(z.shape, device=z.device)
+
+    # the teacher takes k steps from z_t, the student predicts from z_t alone
+    target_h = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)     # (N, C)
+    h = states_at(student, z, masked, rank)                          # (N, C)
+
+    # all logits (N, V) at once would be too many: chunked_sum takes n rows of h and of
+    # target_h at a time, has the student's head make logits, and adds up what compare says
+    def compare(logits, target_rows):
+        """Logits (n, V) of the student, states (n, C) of the teacher -> (n,)."""
+        with torch.no_grad():            # the target has no gradient
+            log_q = F.log_softmax(teacher.head(target_rows), dim=-1)     # (n, V)
+        return divergence(F.log_softmax(logits, dim=-1), log_q, kind)
+    # N is 0 if the noise masked nothing
+    return student.chunked_sum(h, compare, target_h) / max(1, len(target_h))
+
+
+# ---- divergences between p, the student's prediction, and q, the target. Each takes log_p
+# and log_q (N, V), for N masks and V tokens, and returns (N,): a number for each mask, from
+# its own row alone, as rows come in chunks. Both are finite and float32; log_p has a
+# gradient
 
 def kl(log_a, log_b):
     """KL(a || b), in nats."""
@@ -51,9 +134,9 @@ def kl(log_a, log_b):
 
 def reverse_kl(log_p, log_q):
     """KL(student || target), the paper's choice (section 3.2)."""
-    # the teacher's first step is random, so the same masks get many targets. The best log p
-    # is the mean of their log q, normalised. One target near zero pulls that mean down: a
-    # token that many targets rule out is lost, the one that the fewest rule out gains
+    # the teacher's first step is random, so the same masks get many targets. The best p is
+    # their geometric mean, normalised. One q near 0 pulls a token's mean far down, and no
+    # other q can make up for it: the token that the fewest targets rule out gains
     return kl(log_p, log_q)
 
 
@@ -115,7 +198,6 @@ class DistillConfig(LoopConfig):
         "ema", "weights that the next round begins from, as student and teacher: ema "
         "(averaged) or raw", choices=["ema", "raw"])
     reset_optimizer: bool = flag(False, "begin each round with a fresh optimizer")
-    # the learning rate rises and falls in each round anew
     lr: float = flag(2e-3, "highest learning rate, reached anew in each round", low=0)
     warmup: int = flag(10, "steps of linear warm-up in each round", low=0)
     # what is measured
@@ -129,18 +211,19 @@ class DistillConfig(LoopConfig):
 
     def __post_init__(self):
         if self.teacher_steps is None:
-            # of at most 64 tokens most are revealed alone in 256 steps
+            # SHORT presets have at most 64 tokens: 256 steps reveal most of them one by one
             self.teacher_steps = 256 if self.preset in SHORT else 1024
         if self.steps_per_round is None:
             # optimizer steps; the paper takes 10,000
-            self.steps_per_round = 150 if self.dataset == "stories" else 600
+            on_stories = Path(self.dataset).name == "stories"
+            self.steps_per_round = 150 if on_stories else 600
         # the mean of one text has no error to show
         if self.samples == 1:
             raise UserError("--samples 1 has no standard error; give 2 or more, or 0 for "
                             "none")
 
 
-# ---- the method
+# ---- the rounds
 
 def schedule(teacher_steps, rounds, k=2):
     """Sampling steps of the first teacher, then of each round's student: in the paper 1024,
@@ -155,88 +238,6 @@ def schedule(teacher_steps, rounds, k=2):
     # k steps of the teacher become one of the student
     return [teacher_steps / k ** r for r in range(rounds + 1)]
 
-
-@torch.no_grad()
-def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
-    """What the student learns to predict at each mask of z_t (SDTT, algorithm 1).
-    The teacher takes k reverse steps of size dt from t. The target at a mask is the
-    teacher's prediction in the step that reveals it; masks that no step reveals get that of
-    the last. So the first k - 1 steps draw tokens, and the last one only predicts, at all
-    masks that are left. With k = 2:
-
-        z_t                       _     met   _     .     he   was   _
-        step 1 draws              sam   met   _     .     he   was   _
-        step 2 only predicts      sam   met   _     .     he   was   _
-        target: prediction of     1           2                      2
-
-    The student sees only z_t, and must predict all three. z (B, L) = z_t; t (B,); rank
-    (B, L), for attention "reveal": the random order in which tokens were revealed, all
-    below 1 (a mask's does not matter), see model.reveal_mask.
-    Returns the targets as the teacher's states (N, C) at the masks, its last layer's output
-    in the order of z[z == mask_id]: teacher.head makes predictions (N, V) of them, which
-    would take V / C times the memory."""
-    masked = z == mask_id                # (B, L), the N masks of z_t. z is replaced below
-    parts = []                           # of each step: where (B, L), the states there
-    for i in range(k - 1):
-        # the times of step i. t is random: if it is less than k dt, a step that ends at 0
-        # reveals all, and those after it find no masks
-        t_i = (t - i * dt).clamp(min=0)                              # (B,)
-        s_i = (t - (i + 1) * dt).clamp(min=0)
-        # the step runs the teacher, chooses what is revealed, and draws it: revealed (B, L)
-        # bool, n of them; h (n, C), the states of these alone
-        z, revealed, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
-        parts.append((revealed, h))
-        if rank is not None:
-            # what this step reveals comes after all that was revealed before: its rank
-            # moves from [0, 1) to [i + 1, i + 2)
-            rank = torch.where(revealed, rank + i + 1, rank)
-    # the last step draws nothing: revealed in it or not, the rest takes its prediction
-    rest = z == mask_id
-    h_rest = states_at(teacher, z, rest, rank)
-    parts.append((rest, h_rest))
-
-    # each mask of z_t was revealed in one of the steps, or is in the rest
-    target_h = h_rest.new_zeros(*z.shape, h_rest.shape[1])           # (B, L, C)
-    for where, h in parts:
-        target_h[where] = h
-    return target_h[masked]                                          # (N, C)
-
-
-def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
-    """The loss of a batch (SDTT, algorithm 2), a scalar: the divergence of this kind
-    between student and target on the masks of z_t, averaged over them. x (B, L) clean
-    tokens, keep (B, L) those that are given, see q_sample. leap: (dt, k), the student
-    learns to do k steps of size dt at once. No weight 1/t (only a bound needs it): each
-    mask counts the same, so texts with more masks count more."""
-    dt, k = leap
-    # the noise
-    t = sample_t(x.shape[0], x.device)                               # (B,)
-    z = q_sample(x, t, mask_id, keep)    # (B, L), some tokens masked
-    masked = z == mask_id                                            # (B, L), N of them
-    # the order of reveal, one for teacher and student (full attention makes no use of it);
-    # a prompt comes first
-    rank = None
-    if keep is not None:
-        rank = rank_prompt_first(keep)
-    elif teacher.config.attention == "reveal":
-        rank = torch.rand(z.shape, device=z.device)
-
-    # the teacher takes k steps from z_t, the student predicts from z_t alone
-    target_h = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)     # (N, C)
-    h = states_at(student, z, masked, rank)                          # (N, C)
-
-    # all logits (N, V) at once would be too many: chunked_sum takes n rows of h and of
-    # target_h at a time, has the student's head make logits, and adds up what compare says
-    def compare(logits, target_rows):
-        """Logits (n, V) of the student, states (n, C) of the teacher -> (n,)."""
-        with torch.no_grad():            # the teacher's head is not trained
-            log_q = F.log_softmax(teacher.head(target_rows), dim=-1)     # (n, V)
-        return divergence(F.log_softmax(logits, dim=-1), log_q, kind)
-    # N is 0 if the noise masked nothing
-    return student.chunked_sum(h, compare, target_h) / max(1, len(target_h))
-
-
-# ---- the rounds
 
 def distill_round(config, procs, data, r, before, origin):
     """Round r (from 0), or what is left of it; a finished round is only loaded. before: the
@@ -256,9 +257,8 @@ def distill_round(config, procs, data, r, before, origin):
     if r == 0 or config.reset_optimizer:
         optimizers = make_optimizers(student, config)
 
-    # what the round's checkpoint stores beside the weights: until the round is done also
-    # its teacher, so that a round that is stopped goes on with the one that it began with.
-    # (state_dict() shares memory: what is loaded into the teacher below is stored, too)
+    # what the round's checkpoint stores beside the weights. The teacher is for a round that
+    # is stopped: the file of a finished one is saved without it
     content = dict(kind="sdtt", round=r + 1, sampling_steps=round(sampling_steps[r + 1]),
                    origin=origin, tokenizer=data.tokenizer.spec, data=data.fingerprint,
                    config=dataclasses.asdict(config), teacher=teacher.state_dict())
@@ -268,9 +268,10 @@ def distill_round(config, procs, data, r, before, origin):
     # rounds included
     run.updates_before = r * config.steps_per_round
 
-    # a round that goes on takes the teacher that it began with
+    # a round that goes on keeps the teacher that it began with, even if the file of the
+    # round before was made anew. (Loaded in place: content shares the teacher's memory)
     saved = resume(run, config, ANYTIME)
-    if saved and saved["teacher"]:
+    if saved and saved["teacher"]:       # None in the file of a finished round
         teacher.load_state_dict(saved["teacher"])
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
     # a copy is not compiled: compile it if the student is
@@ -298,14 +299,14 @@ def train_on_the_way(config, procs, objective, init=None):
         # the user may prefer to run it alone, or with other flags
         same = as_command("train.py", wanted)
         print(f"no {wanted.path} yet; the same as: {same}", flush=True)
-    # a checkpoint that is there keeps its own flags; but where a given teacher (init) is
-    # adapted, --attention must win
+    # as_saved: a checkpoint that is there keeps its own flags. Not where a given teacher
+    # (init) is adapted to --attention: one that was made with other flags is refused
     return train(wanted, procs, as_saved=init is None)
 
 
 def get_teacher(config, procs, data):
-    """The teacher and its checkpoint. If --attention is not that of a given teacher, this
-    is trained further with it."""
+    """The teacher and its checkpoint. A given teacher with another attention than
+    --attention is first trained further with the one that is asked for."""
     kinds = ("mdlm", "sdtt")             # a student can teach, too
     path = config.teacher
     if path is None:
@@ -358,18 +359,6 @@ def first_student(teacher, config, procs):
                optimizers=[], content={})
 
 
-def make_exam(config, procs, data, results, judge_pair, context):
-    """What measures all models alike, whatever writes the texts, of `context` tokens. It
-    says in the results how the judge reads them."""
-    judge, judge_file = judge_pair
-    # a judge with other tokens is given text, not ids
-    results["judged"] = "text, in the judge's own tokens"
-    if judge_file["tokenizer"] == data.tokenizer.spec:
-        results["judged"] = "tokens"
-    reads = make_judge(judge, judge_file["tokenizer"], data.tokenizer)
-    return Exam(config, procs, data, results, reads, fingerprint(judge), context, COLUMNS)
-
-
 def distill(config, procs):
     """The whole path that a DistillConfig describes, or what is left of it."""
     # an impossible number of rounds is refused before anything trains
@@ -383,27 +372,19 @@ def distill(config, procs):
 
     # judge and teacher, trained where they are missing
     judge_pair, teacher_pair = judge_and_teacher(config, procs, data)
-    judge, judge_file = judge_pair                                   # None, None: no table
-    teacher, teacher_file = teacher_pair
+    teacher, _ = teacher_pair            # without its checkpoint's other content
     # a lock: one run at a time in this folder (train.py's own locks served until here)
     run_in_first(procs, lambda: hold(config.folder / "results.json"))
     broadcast(teacher, procs)            # one set of weights for all
     origin = fingerprint(teacher)        # all rounds belong to this one
 
-    # what all models are measured with
-    results = open_results(config)
-    seconds = results["seconds"]
-    seconds["teacher"] = teacher_file["seconds"]
-    exam = None                          # without a judge fill_rows does nothing
-    if judge:
-        seconds["ar"] = judge_file["seconds"]
-        exam = make_exam(config, procs, data, results, judge_pair, teacher.config.context)
-
-    # rows of the table, each for a name, a model and its fingerprint; one that results.json
-    # has is kept. First those that need no distillation
-    fill_rows(exam, "data", None, "")
-    # a judge of the same tokens is also the AR baseline
-    if judge and judge_file["tokenizer"] == data.tokenizer.spec:
+    # how all models are measured (without a judge: not at all), and the table's rows.
+    # fill_rows adds those of one model, unless results.json has them for its fingerprint
+    exam = open_exam(config, procs, data, judge_pair, teacher_pair, COLUMNS)
+    # first what needs no distillation
+    fill_rows(exam, "data", None, "")    # no model, so no fingerprint
+    if exam.same_tokens:                 # then the judge is the AR baseline, too
+        judge, _ = judge_pair
         fill_rows(exam, "ar", judge, fingerprint(judge))
     fill_rows(exam, "teacher", teacher, origin)
 
@@ -413,14 +394,13 @@ def distill(config, procs):
         if procs.rank == 0:
             announce_round(config, sampling_steps, r, run.seconds)
         run = distill_round(config, procs, data, r, run, origin)     # trained in place
-        seconds[f"round {r + 1}"] = run.seconds
+        exam.seconds[f"round {r + 1}"] = run.seconds
         # the averaged weights, whatever is handed over
         fill_rows(exam, f"round {r + 1}", run.ema, fingerprint(run.ema))
     # the table, and text to look at
-    if judge and procs.rank == 0:
+    if exam.judge and procs.rank == 0:
         # the first teacher beside the last student
-        models = {"teacher": teacher, f"round {config.rounds}": run.ema}
-        conclude(config, procs, data, results, models)
+        conclude(exam, {"teacher": teacher, f"round {config.rounds}": run.ema})
 
 
 def main():

@@ -1,9 +1,9 @@
 """One transformer for three jobs: masked diffusion (bidirectional, or in the order of
 reveal), its distilled students (the same), and the autoregressive (AR) baseline (causal).
 
-Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H; M is a number of
-positions picked from each sequence, N of positions picked from all. The vocabulary has V
-real tokens; id V is the mask of a diffusion model and the start symbol of an AR one. The
+Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H; M positions of each
+sequence; N positions of all sequences together, n some of them. The vocabulary has V real
+tokens; id V is the mask of a diffusion model and the start symbol of an AR one. The
 embedding therefore has V + 1 rows and the head V: no model here can ever predict the mask.
 
 Who calls whom:
@@ -14,8 +14,8 @@ Who calls whom:
     run       the embedding, then the blocks: hidden, read and decode all end here
 
 Only attention mixes positions. *Who sees whom* is therefore an argument of the block: a
-function attend(q, k, v), one of see_sequence, see_at, see_cache and see_step. The KV cache
-comes last in this file: training and full attention need none of it.
+function attend(q, k, v), one of see_sequence, see_cache and see_step. The KV cache comes
+last in this file: training and full attention need none of it.
 """
 import functools
 import math
@@ -50,15 +50,14 @@ class ModelConfig:
 
     @property
     def relative(self):
-        """Whether a text of nothing but masks has the same state at all positions, so that
-        samplers need to compute only one: if positions enter by the rotation of queries and
-        keys alone, attention takes a mean of equal vectors. (Not so if causal: a text
-        begins with the start symbol.)"""
+        """Whether a fully masked text has the same state at every position: samplers then
+        compute one for all. With rope alone it has: rotation changes only the weights of
+        attention's mean, and all values are equal. (A causal model has no masks.)"""
         return self.positions == "rope" and not self.causal
 
 
 PRESETS = {
-    # for a laptop CPU, the second with patience: see SHORT
+    # for short texts, on a laptop CPU (the second is slow there)
     "nano": dict(layers=3, heads=4, width=128, context=64),
     "mini": dict(layers=4, heads=6, width=192, context=64),
     # SDTT's three sizes, and a larger one
@@ -71,8 +70,6 @@ SHORT = "nano", "mini"           # presets of short texts
 CHOICES = {"positions": ("rope", "learned", "both"),
            "attention": ("full", "causal", "reveal")}
 CHUNK = 2 ** 24                  # logits at a time in losses: 64 MB
-NOT_FINITE = ("the model's predictions are not finite numbers, so nothing can be drawn "
-              "from them: its training diverged; train it anew with a lower --lr")
 
 
 # ---- one block
@@ -93,7 +90,8 @@ class Block(nn.Module):
         super().__init__()
         C = config.width
         self.heads = config.heads
-        # attention: queries, keys and values come from one product
+        # attention: queries, keys and values come from one product. (Linear is PyTorch's,
+        # and so is gelu: see the end of this file)
         self.norm1 = nn.LayerNorm(C)
         self.qkv = Linear(C, 3 * C, bias=config.attention_bias)
         self.attn_out = Linear(C, C, bias=config.attention_bias)
@@ -106,17 +104,17 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, at=None):
         """x (..., C) -> the same shape. rope: the tables of rotate, or None.
         attend(q, k, v), each (..., H, D), returns attention's output, of the same shape.
-        at, in the last block only: the states x[at] alone are wanted. attend knows of it,
-        too, and returns just these. (From hidden a pair of ids (B, 1) and (B, M), from read
-        ids (n,).)"""
+        at: an index of positions, given to the last block only, which then returns the
+        states x[at] and no others, and hands `at` on to attend. hidden gives a pair (texts
+        (B, 1), positions (B, M)), read gives (n,)."""
         qkv = self.qkv(self.norm1(x))                                # (..., 3 C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, D) each
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        # the only place where positions meet
-        y = attend(q, k, v).flatten(-2)                              # (..., C), or those at
         if at is not None:
-            x = x[at]
+            x, attend = x[at], functools.partial(attend, at=at)
+        # the only place where positions meet
+        y = attend(q, k, v).flatten(-2)          # (..., C), or only those of at
         # both halves add to the stream x
         x = x + self.dropout(self.attn_out(y))
         return x + self.dropout(self.mlp_out(gelu(self.mlp_in(self.norm2(x)))))
@@ -124,24 +122,21 @@ class Block(nn.Module):
 
 # ---- who sees whom
 
-def see_sequence(q, k, v, mask=None, causal=False):
-    """Attention within sequences: k and v (B, L, H, D), and q (B, M, H, D) of the M
-    positions that look, usually all -> (B, M, H, D). mask (B, M, L) bool: who sees whom,
-    row by row. Without one, each position sees all, or, if causal, those not later."""
+def see_sequence(q, k, v, sees=None, causal=False, at=None):
+    """Attention within sequences: q, k, v (B, L, H, D) -> the same shape, or with `at`, ids
+    (B, 1) of texts and (B, M) of the positions that look, (B, M, H, D). sees (B, L, L)
+    bool: who sees whom, row by row. Without it each position sees all, or, if causal, those
+    not later."""
+    if at is not None:
+        q = q[at]                                                    # (B, M, H, D)
+        if sees is not None:
+            sees = sees[at]                                          # (B, M, L)
     # q (B, H, M, D), k and v (B, H, L, D)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if mask is not None:
-        mask = mask[:, None]                                         # alike for all heads
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    if sees is not None:
+        sees = sees[:, None]                                         # alike for all heads
+    y = F.scaled_dot_product_attention(q, k, v, sees, is_causal=causal)
     return y.transpose(1, 2)                                         # (B, M, H, D)
-
-
-def see_at(q, k, v, at, mask=None):
-    """see_sequence, asked at some positions only: q, k, v (B, L, H, D), at a pair of ids
-    (B, 1) of texts and (B, M) of positions -> (B, M, H, D). mask (B, L, L) or None."""
-    if mask is not None:
-        mask = mask[at]                                              # (B, M, L)
-    return see_sequence(q[at], k, v, mask)
 
 
 # ---- the network
@@ -211,13 +206,13 @@ class Transformer(nn.Module):
         rope = None
         if self.config.positions != "learned":
             rope = self.cos[pos][..., None, :], self.sin[pos][..., None, :]
-        # in training, recompute keeps each block's input alone, not all that is inside it
+        # recompute: keep only a block's input for backward, which runs the block again
         recompute = self.recompute and torch.is_grad_enabled()
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
-                    # forward, and not block(...), which train.py may have compiled: the
-                    # number of positions that are wanted differs in every call
+                    # neither recomputed nor compiled (.forward goes round what train.py
+                    # compiles): the number of wanted positions differs in every call
                     x = block.forward(x, rope, attend, at)
                 elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -236,66 +231,35 @@ class Transformer(nn.Module):
         B, L = idx.shape
         if L > self.config.context:
             raise ValueError(f"{L} tokens, but the context is {self.config.context}")
+        if at is not None and self.config.causal:
+            raise ValueError("a causal model is asked at all positions")
         if pos is None:
             pos = torch.arange(L, device=idx.device)
 
         # who sees whom: in all blocks the same
-        mask = None
+        sees = None
         if self.config.attention == "reveal":
-            mask = reveal_mask(idx, rank, self.mask_id)              # (B, L, L)
-        see = functools.partial(see_sequence, mask=mask, causal=self.config.causal)
-        attends = [see] * len(self.blocks)
-
-        # but the last block's queries are needed at the wanted positions only
-        if at is not None:
-            attends[-1] = functools.partial(see_at, at=at, mask=mask)
-        return self.run(idx, pos, attends, at)
+            sees = sees_in_order(idx, rank, self.mask_id)            # (B, L, L)
+        see = functools.partial(see_sequence, sees=sees, causal=self.config.causal)
+        return self.run(idx, pos, [see] * len(self.blocks), at)
 
     def cache(self, B, slots, spare=0):
         """An empty KVCache for B texts of at most `slots` tokens, with `spare` more slots
-        behind them, such as for the masks of exact sampling. Raises ValueError for more
-        tokens than the context."""
+        behind them, for masks when guessed tokens hold the places that they would borrow
+        (exact.py). Raises ValueError for more tokens than the context."""
         if slots > self.config.context:
             raise ValueError(f"{slots} tokens, but the context is {self.config.context}")
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return KVCache(self.config, B, slots + spare, self.embed.weight.device, dtype)
 
     def read(self, cache, new):
-        """States of a Reading's valid positions from column wanted_from on, text by text,
-        (N, C); the keys and values of all are left in the cache. Raises ValueError where it
-        has too few places."""
-        device = new.idx.device
-        seen = int(new.place[new.valid].max()) + 1                   # places used so far
-        if seen > cache.slots:
-            raise ValueError(f"the KV cache holds {cache.slots} tokens, {seen} were given")
-
-        # who sees whom; gaps see all, as to see nothing could give NaN
-        limit = upload(new.limit.masked_fill(~new.valid, seen), device)          # (B, M)
-        place, pos = upload(new.place, device), upload(new.pos, device)          # (B, M)
-        places = torch.arange(seen, device=device)
-        before = places < limit[..., None]                           # (B, M, seen)
-        itself = places == place[..., None]
-
-        # only attention needs the rectangle: all else is computed for the N valid
-        # positions, side by side
-        text, column = new.valid.nonzero(as_tuple=True)              # (N,) both
-        # those before wanted_from only had to fill the cache: the last block drops them
-        wanted = (column >= new.wanted_from).nonzero()[:, 0]         # (n,)
-        wanted = upload(wanted, device)
-        text, column = upload(text, device), upload(column, device)
-        packed = Packed(place.shape, text, column, place[text, column], before | itself)
-        # each block has its own part of the cache
-        attends = []
-        for keys, values in zip(cache.k, cache.v):
-            attends.append(functools.partial(see_cache, keys=keys, values=values,
-                                             packed=packed))
-        attends[-1] = functools.partial(attends[-1], at=wanted)
-        return self.run(new.idx[text, column], pos[text, column], attends, wanted)
+        """States of some positions of texts with a KV cache, see read_cached."""
+        return read_cached(self, cache, new)
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
-        # bfloat16 is for the blocks: what is drawn from or compared needs float32. (Only
-        # bench.py has weights of another type)
+        # bfloat16 is for the blocks: logits are drawn from and compared. (Only bench.py has
+        # weights of another type than float32)
         h = self.norm(h.float()).to(self.lm_head.weight.dtype)
         return self.lm_head(h).float()
 
@@ -311,23 +275,21 @@ class Transformer(nn.Module):
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
         if not torch.is_grad_enabled():
-            # of a parameter ctx.needs_input_grad is True even under no_grad, and HeadSum
-            # would compute gradients that nobody uses
+            # even under no_grad HeadSum is told that parameters need gradients, and would
+            # compute some that nobody uses
             W, b = W.detach(), b.detach()
         return HeadSum.apply(f, h, W, b, *rows)
 
 
-def reveal_mask(idx, rank, mask_id):
+def sees_in_order(idx, rank, mask_id):
     """Who sees whom with attention "reveal", bool (B, L, L), of ids (B, L): each token sees
     itself and the tokens revealed before it, those of lower rank (B, L); each mask sees
     itself and all tokens. The ranks are random unless given."""
     if rank is None:
         rank = torch.rand(idx.shape, device=idx.device)
-    # masks have rank infinity, as only floating-point numbers can: they see all tokens, but
-    # not each other, as inf < inf is false
-    if not rank.is_floating_point():
-        rank = rank.float()
-    rank = rank.masked_fill(idx == mask_id, torch.inf)               # (B, L)
+    # masks have rank infinity: they see all tokens, but no other mask (inf < inf is false)
+    rank = rank.float().masked_fill(idx == mask_id, torch.inf)       # (B, L)
+    # before[b, i, j]: is j revealed before i?
     before = rank[:, None, :] < rank[:, :, None]                     # (B, L, L)
     itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
     return itself | before
@@ -335,8 +297,8 @@ def reveal_mask(idx, rank, mask_id):
 
 class HeadSum(torch.autograd.Function):
     """f(h W^T + b, *rows).sum() over all rows of h (N, C), see Transformer.chunked_sum.
-    A chunk's logits exist only for a moment. So their gradient is taken at once, in
-    forward, and waits for backward, which only scales it: nothing is computed twice."""
+    A chunk's logits exist only for a moment. So the gradients of h, W and b are taken at
+    once, in forward, and wait for backward, which scales them: nothing is done twice."""
 
     @staticmethod
     def forward(ctx, f, h, W, b, *rows):
@@ -413,18 +375,19 @@ class KVCache:
 
 class Reading(typing.NamedTuple):
     """M positions of each text for Transformer.read: tokens or masks of the texts in a
-    cache. Texts that have fewer leave gaps in the rectangle (B, M). All on the CPU, but for
-    idx.
+    cache. Texts that have fewer leave gaps in the rectangle (B, M). All but idx is on the
+    CPU, so that to look at it never waits for a GPU.
     One rule serves all that use a cache: a position sees places 0 to limit - 1 of its
     text's cache, and its own place.
     AR: place = limit = position. Attention "reveal": the i-th token of the order (from 0)
     has place = limit = i. A mask has limit = the number of tokens known so far; its own key
-    must be somewhere for it to see itself, so it borrows a place that nobody else sees.
+    must be somewhere for it to see itself, so it borrows a place that nobody else sees. No
+    limit is beyond its own place.
     Position 3 was revealed first, then 0; 1 and 2 are masks:
 
         idx     "tom"  "the"  mask  mask
         pos     3      0      1     2
-        place   0      1      2     3         later the tokens there get these places
+        place   0      1      2     3         later tokens 2 and 3 of the order go there
         limit   0      1      2     2
     """
     idx: torch.Tensor            # (B, M) ids, on the model's device
@@ -443,7 +406,7 @@ class Packed(typing.NamedTuple):
     text: torch.Tensor           # (N,) the text of each position
     column: torch.Tensor         # (N,) where it stands in its text's row
     place: torch.Tensor          # (N,) where in the cache its key and value are stored
-    mask: torch.Tensor           # (B, M, seen) bool: which places each sees
+    sees: torch.Tensor           # (B, M, seen) bool: which places each sees
 
     def spread(self, x):
         """x (N, H, D) in the rectangle (B, M, H, D), with zeros in its gaps."""
@@ -455,46 +418,82 @@ class Packed(typing.NamedTuple):
 def see_cache(q, k, v, keys, values, packed, at=None):
     """Attention of the N positions of a Packed to their texts' caches: q, k, v (N, H, D) ->
     the same shape, or with `at`, ids (n,) of some of them, (n, H, D). The new keys and
-    values are stored first; then each position looks where the mask allows, itself
+    values are stored first; then each position looks at the places it sees, its own
     included. keys, values: a block's part of the cache."""
-    # keys are (B, H, places, D); two indices around a slice give (N, H, D), as k has
+    # keys are (B, H, slots, D); two indices around a slice give (N, H, D), as k has
     keys[packed.text, :, packed.place] = k
     values[packed.text, :, packed.place] = v
-    seen = packed.mask.shape[-1]                     # nobody sees beyond these places
+    seen = packed.sees.shape[-1]                     # nobody sees beyond these places
     k, v = keys[:, :, :seen], values[:, :, :seen]                    # (B, H, seen, D)
     q = packed.spread(q).transpose(1, 2)                             # (B, H, M, D)
-    y = F.scaled_dot_product_attention(q, k, v, packed.mask[:, None])
+    y = F.scaled_dot_product_attention(q, k, v, packed.sees[:, None])
     y = y.transpose(1, 2)[packed.text, packed.column]                # (N, H, D)
     if at is not None:
         y = y[at]
     return y
 
 
-def see_step(q, k, v, keys, values, slot, mask):
+def read_cached(model, cache, new):
+    """What Transformer.read does: store keys and values of a Reading's positions in the
+    cache, and return the states (n, C) of those that are valid, from column wanted_from on,
+    text by text. Raises ValueError where the cache has too few places."""
+    device = new.idx.device
+    seen = int(new.place[new.valid].max()) + 1   # none sees more: limit <= place
+    if seen > cache.slots:
+        raise ValueError(f"the KV cache holds {cache.slots} tokens, {seen} were given")
+
+    # who sees whom. Gaps see all: attention to nothing could give NaN
+    limit = upload(new.limit.masked_fill(~new.valid, seen), device)              # (B, M)
+    place, pos = upload(new.place, device), upload(new.pos, device)              # (B, M)
+    places = torch.arange(seen, device=device)
+    before = places < limit[..., None]                               # (B, M, seen)
+    itself = places == place[..., None]
+
+    # only attention needs the rectangle: all else is computed for the N valid
+    # positions, side by side
+    text, column = new.valid.nonzero(as_tuple=True)                  # (N,) both
+    # those before wanted_from only had to fill the cache: the last block drops them
+    wanted = (column >= new.wanted_from).nonzero()[:, 0]             # (n,)
+    wanted = upload(wanted, device)
+    text, column = upload(text, device), upload(column, device)
+    packed = Packed(place.shape, text, column, place[text, column], before | itself)
+    # each block has its own part of the cache
+    attends = []
+    for keys, values in zip(cache.k, cache.v):
+        attends.append(functools.partial(see_cache, keys=keys, values=values,
+                                         packed=packed))
+    return model.run(new.idx[text, column], pos[text, column], attends, wanted)
+
+
+def see_step(q, k, v, keys, values, slot, sees):
     """see_cache for AR decoding, where each of B texts has one token, all in the same slot
-    (1,): q, k, v (B, H, D) -> (B, H, D), mask (1, seen). Nothing is padded, and no shape
-    depends on the slot."""
+    (1,): q, k, v (B, H, D) -> (B, H, D), sees (1, seen). Nothing is padded, and `seen` is
+    the only shape that changes between steps."""
     keys.index_copy_(2, slot, k[:, :, None])                         # (B, H, slots, D)
     values.index_copy_(2, slot, v[:, :, None])
-    seen = mask.shape[-1]
+    seen = sees.shape[-1]
     k, v = keys[:, :, :seen], values[:, :, :seen]                    # (B, H, seen, D)
-    y = F.scaled_dot_product_attention(q[:, :, None], k, v, mask)    # (B, H, 1, D)
+    y = F.scaled_dot_product_attention(q[:, :, None], k, v, sees)    # (B, H, 1, D)
     return y[:, :, 0]
 
 
 # ---- AR sampling
 
+NOT_FINITE = ("the model's predictions are not finite numbers, so nothing can be drawn "
+              "from them: its training diverged; train it anew with a lower --lr")
+
+
 def decode(model, token, slot, cache, seen):
-    """One decoding step: ids (B,), which go to slot (1,) of the cache, as that is their
-    position -> logits (B, V). Attention looks at `seen` slots, of which those after `slot`
-    are masked. Only `seen` changes a shape, so that a compiler makes few versions of this.
-    """
-    mask = torch.arange(seen, device=token.device) <= slot           # (seen,)
+    """One decoding step, as read would do it, but in few shapes, so that it can be
+    compiled. token: ids (B,), all at position `slot` (1,), which is also their place in the
+    cache -> logits (B, V). seen: how many slots attention computes, slot + 1 or more (see
+    `grain` in generate); it sees those up to `slot` alone."""
+    sees = torch.arange(seen, device=token.device) <= slot           # (seen,)
     # each block has its own part of the cache
     attends = []
     for keys, values in zip(cache.k, cache.v):
         attends.append(functools.partial(see_step, keys=keys, values=values, slot=slot,
-                                         mask=mask[None]))
+                                         sees=sees[None]))
     return model.head(model.run(token, slot, attends))
 
 

@@ -21,22 +21,24 @@ import torch
 
 from common import ROOT, seed_all, spread, start
 from data.checkpoints import load_model
-from data.cost import Cost, calls_as_text, counted_calls
+from data.cost import CallsOfTexts, Cost, calls_as_text, counted_calls
 from data.dataset import make_tokenizer
 from data.files import UserError
 from data.orders import ORDERS, refuse_order, sample_confident
 from data.prompts import known_tokens, refuse_until_end, up_to_end
 from data.script import command, device_flag, flag, parse_flags
-from diffusion import categorical, sample, sample_exact, sharpen
+from diffusion import categorical, sample, sharpen
+from exact import sample_exact
 from model import generate
 
 BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
 DTYPES = {32: torch.float32, 64: torch.float64}          # bits: type of a token draw
-OURS = ROOT / "weights/round7.pt"        # the student that comes with the code
-# where it is not named; with 2, what it was distilled for, few of its stories are valid
+# the student that is taken when no checkpoint is given, and its steps then: in the 2 that
+# it was distilled for, few of its stories are valid
+OURS = ROOT / "weights/round7.pt"
 OUR_STEPS = 8
-EXACT = "exact"                  # instead of a number of steps: see diffusion.sample_exact
+EXACT = "exact"                  # instead of a number of steps: see exact.py
 
 
 def steps_or_exact(text):
@@ -56,13 +58,13 @@ class SampleConfig:
     checkpoint: str | None                   # the argument without --; None: OURS
     # how the text is drawn
     steps: int | str | None = flag(
-        None, "diffusion steps [what a student was distilled for; a teacher 32]; an "
-        "autoregressive (AR) model takes one for each token. exact: the distribution of "
-        "one token at a time in few calls, for AR and --attention reveal",
-        type=steps_or_exact)
+        None, "diffusion steps [a student: what it was distilled for, or 8 if no "
+        "checkpoint is given; a teacher: 32]; an autoregressive (AR) model takes one per "
+        "token. exact: the distribution of one token at a time in few calls; not with "
+        "full attention", type=steps_or_exact)
     ahead: int = flag(
-        8, "with exact: each call asks for this many tokens, and one more for each that is "
-        "final; a larger number: fewer calls, each of more tokens", low=1)
+        8, "with exact: each call asks for the next so many tokens, and one more for each "
+        "that is final by then. A larger number: fewer calls, each of more tokens", low=1)
     max_calls: int | None = flag(
         None, "with exact: stop after this many calls, with tokens that are not final; the "
         "texts are then approximate", low=1)
@@ -92,29 +94,26 @@ class SampleConfig:
 
 @dataclass
 class Sampling:
-    """How texts are drawn from a model. distill.py and tools/, which have other flags, make
-    one, too."""
-    # of diffusion, which needs it, or EXACT; AR takes one per token
-    steps: int | str | None = None
+    """How texts are drawn from a model; distill.py and tools/ use it, too."""
+    steps: int | str | None = None       # of diffusion, or EXACT; AR needs none
     seed: int = 0
     temperature: float = 1.0     # 1: the model's own distribution
     top_p: float = 1.0           # 1: any token may be drawn
     precision: int = 64          # bits of a token draw; 32 shows what rounding does
-    sampler: object = None       # f(model, z, sampling) in place of diffusion.sample
-    order: str = "random"        # "confidence" is another law, see data/orders.py
+    sampler: object = None       # f(model, z, sampling) -> x, replaces diffusion.sample
+    order: str = "random"        # or "confidence", see data/orders.py
     length: int | None = None    # tokens of a text; None: the model's context
-    ahead: int = 8               # of EXACT, see diffusion.sample_exact
+    ahead: int = 8               # of EXACT, see exact.py
     max_calls: int | None = None         # likewise
 
 
 def refuse_exact(steps, max_calls, model, path):
-    """Raise UserError where the flags ask for exact sampling that is not possible. steps: a
-    list, as tools.evaluate asks for several at once; path: the model's."""
+    """Raise UserError if exact sampling is asked for but impossible. steps: a list, since
+    tools.evaluate has several; path: of the model, for the message."""
     exact = EXACT in steps
-    # one flag without the other
     if max_calls and not exact:
         raise UserError(f"--max_calls stops exact sampling early; give --steps {EXACT} too")
-    # it needs a cache that stays exact, which attention causal and reveal have
+    # with full attention no cache is exact
     if exact and model.config.attention == "full":
         raise UserError(f"{path} has full attention, where all tokens see each other; "
                         "exact sampling needs the order of reveal: python distill.py "
@@ -122,55 +121,47 @@ def refuse_exact(steps, max_calls, model, path):
 
 
 def draw_batch(model, known, sampling):
-    """Returns texts x (B, L) that begin with known (B, P), on its device, and the calls
-    that each text took (B,), or None if all took part in every call. For diffusion known
-    may have mask_id in its gaps."""
+    """Draw texts that begin with known (B, P); for diffusion it may have mask_id in gaps.
+    Returns the texts (B, L) and how many network calls each one needed (B,), or None if
+    each needed all calls of the batch."""
     length = sampling.length or model.config.context                 # L, prompt included
     dtype = DTYPES[sampling.precision]
 
-    # a new flag that changes the distribution belongs in `adjust`, which all use (but a
-    # sampler of one's own): exact sampling makes its draws itself
+    # a new flag that changes the distribution belongs in `adjust`: exact sampling uses
+    # that, but not `draw`, as it draws coupled tokens of its own
     def adjust(logits):
-        """The model's distribution, sharpened as the flags say: logits (N, V) -> (N, V)."""
+        """Apply temperature and top_p: logits (N, V) -> (N, V)."""
         return sharpen(logits, sampling.temperature, sampling.top_p)
 
     def draw(logits):
         """One token from each row: logits (N, V) -> (N,)."""
         return categorical(adjust(logits), dtype)
 
-    # a mask wherever nothing is known; for an AR model, too, if it is sampled exactly
+    # AR, one token a call, with its KV cache. (EXACT is for AR, too, in its own order)
+    if model.config.causal and sampling.steps != EXACT:
+        return generate(model, known, length, draw), None
+    # a mask (of AR the start symbol, which has the same id) wherever nothing is known
     z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
     z[:, :known.shape[1]] = known
     if sampling.steps == EXACT:
         return sample_exact(model, z, model.mask_id, adjust, sampling.ahead,
                             sampling.max_calls)
-    if model.config.causal:
-        return generate(model, known, length, draw), None            # with its KV cache
     if sampling.sampler:
         return sampling.sampler(model, z, sampling), None            # such as tools.joint's
     if sampling.order == "confidence":
         return sample_confident(model, z, sampling.steps, model.mask_id, draw), None
-    # a text without masks takes no part in later calls: of each text only the calls that
-    # changed it count
-    calls = torch.zeros(len(z), dtype=torch.long)                    # (B,)
-    before = z                                                       # (B, L)
-
-    def watch(now):
-        """Count a call; `now` (B, L) is a copy of the texts after it."""
-        nonlocal before
-        calls.add_((now != before).any(1).cpu())
-        before = now
-
-    # sample itself uses a KV cache where the model's attention has one
-    x = sample(model, z, sampling.steps, model.mask_id, draw, watch)
-    return x, calls
+    # diffusion in steps, with a KV cache if the attention is "reveal". The texts of a batch
+    # need different numbers of calls, see diffusion.plan
+    count = CallsOfTexts(z)
+    x = sample(model, z, sampling.steps, model.mask_id, draw, watch=count)
+    return x, count.calls.cpu()                                      # (B, L), (B,)
 
 
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):
     """n texts (n, L) on the CPU, drawn as `sampling` says. procs: the processes of this run
-    (on a laptop one), which share the work; each returns all texts. With the same seed and
-    steps all models of one context reveal positions in the same order, so that a teacher
-    and its student can be compared.
+    (on a laptop one), which share the work; each returns all texts. With the same seed,
+    steps and length, `sample` reveals the same positions in the same steps, whatever the
+    model, so that a teacher and its student can be compared.
     prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
     title: of a progress bar. costs: a list that gets the Cost of each batch."""
     if prompts is None:
@@ -178,16 +169,16 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
 
     def batch(i):
         """Texts i to i + BATCH, and their Cost."""
-        # a seed for each batch, and number of steps: the texts do not depend on how many
-        # processes there are
+        # the seed depends on the batch, not on the process that draws it; and on the number
+        # of steps, so that rows of a table are independent
         seed_all(sampling.seed, "samples", sampling.steps, i)
         known = prompts[i:i + BATCH].to(procs.device)                # (B, P)
-        with counted_calls(model) as reads:      # for each call, how many positions
-            x, calls = draw_batch(model, known, sampling)            # (B, L)
-        if calls is None:                # every text took part in every call
-            calls = torch.full((len(x),), len(reads))
-        # nfe: calls of the network for the batch; calls: of each text
-        return x.cpu(), Cost(nfe=len(reads), calls=calls.tolist(), reads=sum(reads))
+        with counted_calls(model) as positions:  # a list: how many each call computed
+            x, calls = draw_batch(model, known, sampling)            # (B, L), (B,)
+        nfe = len(positions)             # function evaluations: calls of the batch
+        if calls is None:                # each text needed all of them
+            calls = torch.full((len(x),), nfe)
+        return x.cpu(), Cost(nfe=nfe, calls=calls.tolist(), reads=sum(positions))
 
     results = spread(range(0, n, BATCH), batch, procs, title)
     if costs is not None:
@@ -196,12 +187,11 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
 
 
 def main():
-    # checkpoint: the help of that argument
+    # checkpoint: the help text of the argument without --
     config = parse_flags(SampleConfig, __doc__,
                          checkpoint="of train.py, distill.py or tools.convert [the student "
                          "in weights/]")
-    # nothing is asked for and somebody looks on: python -m tools.animate, which shows how
-    # a text comes about
+    # without arguments, in a terminal: as if called by python -m tools.animate
     if len(sys.argv) == 1 and sys.stdout.isatty():
         runpy.run_module("tools.animate", run_name="__main__", alter_sys=True)
         return
@@ -228,7 +218,7 @@ def main():
     costs = []                                           # of each batch
     x = draw_samples(model, config.num_samples, sampling, procs, prompts, costs=costs)
 
-    # the model filled its whole context; the text that had the gaps is wanted
+    # the model wrote whole texts, as in training; drop what follows the text with the gaps
     if config.infill is not None:
         x = x[:, :len(known)]                                        # (n, P)
     if procs.rank == 0:

@@ -31,7 +31,8 @@ from data.files import UserError, hold
 from data.log import rewind_log, write_log
 from data.script import GOES_ON, command, device_flag, flag, parse_flags
 from data.watch import Clock, Guard
-from diffusion import nelbo, nll_in_order, rank_prompt_first
+from diffusion import nelbo, rank_prompt_first
+from exact import nll_in_order
 from model import PRESETS, SHORT, ModelConfig, Transformer, cross_entropy, shifted
 
 
@@ -50,8 +51,9 @@ class LoopConfig:
         "text]",
         choices=["rope", "learned", "both"])
     attention: str | None = flag(
-        None, "full, or reveal: in the order of reveal, with an exact KV cache [full, or "
-        "that of the given teacher]", choices=["full", "reveal"])
+        None, "of diffusion models: full, or reveal: in the order of reveal, with an exact "
+        "KV cache [full; of distill.py, that of --teacher, if given]",
+        choices=["full", "reveal"])
     out: str | None = flag(None, "folder of the results [out/DATASET-PRESET]")
 
     # the batch. Each micro-batch draws texts and noise from a seed of its own, so to change
@@ -116,7 +118,7 @@ class TrainConfig(LoopConfig):
             on_stories, on_text = DEFAULT_STEPS[self.objective]      # optimizer steps
             # real text has more to learn than stories
             self.steps = on_text
-            if self.dataset == "stories":
+            if Path(self.dataset).name == "stories":
                 self.steps = on_stories
             if self.init:                # it need not begin from nothing
                 self.steps //= 3
@@ -130,15 +132,27 @@ class TrainConfig(LoopConfig):
         return self.folder / FILES[self.objective]
 
 
-# ---- pretraining
+# ---- pretraining. Names that are used from here on:
+#
+# procs     the processes: this one is number .rank of .world, on .device
+# run       a Run, all that a checkpoint keeps: .path; .step of .steps done; .model, .ema
+#           (its averaged copy, in eval mode) and .optimizers; .content, what else the file
+#           says; .micro, see micro_batches; .updates_before, updates of ema in earlier
+#           rounds, 0 in train.py
+# loss      f(model, x, keep=keep) -> scalar, a mean in nats per token (in distill.py per
+#           masked token). It draws its own noise: t and the masks
+# data      the dataset: data.batch draws x and keep; data.texts: each row begins a text
+# x         a batch of clean tokens (B, L)
+# keep      bool (B, L): True for a prompt's tokens, which are never masked and have no
+#           loss; None if there are no prompts
 
 def prepare_model(model, config, procs):
-    """The model on the device, with bfloat16 inside the blocks, and compiled blocks: both
-    unless the flags say otherwise on a GPU, and only if they say so on a CPU."""
+    """The model on the device. On a GPU its blocks compute in bfloat16 and are compiled,
+    unless a flag says no; on a CPU they do so only if a flag says yes."""
     model = model.to(procs.device)                                   # weights stay float32
     model.recompute = config.recompute   # see Transformer.run
     on_gpu = procs.device.type == "cuda"
-    # bfloat16 makes a CPU no faster
+    # few CPUs are faster in bfloat16
     model.bf16 = on_gpu if config.bf16 is None else config.bf16
     # on a CPU compiling takes a minute and needs a C++ compiler
     compiled = on_gpu if config.compile is None else config.compile
@@ -163,9 +177,10 @@ def order_loss(model, x, mask_id, keep=None):
     """What nelbo estimates, a scalar in nats per token of x (B, L), with much less noise:
     all tokens of each text (but those to keep) are scored, in one random order of reveal.
     For validation only, and attention "reveal": no gradient flows through it."""
+    # nll_in_order: -log p(text | order) of each text (B,), in a random order unless given
     if keep is None:
         return nll_in_order(model, x, mask_id).mean() / x.shape[1]
-    # positions in their order of reveal, the prompt's first; and how many those are
+    # here the prompt is first in the order, and its `known` tokens are not counted
     order = rank_prompt_first(keep).argsort(1).cpu()                 # (B, L)
     known = keep.sum(1, keepdim=True).cpu()                          # (B, 1)
     return nll_in_order(model, x, mask_id, order, known).sum() / (~keep).sum()
@@ -177,12 +192,14 @@ def new_model(config, data):
     # the preset's sizes, with what the data or a flag say
     sizes = dict(PRESETS[config.preset])
     sizes["context"] = data.context(config.context or sizes["context"])
-    sizes["attention"] = "causal" if config.causal else config.attention or "full"
+    sizes["attention"] = config.attention or "full"
+    if config.causal:
+        sizes["attention"] = "causal"    # whatever --attention says
     # if every row of the data begins a text, absolute positions carry information, too
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # biases in attention's products, as GPT-2 has them; with rope alone (relative) none, as
-    # in the published MDLM, so that tools.convert can export it
+    # attention's linear layers have biases, as in GPT-2; a diffusion model with rope alone
+    # has none, as in the published MDLM, so that tools.convert can export it
     model_config.attention_bias = not model_config.relative
     return Transformer(model_config)     # random weights
 
@@ -203,14 +220,11 @@ def train(config, procs, as_saved=False):
     if config.init is None:
         model = new_model(config, data)
     else:
-        model, init = model_from(config, data)
-        content["init"] = init           # a fingerprint of those weights
+        model, fingerprint = model_from(config, data)
+        content["init"] = fingerprint    # of the weights that it begins with
+    ema = prepare_model(copy.deepcopy(model).eval(), config, procs)  # the averaged copy
     model = prepare_model(model, config, procs)
-    # the averaged copy (a copy is not compiled, even of a model that is)
-    ema = prepare_model(copy.deepcopy(model).eval(), config, procs)
     optimizers = make_optimizers(model, config)                      # Muon and AdamW
-    # a Run is all that a checkpoint keeps: the file, the steps to be done and those done,
-    # model, averaged copy, optimizers, and `content`, what else the file says
     run = Run(config.path, config.steps, model, ema, optimizers, content)
 
     # go on where the checkpoint stands, if there is one
@@ -233,43 +247,7 @@ def train(config, procs, as_saved=False):
     return config.path
 
 
-# ---- the loop. Who takes part:
-#
-# procs     the processes: this one is number .rank of .world, on .device
-# run       what a checkpoint keeps: .model, .ema (its averaged copy, in eval mode) and
-#           .optimizers; .step of .steps done; .micro, see micro_batches; .updates_before,
-#           how often earlier rounds have updated ema, here 0; .path
-# loss      f(model, x, keep=keep) -> scalar, a mean, in nats per token; distill.py's is per
-#           mask, and not for all divergences in nats. It draws the noise itself, such as t
-#           and the masks
-# x, keep   a batch: clean tokens (B, L), and bool (B, L), a prompt's tokens, which are
-#           never masked and do not count; None: there are no prompts
-
-class ModelWithLoss(torch.nn.Module):
-    """A model and its loss as one forward pass, which DistributedDataParallel needs."""
-
-    def __init__(self, model, loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, x, keep):
-        """x (B, L), keep (B, L) or None -> a scalar, see fit."""
-        return self.loss(self.model, x, keep=keep)
-
-
-def with_loss(model, loss, procs):
-    """A function of a batch, x and keep, -> scalar whose gradient is the mean of all
-    processes."""
-    net = ModelWithLoss(model, loss)
-    if procs.world == 1:
-        return net
-    # the gradients are views into the memory that is sent: no copy
-    net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    # the buffers are constants (cos, sin): nothing to broadcast in every step. (Set as an
-    # attribute, as some versions of PyTorch warn about the argument)
-    net.broadcast_buffers = False
-    return net
-
+# ---- the loop
 
 def fit(config, procs, data, run, loss, val_loss=None):
     """The training loop: from run.step to run.steps, with a log and checkpoints on the way.
@@ -304,8 +282,8 @@ def fit(config, procs, data, run, loss, val_loss=None):
             loss_here = forward_backward(config, procs, data, run, step, net, count)
             norm = clip_gradient(run.model, config.clip)
 
-            # reading a number makes the CPU wait for a GPU: there NaN is looked for every
-            # 20 steps only, and before each log line and checkpoint
+            # reading a number makes the CPU wait for a GPU, so on a GPU NaN is looked for
+            # every 20 steps only, and before each log line and checkpoint
             guard.record(loss_here, norm)
             if procs.device.type == "cpu" or show_now or log_now or save_now:
                 guard.check_losses()
@@ -323,9 +301,9 @@ def fit(config, procs, data, run, loss, val_loss=None):
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
-            # validation, of 4 batches for the log; before a save one batch is enough to see
-            # that this step has not made the weights NaN. (All processes compute the same
-            # value, and so stop together)
+            # validation: 4 batches for the log, else 1 before a save: guard.check_losses
+            # ran before this step, so only here can a NaN show that the step itself made.
+            # (All processes get the same value, and so stop together)
             if log_now or save_now:
                 batches = 4 if log_now else 1
                 value = validate(run.ema, val_loss or loss, data, config, batches)
@@ -353,14 +331,14 @@ def forward_backward(config, procs, data, run, step, net, count):
         # run repeats exactly
         seed_all(config.seed, run.path.stem, step, i * procs.world + procs.rank)
         x, keep = data.batch("train", run.micro, run.model.config.context, procs.device)
-        # DDP averages gradients over the processes during backward: in the last one only
-        sync = contextlib.nullcontext()
+        # DDP averages over the processes in the backward pass of the last micro-batch only
+        mode = contextlib.nullcontext()
         if procs.world > 1 and i < count - 1:
-            sync = net.no_sync()
-        with sync:
+            mode = net.no_sync()
+        with mode:
             # x (micro, L). backward adds gradients up, and their mean is wanted: / count
             value = net(x, keep) / count
-            value.backward()                                         # adds to the gradient
+            value.backward()
         total += value.detach()
     return total
 
@@ -379,9 +357,53 @@ def optimizer_step(config, run, step):
     factor = lr_factor(step, run.steps, config.warmup, config.final_lr)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * factor         # one rate for Muon and AdamW
+            group["lr"] = config.lr * factor     # one rate: Muon's steps have AdamW's size
         optimizer.step()                 # see common.make_optimizers
         optimizer.zero_grad()            # the next step's gradient begins at zero
+
+
+@torch.no_grad()
+def validate(model, loss, data, config, batches=4):
+    """Mean loss on validation text of a model in eval mode. Text and noise are the same
+    each time, and the random state is restored afterwards."""
+    device = model.embed.weight.device
+    size = 128 if config.preset in SHORT else 16         # sequences, more of short ones
+    total = 0.0
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for i in range(batches):         # 4 for a log line, 1 for a save
+            seed_all("validation", i)                    # the noise of batch i
+            # (size, L) both; keep is None where the data have no prompts
+            x, keep = data.batch("val", size, model.config.context, device)
+            total += loss(model, x, keep=keep).item() / batches
+    return total
+
+
+# ---- several processes, and micro-batches; skip it at a first reading
+
+class ModelWithLoss(torch.nn.Module):
+    """A model and its loss as one forward pass, which DistributedDataParallel needs."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x, keep):
+        """x (B, L), keep (B, L) or None -> a scalar, see fit."""
+        return self.loss(self.model, x, keep=keep)
+
+
+def with_loss(model, loss, procs):
+    """A module (x, keep) -> this process's loss, a scalar; its backward averages the
+    gradients over all processes."""
+    net = ModelWithLoss(model, loss)
+    if procs.world == 1:
+        return net
+    # the gradients are views into the memory that is sent: no copy
+    net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    # the buffers (cos, sin) are constants: do not broadcast them in every step. (Not an
+    # argument above, as some versions of PyTorch warn about it)
+    net.broadcast_buffers = False
+    return net
 
 
 def micro_batches(config, procs, run=None):
@@ -389,7 +411,7 @@ def micro_batches(config, procs, run=None):
     micro is --micro_batch, if given; else the size that the run used before, if it still
     fits; else batch / processes. Another size means different noise: a run that must change
     it says so. Raises UserError if the batch cannot be divided."""
-    before = run.micro if run else None                  # None: nothing was run yet
+    before = run.micro if run else None      # no run: only the flags are looked at
     fits = before is not None and config.batch % (before * procs.world) == 0
     if config.micro_batch is not None:
         micro = config.micro_batch
@@ -410,23 +432,6 @@ def micro_batches(config, procs, run=None):
                         f"processes x {micro} sequences; choose another --batch or "
                         "--micro_batch")
     return micro, config.batch // (micro * procs.world)
-
-
-@torch.no_grad()
-def validate(model, loss, data, config, batches=4):
-    """Mean loss on validation text, see fit, of a model in eval mode, as the averaged copy
-    is. Always with the same text and noise; the generators' states are
-    restored afterwards."""
-    device = model.embed.weight.device
-    size = 128 if config.preset in SHORT else 16         # sequences of a batch
-    total = 0.0
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for i in range(batches):         # 4 for a log line, 1 for a save
-            seed_all("validation", i)                    # the noise of batch i
-            # (size, L) both; keep is None where the data have no prompts
-            x, keep = data.batch("val", size, model.config.context, device)
-            total += loss(model, x, keep=keep).item() / batches
-    return total
 
 
 def main():

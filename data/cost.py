@@ -2,6 +2,8 @@
 import contextlib
 import typing
 
+import torch
+
 
 class Cost(typing.NamedTuple):
     """What a batch of texts cost."""
@@ -38,3 +40,18 @@ def calls_as_text(costs, max_calls):
     if max_calls and max(calls) == max_calls:
         text += "; a text that was cut off there is not exact"
     return text
+
+
+class CallsOfTexts:
+    """A `watch` of diffusion.sample that counts, for each text, the calls that revealed
+    something in it. z (B, L): the texts before the first call."""
+
+    def __init__(self, z):
+        self.texts = z
+        # beside z: to count does not make the CPU wait for a GPU
+        self.calls = torch.zeros(len(z), dtype=torch.long, device=z.device)      # (B,)
+
+    def __call__(self, texts):
+        """texts (B, L): a copy of all texts after a call."""
+        self.calls += (texts != self.texts).any(1)
+        self.texts = texts

@@ -11,9 +11,10 @@ import typing
 import torch
 
 from common import Processes, from_first
+from data.checkpoints import fingerprint
 from data.dataset import Data
 from data.files import write, write_json
-from data.measures import VERSION, in_steps, measure, summary, table
+from data.measures import VERSION, in_steps, make_judge, measure, summary, table
 from sample import EXACT, Sampling, draw_samples
 
 
@@ -55,11 +56,39 @@ class Exam:
     procs: Processes             # which draw the texts together
     data: Data
     results: dict                # what results.json holds
-    judge: typing.Callable       # see data.measures.make_judge
-    judged_by: str               # the judge's fingerprint
     context: int                 # tokens of a text
     columns: list                # numbers of steps in the table; 8, which is shown on the
                                  # way, must be among them
+    judge: typing.Callable | None = None     # see data.measures.make_judge
+    judged_by: str = ""          # the judge's fingerprint
+    same_tokens: bool = False    # whether it reads the data's tokens; it is then the AR
+                                 # baseline, too
+
+    @property
+    def seconds(self):
+        """What each part of the run took, a dict."""
+        return self.results["seconds"]
+
+
+def open_exam(config, procs, data, judge_pair, teacher_pair, columns):
+    """The Exam of a run, with what results.json has from an earlier one. The pairs: a model
+    and its checkpoint, of the judge (None, None) where nothing is measured."""
+    judge, judge_file = judge_pair
+    teacher, teacher_file = teacher_pair
+    results = open_results(config)
+    exam = Exam(config, procs, data, results, teacher.config.context, columns)
+    exam.seconds["teacher"] = teacher_file["seconds"]
+    if judge is None:
+        return exam
+    exam.seconds["ar"] = judge_file["seconds"]
+    exam.judge = make_judge(judge, judge_file["tokenizer"], data.tokenizer)
+    exam.judged_by = fingerprint(judge)
+    exam.same_tokens = judge_file["tokenizer"] == data.tokenizer.spec
+    # a judge with other tokens is given text, not ids
+    results["judged"] = "tokens"
+    if not exam.same_tokens:
+        results["judged"] = "text, in the judge's own tokens"
+    return exam
 
 
 def open_results(config):
@@ -81,8 +110,8 @@ def fill_rows(exam, name, model, digest):
     """Measure what the results lack of one model (None: the data), and save them, row by
     row. digest: the model's fingerprint. Rows of an earlier run are kept only if they came
     from the same weights, judge and settings. All processes draw texts together; process 0
-    keeps the rows. exam None: nothing is measured."""
-    if exam is None:
+    keeps the rows. Without a judge nothing is measured."""
+    if exam.judge is None:
         return
     config, results, procs = exam.config, exam.results, exam.procs
     # all that the rows of this model depend on; results["models"] says what those that are
@@ -161,38 +190,38 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     return row, x
 
 
-def show_samples(config, procs, data, models):
+def show_samples(exam, models):
     """Print three texts of each diffusion model in 8 and in 32 steps, and write them to
     samples.txt. models: {name: model}."""
-    text = ""
-    alone = Processes(procs.device)      # the other processes have finished
+    text, config = "", exam.config
+    alone = Processes(exam.procs.device)         # the other processes have finished
     for steps in (8, 32):
         for name, model in models.items():
             text += f"\n{name}, {steps} steps:\n"
             # three texts (3, L)
             x = draw_samples(model, 3, Sampling(steps, config.seed), alone)
             for row in x.tolist():
-                one = data.tokenizer.decode(row).strip().replace("\n", "\n    ")
+                one = exam.data.tokenizer.decode(row).strip().replace("\n", "\n    ")
                 # further lines of a text are indented
                 text += f"  * {one}\n"
     write(config.folder / "samples.txt", lambda f: f.write(text.encode()))
     print(text)
 
 
-def conclude(config, procs, data, results, models):
-    """Put the rows in order, and write and print everything that there is to see.
-    results["judged"] says in words what the judge reads; models: see show_samples."""
-    seconds = results["seconds"]
+def conclude(exam, models):
+    """Put the rows in order, and write and print everything that there is to see. models:
+    see show_samples."""
+    config, results = exam.config, exam.results
     # rows of rounds that an earlier run had beyond this one's are dropped
     order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(config.rounds)]
     known = [row for row in results["rows"] if row["model"] in order]
     results["rows"] = sorted(known, key=lambda row: order.index(row["model"]))
     # rows of an earlier run count with the time that they took then
-    seconds["evaluation"] = round(sum(row["seconds"] for row in known), 1)
+    exam.seconds["evaluation"] = round(sum(row["seconds"] for row in known), 1)
     write_json(config.folder / "results.json", results)
     print(f"\nperplexity under the judge (of {results['judged']}), entropies in nats: "
           "within a text, of all texts together, and of their choices (of stories only)")
     print(table(results["rows"]))
-    show_samples(config, procs, data, models)
-    print(f"{config.folder}: {sum(seconds.values()):.0f} s in all; "
+    show_samples(exam, models)
+    print(f"{config.folder}: {sum(exam.seconds.values()):.0f} s in all; "
           f"python -m tools.figures {config.folder} draws the curves")

@@ -15,7 +15,8 @@ import common
 import sample
 from data import checkpoints
 from data.dataset import make_tokenizer
-from diffusion import categorical, sample_exact
+from diffusion import categorical
+from exact import sample_exact
 from diffusion import sample as diffusion_sample
 from helpers import call, refused
 from model import ModelConfig, Transformer, generate

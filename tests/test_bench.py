@@ -17,6 +17,7 @@ from helpers import call, refused, start_server
 from model import PRESETS, ModelConfig, Transformer, decode
 from toy import ancestral_law, chi_square, count, exact_model, joint
 from tools import bench_setup, bench_train, crossover, machine
+from tools.joint import sample_joint
 
 LIMIT = 1e-6                     # a chi-square test fails below this chance
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def test_fast_and_naive_sampler_have_the_same_exact_law(steps):
     p = joint(4, 3, seed=3)
     model, law = exact_model(p), ancestral_law(p, steps)
     z = torch.full((12_000, 3), 4)
-    naive = bench.sample_joint(model, z, steps, 4)
+    naive = sample_joint(model, z, steps, 4)
     fast = sample(model, z, steps, 4)
     for x in (naive, fast):
         assert chi_square(count(x, 4), law) > LIMIT
@@ -56,7 +57,7 @@ def test_fast_and_naive_sampler_agree_on_a_network():
     model = model_of()
     model.lm_head.weight.mul_(20)
     z = torch.full((2000, 16), 29)
-    fast, naive = sample(model, z, 4, 29), bench.sample_joint(model, z, 4, 29)
+    fast, naive = sample(model, z, 4, 29), sample_joint(model, z, 4, 29)
     for a, b, cells in ((fast[:, 5], naive[:, 5], 29),
                         (fast[:, 5] == fast[:, 4], naive[:, 5] == naive[:, 4], 2)):
         a, b = (torch.bincount(x.long(), minlength=cells).double() for x in (a, b))
@@ -72,7 +73,7 @@ def test_naive_sampler_keeps_the_prompt_and_leaves_no_mask():
     """No chance involved."""
     z = torch.full((3, 16), 29)
     z[:, 2:5] = torch.randint(29, (3, 3))
-    x = bench.sample_joint(model_of(), z, 7, 29)
+    x = sample_joint(model_of(), z, 7, 29)
     assert torch.equal(x[:, 2:5], z[:, 2:5]) and x.max() < 29
 
 
@@ -118,13 +119,13 @@ def test_operations_of_diffusion_are_those_that_pytorch_counts(B, steps):
     last block is computed at a few positions in vain. No false alarm."""
     model, calls = model_of(vocab=300, width=64), []
     model.embed.register_forward_hook(lambda *_: calls.append(1))
-    for name, run in (("diffusion", sample), ("diffusion-naive", bench.sample_joint)):
+    for name, run in (("diffusion", sample), ("diffusion-naive", sample_joint)):
         calls.clear()
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             with FlopCounterMode(display=False) as counter:
                 run(model, torch.full((B, 16), 300), steps, 300)
         row = dict(engine=name, batch=B, length=16, nfe=len(calls), seconds=2.0)
-        share = machine.roofline(row, model.config, {"flop_per_s": 1e9}, 4)
+        share = machine.roofline(row, model.config, {"flop_per_s": 1e9})
         assert share * 2e9 == pytest.approx(counter.get_total_flops(),
                                               rel=0.02 if B == 1 else 0.1)
 
@@ -149,10 +150,10 @@ def test_bytes_of_decoding_are_weights_and_half_of_the_cache():
     """GPT-2's shape by hand: 85 million weights in the blocks, 38.6 in the head, 4 bytes each, read
     128 times; 37,000 numbers of the cache for each of 8 x 64 tokens. No false alarm."""
     config = ModelConfig(50257, **PRESETS["small"])
-    row = dict(engine="ar", batch=8, length=128, nfe=128, seconds=1.0)
+    row = dict(engine="ar", batch=8, length=128, nfe=128, seconds=1.0, dtype="float32")
     weights = 12 * 12 * 768 ** 2 + 768 * 50257
     expected = 128 * 4 * (weights + 8 * 64 * 2 * 12 * 768)
-    assert machine.roofline(row, config, {"bytes_per_s": 1.0}, 4) == pytest.approx(expected)
+    assert machine.roofline(row, config, {"bytes_per_s": 1.0}) == pytest.approx(expected)
     with torch.device("meta"):           # shapes without numbers
         model = Transformer(config)
     assert weights == sum(p.numel() for n, p in model.named_parameters()
@@ -335,8 +336,8 @@ def test_what_does_not_fit_says_so_and_the_run_goes_on(folder, monkeypatch, caps
     sentence. No chance involved."""
     need = machine.least_memory
     monkeypatch.setattr(machine, "free_bytes", lambda device: 10 ** 7)
-    monkeypatch.setattr(bench, "least_memory", lambda row, *rest: (
-        10 ** 8 if row["batch"] == 2 else need(row, *rest)))
+    monkeypatch.setattr(bench, "least_memory", lambda row, config: (
+        10 ** 8 if row["batch"] == 2 else need(row, config)))
     flags = ["--engine", "ar", "diffusion", "--steps", "2", "--repeats", "1", "--no-compile"]
     call(bench, *flags, "--batch", 1, 2, "--samples", 2)
     assert capsys.readouterr().out.count("does not fit in memory") == 3
@@ -411,11 +412,11 @@ def test_rows_are_in_the_file_after_each_group(folder, monkeypatch):
     """An end in the middle, as of a terminal that is closed, leaves those of the first batch."""
     measured = []
 
-    def measure(c, group, device, machine, usual=bench.measure):
+    def measure(c, group, B, device, machine, usual=bench.measure):
         measured.append(1)
         if len(measured) == 2:
             raise KeyboardInterrupt
-        usual(c, group, device, machine)
+        usual(c, group, B, device, machine)
     monkeypatch.setattr(bench, "measure", measure)
     with pytest.raises(SystemExit) as stop:
         call(bench, "--batch", 1, 2, "--steps", 2, "--samples", 4, "--repeats", 1, "--no-compile",

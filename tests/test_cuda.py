@@ -35,11 +35,11 @@ import pretend
 import train
 from data import checkpoints
 from data.cost import counted_calls
-from diffusion import (categorical, make_reading, nelbo, nll_in_order, sample, sample_exact,
-                       span)
+from diffusion import categorical, make_reading, nelbo, sample, span
 from distill import sdtt_loss
+from exact import nll_in_order, sample_exact
 from helpers import NANO, call, make_dataset
-from model import (ModelConfig, Reading, Transformer, decode, generate, nll, reveal_mask,
+from model import (ModelConfig, Reading, Transformer, decode, generate, nll, sees_in_order,
                    see_sequence, shifted)
 from test_processes import distil_on_the_way, together
 from tools import machine
@@ -255,7 +255,7 @@ def test_masked_attention_is_that_of_the_plain_kernel(device, L):
         pytest.skip("too long for a quick test")
     H, D = 2, 64
     idx, rank = torch.randint(2, (2, L)), torch.rand(2, L)           # id 1 is the mask
-    mask = reveal_mask(idx, rank, 1)
+    mask = sees_in_order(idx, rank, 1)
 
     def attention(q, k, v, g, mask):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]

@@ -76,9 +76,9 @@ def refusals():
     assert float64_device(x.device) == torch.device("cpu")
     y = in_float64(x)
     assert (y.dtype, y.device.type, y.tolist()) == (torch.float64, "cpu", x.tolist())
-    # reveal_mask, with whole numbers for ranks
+    # sees_in_order, with whole numbers for ranks
     idx = torch.tensor([[0, 1]], device="pretend")
-    assert model.reveal_mask(idx, 1 - idx, 5).tolist() == [[[True, True], [False, True]]]
+    assert model.sees_in_order(idx, 1 - idx, 5).tolist() == [[[True, True], [False, True]]]
     assert find_device("pretend") == torch.device("pretend")
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import diffusion
+import exact
 from data.measures import mean_se
-from diffusion import (categorical, couple, nelbo, nll_in_order, sample, sample_exact,
-                       sharpen)
+from diffusion import categorical, nelbo, sample, sharpen
+from exact import couple, nll_in_order, sample_exact
 from model import generate
 from tools import likelihood
 from toy import Ordered, all_sequences, chi_square, count, joint, network
@@ -125,7 +126,7 @@ def all_runs(model, L, ahead, patch):
             ids.append(token)
         return torch.tensor(ids)
 
-    patch.setattr(diffusion, "couple", scripted)
+    patch.setattr(exact, "couple", scripted)
     z = torch.full((1, L), model.mask_id)
     while True:
         torch.manual_seed(0)             # the same order of reveal in each run
@@ -229,7 +230,7 @@ def test_the_plain_loop_has_the_law_and_takes_at_most_a_call_for_each_slot():
         known = x.where(x < 3, 0)                        # of a slot without a token any will do
         first, second = law[known[0]], law[known[0], known[1]]
         return torch.stack((law.sum((1, 2)), first.sum(1) / first.sum(), second / second.sum()))
-    found = [diffusion.sample_exact_plain(predict, 3, 3) for _ in range(2500)]
+    found = [exact.sample_exact_plain(predict, 3, 3) for _ in range(2500)]
     x = torch.stack([x for x, _ in found])
     assert chi_square(count(x, 3), law) > LIMIT
     assert {calls for _, calls in found} <= {2, 3}
@@ -237,7 +238,7 @@ def test_the_plain_loop_has_the_law_and_takes_at_most_a_call_for_each_slot():
     def once(x):
         """The first call's predictions, whatever has been guessed since."""
         return predict(torch.full((3,), 3))
-    x = torch.stack([diffusion.sample_exact_plain(once, 3, 3)[0] for _ in range(2500)])
+    x = torch.stack([exact.sample_exact_plain(once, 3, 3)[0] for _ in range(2500)])
     assert chi_square(count(x, 3), law) < LIMIT
 
 
@@ -257,17 +258,17 @@ def test_text_is_that_of_one_call_per_token_with_the_same_noise(monkeypatch, att
     kept, now = torch.zeros(6, 12, 16), {}
     ask_name = "ask_tokens" if attention == "causal" else "ask_masks"
 
-    def ask(model, cache, order, x, unread, guessed, asked, usual=getattr(diffusion, ask_name)):
+    def ask(model, cache, order, x, call, usual=getattr(exact, ask_name)):
         now.update(order=order)
-        h = usual(model, cache, order, x, unread, guessed, asked)
-        now["asked"] = diffusion.listed(diffusion.span(*asked), z.device)
+        h = usual(model, cache, order, x, call)
+        now["asked"] = diffusion.listed(diffusion.span(call.begin, call.end), z.device)
         kept[now["asked"]] = h
         return h
 
     def largest(model, h, was, x, mask_id, adjust=None):
         return (model.head(h) + noise[now["asked"]]).argmax(-1)
-    monkeypatch.setattr(diffusion, ask_name, ask)
-    monkeypatch.setattr(diffusion, "couple", largest)
+    monkeypatch.setattr(exact, ask_name, ask)
+    monkeypatch.setattr(exact, "couple", largest)
     x, calls = sample_exact(model, z, 11, ahead=ahead)
 
     expected, rows = z.clone(), torch.arange(6)
@@ -316,7 +317,7 @@ def test_texts_of_a_batch_do_not_disturb_each_other(attention):
     if attention == "reveal":            # one order for all, whatever the batch
         order = torch.randperm(11)[None] + 1
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(diffusion, "random_order", lambda z, mask_id: order.repeat(len(z), 1))
+            patch.setattr(exact, "random_order", lambda z, mask_id: order.repeat(len(z), 1))
             together, calls = sample_exact(model, z, 11, likeliest)
             alone = [sample_exact(model, row[None], 11, likeliest) for row in z]
     else:
@@ -419,7 +420,7 @@ def test_one_step_sampler_and_exact_sampler_agree_on_a_text_of_one_mask():
 def order_of(x, patch):
     """Let random_order give known orders; returns them, (B, L)."""
     orders = torch.rand(x.shape).argsort(1)
-    patch.setattr(diffusion, "random_order", lambda z, mask_id: orders)
+    patch.setattr(exact, "random_order", lambda z, mask_id: orders)
     return orders
 
 
@@ -480,8 +481,8 @@ def test_validation_of_a_reveal_model_estimates_the_bound():
     """The mean of the exact values over many orders is nelbo's, whose masks are drawn: within 5 of
     their joint standard errors, one in a million with another seed."""
     model, x = model_of(scale=3.0), torch.randint(11, (2_000, 12))
-    exact = mean_se(nll_in_order(model, x, 11) / 12)
+    scored = mean_se(nll_in_order(model, x, 11) / 12)
     noisy = torch.stack([nelbo(model, part, 11) for part in x.split(50)])
     noisy = mean_se(noisy)
-    assert abs(exact[0] - noisy[0]) < 5 * math.hypot(exact[1], noisy[1])
-    assert exact[1] < noisy[1]
+    assert abs(scored[0] - noisy[0]) < 5 * math.hypot(scored[1], noisy[1])
+    assert scored[1] < noisy[1]

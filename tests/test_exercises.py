@@ -7,6 +7,7 @@ import torch
 
 import diffusion
 import distill
+import exact
 import toy
 from data import measures
 from data.stories import language
@@ -114,19 +115,19 @@ def test_exercise_6_guesses_drawn_anew_in_every_call(monkeypatch):
         return diffusion.categorical(model.head(h))
     chain = toy.Ordered(3, depends_on=lambda known: known[-1:])
     # one order of reveal, so that the law can be written down
-    monkeypatch.setattr(diffusion, "random_order",
+    monkeypatch.setattr(exact, "random_order",
                         lambda z, mask_id: torch.arange(z.shape[1]).repeat(len(z), 1))
     texts = toy.all_sequences(3, 3)
     law = torch.tensor([chain.law([0, 1, 2], x) for x in texts.tolist()]).exp()
 
     def calls_and_fit():
         torch.manual_seed(0)
-        _, calls = diffusion.sample_exact(chain, torch.full((400, 8), 3), 3, ahead=None)
-        x, _ = diffusion.sample_exact(chain, torch.full((12_000, 3), 3), 3, ahead=None)
+        _, calls = exact.sample_exact(chain, torch.full((400, 8), 3), 3, ahead=None)
+        x, _ = exact.sample_exact(chain, torch.full((12_000, 3), 3), 3, ahead=None)
         common = 12_000 * law >= 5                       # texts that are not too rare
         fit = toy.chi_square(toy.count(x, 3)[common], law[common])
         return calls.double().mean().item(), fit
     calls, fit = calls_and_fit()
-    monkeypatch.setattr(diffusion, "couple", solved)
+    monkeypatch.setattr(exact, "couple", solved)
     later, fit_solved = calls_and_fit()
     assert fit > 0.001 and fit_solved > 0.001 and later > calls + 0.5

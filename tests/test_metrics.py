@@ -253,7 +253,9 @@ def test_rows_are_kept_until_texts_or_measures_change(tmp_path, monkeypatch, cap
     data = datasets.load_data(make_dataset(tmp_path / "data"), Processes(torch.device("cpu")))
     config = types.SimpleNamespace(samples=4, seed=0, folder=tmp_path)
     found = {"rows": [], "models": {}}
-    exam = results.Exam(config, Processes(torch.device("cpu")), data, found, None, "nobody", 12, [8])
+    exam = results.Exam(config, Processes(torch.device("cpu")), data, found, 12, [8],
+                        judge=lambda x: (torch.ones(len(x)), torch.ones(len(x))),
+                        judged_by="nobody")
     monkeypatch.setattr(results, "summary", lambda row: "")
     results.fill_rows(exam, "data", None, "data")
     row, = found["rows"]

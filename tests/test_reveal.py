@@ -21,7 +21,7 @@ import train
 from data import checkpoints
 from diffusion import categorical, nelbo, plan, q_sample, sample, sample_cached
 from helpers import call, make_dataset, refused
-from model import reveal_mask
+from model import sees_in_order
 from toy import all_sequences, chi_square, count
 from toy import network as model_of
 from tools import convert, exact
@@ -59,7 +59,7 @@ def test_who_sees_whom():
     z = torch.randint(11, (4, 9))
     z[torch.rand(4, 9) < 0.4] = model.mask_id
     order = torch.rand(4, 9)
-    mask = reveal_mask(z, order, model.mask_id)
+    mask = sees_in_order(z, order, model.mask_id)
     for b, i, j in itertools.product(range(4), range(9), range(9)):
         token = z[b, j] != model.mask_id
         before = z[b, i] == model.mask_id or order[b, j] < order[b, i]
@@ -270,7 +270,14 @@ def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
     call(exact, "out/d-nano-reveal", "--samples", 4, "--what", "heat", "--json", "exact.json")
     heated = json.loads((folder / "exact.json").read_text())["rows"]
     assert len(heated) == 42 + 3 * len(exact.HEAT)
-    assert {row["divergence"] for row in heated if row["model"] == "round 1"} == {"kld"}
+    students = [row for row in heated if row["model"] == "round 1"]
+    assert {(row["divergence"], row["variant"]) for row in students} == {
+        ("kld", "steps_per_round 2")}
+    assert not any("variant" in row for row in heated if row["model"] in ("ar", "data"))
+    # and in 32 steps
+    call(exact, "out/d-nano-reveal", "--samples", 4, "--what", "heat32", "--json", "heat32.json")
+    heated32 = json.loads((folder / "heat32.json").read_text())["rows"]
+    assert sorted({row["temperature"] for row in heated32 if row["steps"] == 32}) == exact.HEAT
     # a folder of rounds alone, as --teacher of another leaves it: the same rows for these
     (folder / "out/rounds").mkdir()
     shutil.copy(folder / "out/d-nano-reveal/round1.pt", folder / "out/rounds")
@@ -292,6 +299,14 @@ def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
     assert "full attention" not in capsys.readouterr().err
     call(train, *SHORT, "--objective", "mdlm")
     assert attention_of("out/d-nano/teacher.pt") == "full"
+    # full attention: in steps, one token at a time, and nothing exact
+    full = ["out/d-nano", "--judge", "out/d-nano-reveal/ar.pt", "--samples", 4]
+    assert "--what steps" in refused(capsys, exact, *full)
+    assert "--what steps" in refused(capsys, exact, *full, "--lengths", 5)
+    call(exact, *full, "--what", "steps", "--json", "full.json")
+    rows = json.loads((folder / "full.json").read_text())["rows"]
+    assert [row["steps"] for row in rows] == [None, *exact.STEPS, 1024]
+    assert {row.get("variant") for row in rows[1:]} == {"full attention"}
     flags = [*ROUNDS, "--attention", "reveal", "--teacher", "out/d-nano/teacher.pt",
              "--judge", "out/d-nano-reveal/ar.pt", "--out", "out/adapted"]
     call(distill, *flags)

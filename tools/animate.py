@@ -32,7 +32,8 @@ from data.measures import in_steps
 from data.prompts import known_tokens
 from data.results import round_files
 from data.script import command, device_flag, flag, package, parse_flags
-from diffusion import categorical, sample, sample_exact, sharpen
+from diffusion import categorical, sample, sharpen
+from exact import sample_exact
 from model import generate
 from sample import (DEFAULT_STEPS, EXACT, OUR_STEPS, OURS, refuse_exact,
                     steps_or_exact)

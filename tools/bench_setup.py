@@ -9,6 +9,7 @@ import torch
 from common import seed_all
 from data.checkpoints import load_model
 from data.files import UserError
+from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
 from data.results import round_files
 from data.script import device_flag, flag, package
 from model import CHOICES, PRESETS, ModelConfig, Transformer
@@ -16,6 +17,7 @@ from tools import figures
 from tools.machine import prepare, transformers_gpt2, warn_of_emulation
 
 VOCAB = 50257                            # of random weights: GPT-2's
+WRITTEN = 32                             # texts at a time, for quality
 # what a table shows of a row, and how
 SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
          ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
@@ -160,3 +162,17 @@ def random_weights(config, device, preset, needed):
         shape = ModelConfig(VOCAB, attention="causal", **sizes)
         models["transformers"] = {"random": transformers_gpt2(shape, device, config.dtype)}
     return models
+
+
+def quality(judge, write, n):
+    """Perplexity of n texts under the AR model `judge`, and both entropies, without their
+    standard errors. write() -> WRITTEN texts (WRITTEN, L)."""
+    texts = []
+    while len(texts) * WRITTEN < n:
+        texts.append(write())
+    x = torch.cat(texts)[:n]                                         # (n, L)
+    gen, _ = gen_ppl(make_judge(judge), x)                           # exp of mean nats
+    x, vocab = x.cpu(), judge.config.vocab               # all models here share it
+    within, _ = entropy(x, vocab)                                    # in each text
+    pooled, _ = pooled_entropy(x, vocab)                             # of all texts
+    return {"gen_ppl": gen, "entropy": within, "of all": pooled}

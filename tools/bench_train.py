@@ -166,10 +166,11 @@ def measure(config, machine, device, preset, L, B):
         least = 0
         if form == "plain":              # eight float32 arrays (B, L, V)
             least = 8 * 4 * B * L * VOCAB
-        times = first_run(row, run, run, least, device)
-        if times is None:
+        first = first_run(row, run, run, least, device)
+        if first is None:
             continue
-        running.append((row, run, times))
+        time, _ = first
+        running.append((row, run, [time]))
         if device.type == "cpu":
             row["peak_bytes"] = in_new_process(peak_alone, (objective, form), *sizes)
     # the others in turn

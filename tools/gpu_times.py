@@ -120,7 +120,7 @@ def group_of(device, size, B, name, compiled):
 def engine_times(device, machine, size, B, name):
     """Seconds for B texts, with all that bench.py says of them. On a CPU not compiled."""
     config, group = group_of(device, size, B, name, compiled=device.type == "cuda")
-    bench.measure(config, group, device, machine)
+    bench.measure(config, group, B, device, machine)
     for row, _ in group:
         yield dict(row, what=name, unit="s", measured=row.get("seconds"))
 
@@ -224,7 +224,8 @@ def wait_counts(device, size):
     for name in ENGINES:
         _, group = group_of(device, size, 1, name, compiled=False)
         row, model = group[0]
-        run = bench.make_run(row, model, decode, row["steps"])
+        engine = bench.ENGINES[row["engine"]]
+        run = engine.make(model, row["batch"], row["length"], row["steps"], decode)
         run()                            # some things are done the first time only
         with counted_calls(model) as calls:
             places = host_waits(run, device)

@@ -8,6 +8,7 @@ from data.devices import float64_device
 from diffusion import sharpen
 from model import NOT_FINITE
 from sample import DTYPES
+from tools.machine import with_stance
 
 
 @torch.no_grad()
@@ -37,6 +38,12 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
         choice = (joint.log() + gumbel).argmax(-1).to(z.device)      # (B, L)
         z = torch.where(z == mask_id, choice, z)
     return z
+
+
+def naive_engine(model, B, L, steps, decode_step):
+    """An engine of bench.py: sample_joint, not compiled, as public code runs it."""
+    z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
+    return with_stance("force_eager", lambda: sample_joint(model, z, steps, model.mask_id))
 
 
 def joint_sampler(model, z, sampling):

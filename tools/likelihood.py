@@ -14,7 +14,8 @@ from data.devices import float64_device, in_float64
 from data.files import UserError
 from data.lambada.prepare import WORD
 from data.measures import NO_VALUE, add_mean, exp, mean_se
-from diffusion import nats_of, nll_in_order, prompt_first, random_order, states_at
+from diffusion import prompt_first, random_order, states_at
+from exact import nats_of, nll_in_order
 from model import nll, shifted
 
 LONGEST = 5                  # tokens of a word whose orders are enumerated: 120

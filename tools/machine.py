@@ -18,6 +18,7 @@ from time import perf_counter
 
 import torch
 
+from data.cost import counted_calls
 from model import decode
 
 
@@ -135,15 +136,20 @@ def room_for(size, device):
         raise OutOfMemory from e
 
 
-def first_run(row, run, warm_up, least, device):
-    """Warm up, then run once, for which `least` bytes must be there: returns [its seconds]
-    and puts its peak_bytes into the row; where memory is short, returns None and the row
-    says so."""
+def first_run(row, run, warm_up, least, device, count=None):
+    """Warm up, then run once, for which `least` bytes must be there. Returns the seconds of
+    that run and, of each call of the model `count` in it, the positions that it computed;
+    its peak_bytes go into the row. Where memory is short, returns None and the row says
+    so."""
+    counting = contextlib.nullcontext([])
+    if count is not None:
+        counting = counted_calls(count)
     try:
-        with room_for(least, device):
+        with room_for(least, device), counting as calls:
             warm_up()
+            calls.clear()
             time, row["peak_bytes"] = peak_bytes(lambda: seconds(run, device), device)
-        return [time]
+        return time, calls
     except OutOfMemory:
         row["error"] = "does not fit in memory"
         return None
@@ -278,9 +284,13 @@ def with_stance(stance, run):
 
 # ---- what a run needs: rows are dicts with engine, batch, length, nfe, seconds
 
-def least_memory(row, config, size):
-    """Bytes without which a run cannot be, with numbers of `size` bytes."""
+SIZES = {"float32": 4, "bfloat16": 2}    # bytes of a number
+
+
+def least_memory(row, config):
+    """Bytes without which a run cannot be."""
     engine, tokens = row["engine"], row["batch"] * row["length"]
+    size = SIZES[row["dtype"]]
     if engine == "diffusion-naive":
         return 24 * tokens * config.vocab                # three float64 arrays (B, L, V)
     if engine == "diffusion":
@@ -288,16 +298,16 @@ def least_memory(row, config, size):
     return 2 * config.layers * tokens * config.width * size          # a KV cache
 
 
-def roofline(row, config, machine, size):
+def roofline(row, config, machine):
     """The share of the machine's bandwidth (AR: weights and cache are read for every token)
     or of its matrix rate (diffusion: each pass multiplies each token by the weights) that a
-    run got. size: bytes of a number."""
+    run got."""
     B, L, C, layers = row["batch"], row["length"], config.width, config.layers
     head = C * config.vocab              # weights
     if row["engine"] in ("ar", "transformers"):
         weights = 12 * layers * C * C + head
         cache = 2 * layers * C * B * L / 2               # half full on average
-        read = L * size * (weights + cache)              # bytes
+        read = L * SIZES[row["dtype"]] * (weights + cache)           # bytes
         return read / row["seconds"] / machine["bytes_per_s"]
     done = sampler_flop(row, config)
     return done / row["seconds"] / machine["flop_per_s"]

@@ -25,7 +25,7 @@ from data.dataset import make_tokenizer
 from data.files import UserError, read_text, to_json, write
 from data.measures import exp
 from data.script import command, flag, parse_flags
-from diffusion import nll_in_order
+from exact import nll_in_order
 from model import nll
 from sample import BATCH
 from tools import likelihood

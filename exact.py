@@ -1,0 +1,293 @@
+"""Exact sampling: the distribution of one token at a time, in a handful of calls. And the
+same call on a given text: its exact likelihood.
+
+For attention in the order of reveal, and for AR models, whose order is left to right. Slot
+i of a text is the i-th place in its order of reveal: see diffusion.py, which has all other
+samplers.
+
+The first `final` slots of a text keep their tokens, those from there to `guessed` - 1 hold
+guesses, the rest nothing yet. A call asks for the slots from `final` to `end` - 1; c is the
+first of them that changes. One call, shown left to right (a diffusion model's order is
+shuffled):
+
+    slot       0     1     2     3     4     5     6
+    old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
+    new        one   day   tom   lost  her   bag   .     c = 4: final = 5, guessed = 7
+
+The call predicts each of the slots 2 to 6 from the old tokens in the slots before it: 4
+from "one day tom lost", 5 from "one day tom lost his". Each guess becomes a draw from its
+prediction, one that equals the guess as often as possible (couple); a slot without a guess
+becomes a plain draw. Slots 2 and 3 stayed, so slot 4 was predicted from tokens that stand:
+2, 3 and 4 are final. Slot 5 was predicted from "his", which is gone: "bag" is a guess. The
+cached keys are right up to slot 3: the next call reads from slot 4 on (unread = 4). In the
+first call there are no guesses, and only the first slot becomes final; in each call at
+least one does. Once the early slots settle the story, most later guesses stay: then one
+call makes many final.
+
+Why one call predicts all these slots: with attention "reveal" a token sees itself and the
+tokens in the slots before it, a mask sees itself and the same tokens, and nothing sees
+another mask. So a mask asked at each slot gives that slot's prediction from just the tokens
+before it. (In AR the token in the slot before predicts it.)
+
+Why it is exact: fix the random numbers that all calls use at the slots before a slot s. As
+no slot sees a later one, they alone decide the tokens there, the predictions p1, p2, ... at
+s, and the call K that makes s final: the first in which no slot before s changes. The
+random numbers at s are independent of all this. So after any call k the token that couple
+has put at s is a draw from pk; after call K it is one from pK, and pK was made from final
+tokens. (If s were final once its own guess stayed, K would depend on the token, and tokens
+likely in two predictions would come too often.)
+
+Fixed points: arXiv 2002.03629; the coupling: 2211.17192.
+"""
+import typing
+
+import torch
+
+from data.devices import in_float64, upload
+from diffusion import (HEAD_ROWS, by_position, draw_from, listed, make_reading,
+                       prompt_first, random_order, span, without_masks)
+from model import Reading, cross_entropy, shifted
+
+COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V): 8 MB
+
+
+# ---- the coupling, and the sampler as a plain loop
+
+def couple_rows(p, q, guess, mask_id):
+    """Guesses (n,) are draws from q (n, V). Returns draws from p (n, V) that equal them as
+    often as possible: a guess x stays with probability min(1, p(x) / q(x)), and otherwise
+    is drawn from what p has more than q, max(p - q, 0) (speculative sampling, arXiv
+    2211.17192). As min(p, q) + max(p - q, 0) = p, the result is a draw from p. Where guess
+    is mask_id there is none, and the draw is from p. q is lost."""
+    has_guess = guess != mask_id                                     # (n,)
+    q[~has_guess] = 0                            # then max(p - q, 0), below, is p
+    # p and q of the guess itself (n,); where there is none any token will do
+    token = guess.where(has_guess, 0)[:, None]                       # (n, 1)
+    p_guess, q_guess = p.gather(1, token)[:, 0], q.gather(1, token)[:, 0]
+    # it stays with probability min(1, p / q)
+    u = torch.rand_like(p_guess)
+    stays = has_guess & (u * q_guess < p_guess)
+    # the others are drawn anew; if p - q rounds to nothing positive, from p
+    others, = (~stays).nonzero(as_tuple=True)                        # (m,)
+    p, q = p[others], q[others]                                      # (m, V) both
+    rest = (p - q).clamp_(min=0)
+    empty = rest.amax(1, keepdim=True) == 0
+    drawn = guess.clone()
+    drawn[others] = draw_from(torch.where(empty, p, rest))
+    return drawn
+
+
+def sample_exact_plain(predict, L, mask_id):
+    """sample_exact as a plain loop: one text, left to right, all slots asked in each call,
+    and no cache. predict(x (L,)) -> probabilities (L, V): row s for slot s, given x[:s],
+    the tokens before it; while x[:s] still holds a mask, any probabilities will do. Returns
+    ids (L,) and the number of calls."""
+    x = torch.full((L,), mask_id)
+    q = None                             # what the guesses were drawn from
+    final, calls = 0, 0
+    while final < L:
+        p = predict(x).double()                                      # (L, V), one call
+        if q is None:
+            q = torch.zeros_like(p)                                  # no guesses yet
+        calls += 1
+        # each guess becomes a draw from its new prediction
+        new = x.clone()                                              # (L,)
+        new[final:] = couple_rows(p[final:], q[final:], x[final:], mask_id)
+        # the first slot that changed is final, like all before it
+        changed, = (new != x).nonzero(as_tuple=True)                 # slots
+        final = L
+        if len(changed):
+            final = int(changed[0]) + 1
+        x, q = new, p
+    return x, calls
+
+
+# ---- the sampler
+
+def couple(model, h, h_old, x, mask_id, adjust=None):
+    """couple_rows for guesses x (N,), with q what the states h_old (N, C) predict, and p
+    what h (N, C) predicts: (N,). adjust: see sample_exact."""
+    def probabilities(states):
+        """What states (n, C) predict: (n, V). A softmax in float32 is good enough, see
+        categorical."""
+        logits = model.head(states)
+        if adjust:
+            logits = adjust(logits)
+        return in_float64(logits.softmax(-1))
+
+    ids = []
+    # some rows at a time: never all (N, V)
+    size = max(32, COUPLE_SIZE // model.config.vocab)
+    for new, old, guess in zip(h.split(size), h_old.split(size), x.split(size)):
+        p, q = probabilities(new), probabilities(old)                # (n, V) both
+        ids.append(couple_rows(p, q, guess.to(p.device), mask_id))
+    return torch.cat(ids).to(x.device)
+
+
+@torch.no_grad()
+def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=None):
+    """Fill every mask of z (B, L), in few calls, with exactly the distribution of revealing
+    one token at a time, as told above: for attention in the order of reveal, and for AR
+    models, whose order is left to right. sample_exact_plain is the same without the cache.
+    adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
+    ahead: with f slots final a call asks for the next ahead + f: few at first, when far
+    guesses are mostly wrong; None: all.
+    max_calls: stop there and leave the guesses as they are, which is not exact.
+    watch: called after each call with z and the bool (B, L) of its final tokens.
+    Returns ids (B, L) and the calls that each text took (B,); a batch takes as many as its
+    slowest text. Raises ValueError (see how_to_ask), and FloatingPointError at predictions
+    of NaN."""
+    B, L = z.shape
+    ahead = L if ahead is None else min(ahead, L)
+    # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
+    ask, order = how_to_ask(model, z, mask_id)
+    order_z = upload(order, z.device)
+    x = z.gather(1, order_z)             # (B, L), tokens by slot; a mask where no guess is
+
+    # of each text, (B,): slots 0 to final - 1 are done, at first the prompt's; those up to
+    # guessed - 1 hold guesses, and the rest masks
+    final = (x != mask_id).sum(1).cpu()
+    guessed = final
+    # the first slot whose present token the cache lacks: at first -1, where AR has its
+    # start symbol (see ask_tokens); other models begin at slot 0
+    unread = torch.full_like(final, -1)
+    cache = model.cache(B, L, spare=L)   # a place for each slot's token, one for its mask
+    # what each slot's token was drawn from, (B, L, C): the head makes q of it
+    states = None
+    calls = torch.zeros(B, dtype=torch.long)                         # of each text
+    made = 0                                                         # of the batch
+    while bool((final < L).any()) and made != max_calls:
+        made += 1
+        calls += final < L
+        # what is asked: the slots from `final` to `end` - 1 (B,), N together; of a finished
+        # text none. `end` never falls, so every guess is asked again
+        end = (final + (ahead + final)).clamp(max=L)     # the next ahead + final slots
+        if made == max_calls:
+            end = torch.full_like(end, L)                # no slot may stay without a guess
+        call = Call(unread, guessed, begin=final, end=end)
+        h = ask(model, cache, order, x, call)                                    # (N, C)
+        if states is None:
+            states = h.new_zeros(B, L, h.shape[1])
+
+        # each guess becomes a draw from its new prediction
+        at = listed(span(final, end), z.device)          # text and slot of each row of h
+        old = x.clone()
+        x[at] = couple(model, h, states[at], old[at], mask_id, adjust)
+        states[at] = h
+        # c (B,): the first slot that changed; a mask that became a guess counts. If none
+        # did, c is `end`, and that is L: until then `end` grows in every call, over masks
+        changed = (x != old).cpu()
+        c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
+        final = (c + 1).minimum(end)
+        guessed = end
+        # up to c - 1 the cache stands. The keys after it belong to the old token at c, or
+        # have seen it: the next call reads all from c on, which is final - 1, again
+        unread = final - 1
+        if watch:
+            done = torch.arange(L) < final[:, None]      # (B, L), by slot
+            watch(by_position(x, order_z), by_position(done, order))
+    return without_masks(by_position(x, order_z), mask_id), calls
+
+
+# ---- how one call asks: the states (N, C) that predict slots `begin` to `end` - 1, each
+# from the tokens before it
+
+class Call(typing.NamedTuple):
+    """What one call reads and asks, in slots of each text, (B,) each."""
+    unread: torch.Tensor         # the first token that is not in the cache
+    guessed: torch.Tensor        # slots from here on hold no token yet
+    begin: torch.Tensor          # the first slot that is asked
+    end: torch.Tensor            # the one after the last
+
+
+def how_to_ask(model, z, mask_id):
+    """What differs between models in sample_exact: (ask_masks or ask_tokens, order (B, L)).
+    Raises ValueError for full attention, if an AR model's z has gaps, and otherwise if the
+    rows of z differ in their number of masks."""
+    B, L = z.shape
+    if model.config.causal:
+        if bool(((z[:, 1:] != mask_id) & (z[:, :-1] == mask_id)).any()):
+            raise ValueError("an AR model goes on from a prompt, and fills no gaps")
+        return ask_tokens, torch.arange(L).repeat(B, 1)
+    if model.config.attention != "reveal":
+        raise ValueError("exact sampling needs attention in the order of reveal")
+    return ask_masks, prompt_first(random_order(z, mask_id), L)
+
+
+def ask_masks(model, cache, order, x, call):
+    """One call of a model with attention in the order of reveal: the states (N, C) of masks
+    at the slots that are asked. It reads, first, the tokens of x (B, L) that the cache
+    lacks; then the masks. Both the token of slot s and its mask see all tokens in the slots
+    before s. The cache keeps the token of slot s in place s, and its mask in place L + s:
+    in place s it would overwrite the guess there, which this call reads, too."""
+    masks = span(call.begin, call.end)
+    # the token of the last slot asked is not read: nothing that is asked comes after it
+    tokens = span(call.unread.clamp(min=0), (call.end - 1).minimum(call.guessed))
+    place = masks.slot + x.shape[1]
+    new = make_reading(model, x, order, tokens, masks, call.guessed, place)
+    return model.read(cache, new)
+
+
+def ask_tokens(model, cache, order, x, call):
+    """ask_masks of an AR model, which predicts slot s at the token of slot s - 1, so that
+    no masks are needed (skip this at a first reading):
+
+        place in the cache     0       1     2     3
+        what is there          start   one   day   tom       the token of slot place - 1
+        what it predicts       slot 0  1     2     3
+
+    Slots after `guessed` cannot be predicted yet: the token before them is missing. Their
+    states are 0, so their first guesses are arbitrary draws, from head(0); couple corrects
+    them, as it does any."""
+    B, L = x.shape
+    by_place = shifted(x, model.mask_id)                             # (B, L)
+    # from the place of slot `unread`'s token to the place that predicts the last slot
+    # asked; a text that is finished asks for nothing
+    last = (call.end - 1).minimum(call.guessed)                      # (B,)
+    last = last.where(call.begin < call.end, call.unread)
+    places = span(call.unread + 1, last + 1)                         # (B, M)
+    idx = by_place.gather(1, upload(places.slot, x.device))
+    new = Reading(idx=idx, pos=places.slot, place=places.slot, limit=places.slot,
+                  valid=places.valid)
+    h = model.read(cache, new)
+    states = h.new_zeros(B, L, h.shape[1])
+    states[listed(places, x.device)] = h
+    return states[listed(span(call.begin, call.end), x.device)]      # (N, C)
+
+
+# ---- the same call on a given text: its likelihood
+
+@torch.no_grad()
+def nll_in_order(model, x, mask_id, order=None, known=0):
+    """-log p(x | order) of each text of x (B, L), exactly and in one call, in nats: (B,).
+    For attention in the order of reveal. order (B, L): positions, on the CPU; random ones
+    unless given. known: how many slots, from the first on, are given and cost nothing: a
+    number, or (B, 1) on the CPU.
+    The same reading as in sample_exact, with the text itself as the guess: a mask at each
+    slot says what the token costs given those before it. The mean over orders is at least
+    -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
+    are drawn, and every token counts."""
+    B, L = x.shape
+    if order is None:                    # all are shuffled, as if all were masks
+        order = random_order(torch.full_like(x, mask_id), mask_id)   # (B, L)
+    by_slot = x.gather(1, upload(order, x.device))                   # (B, L)
+    # all slots hold a token and none is in the cache; those that are not known are asked
+    begin = torch.as_tensor(known).reshape(-1).expand(B)             # (B,)
+    end = torch.full((B,), L)
+    call = Call(unread=torch.zeros(B, dtype=torch.long), guessed=end, begin=begin, end=end)
+    cache = model.cache(B, L, spare=L)
+    h = ask_masks(model, cache, order, by_slot, call)                # (N, C)
+    slots = span(begin, end)
+    of_slots = nats_of(model, h, by_slot[listed(slots, x.device)])   # (N,)
+    nats = of_slots.new_zeros(B, L)              # on the device that has float64
+    nats[listed(slots, nats.device)] = of_slots
+    return nats.sum(1)                                               # (B,)
+
+
+def nats_of(model, h, ids):
+    """-log p of ids (N,) under what the states h (N, C) predict: (N,), float64. The head is
+    given some states at a time, see draw_tokens."""
+    nats = []
+    for states, some in zip(h.split(HEAD_ROWS), ids.split(HEAD_ROWS)):
+        nats.append(in_float64(cross_entropy(model.head(states), some)))
+    return torch.cat(nats)
