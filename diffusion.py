@@ -89,19 +89,20 @@ def rank_prompt_first(keep):
     return torch.where(keep, rank - 1, rank)
 
 
-def states_at(model, z, where, rank=None):
-    """The states (N, C) at the N positions of z (B, L) where the bool `where` (B, L) is
-    true, row by row. (hidden(z, at) would compute less in its last block, but that block
-    would then run uncompiled, see Transformer.run.)"""
+def states_at(model, z, at, rank=None):
+    """The states (N, C) at some positions of z (B, L), with `at` ids (N,) of texts and of
+    positions, as nonzero(as_tuple=True) gives them. (hidden(z, at) would compute less in
+    its last block, but that block would then run uncompiled, see Transformer.run.)"""
+    text, position = at
     # on a CPU skip sequences of which nothing is wanted (in SDTT's short steps most); on a
     # GPU a batch that changes its size, and may be empty, costs more than that saves
     if z.device.type == "cpu":
-        rows = where.any(1)                                          # (B,)
-        z, where = z[rows], where[rows]
+        rows, text = text.unique(return_inverse=True)
+        z = z[rows]
         if rank is not None:
             rank = rank[rows]
     h = model.hidden(z, rank=rank)                                   # (rows, L, C)
-    return h[where]                                                  # (N, C)
+    return h[text, position]                                         # (N, C)
 
 
 def nelbo(model, x, mask_id, keep=None):
@@ -122,9 +123,11 @@ def nelbo(model, x, mask_id, keep=None):
     others | these), in nats per token of the others (as in LLaDA, arXiv 2502.09992)."""
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id, keep)
-    masked = z == mask_id                                            # (B, L), N of them
-    weight = mask_rate(t) / mask_share(t)                            # (B,), log-linear: 1/t
-    weight = weight[:, None].expand_as(x)[masked]                    # (N,)
+    # the N masks, as ids of texts and of positions (N,). (On a GPU the CPU waits here, to
+    # learn N; a bool index would make it wait each time)
+    masked = (z == mask_id).nonzero(as_tuple=True)
+    text, _ = masked
+    weight = (mask_rate(t) / mask_share(t))[text]                    # (N,), log-linear: 1/t
 
     count = x.numel()                    # tokens that could be masked
     rank = None                          # for attention "reveal": any order
@@ -209,17 +212,17 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
     reveals beforehand, see plan.
     rank (B, L): when the tokens of z were revealed, for attention "reveal"; before another
     step the caller ranks those revealed here after them, as distill.py does.
-    Returns z_s (B, L), the bool reveal (B, L), and the states (N, C) at the revealed
-    positions, from whose predictions the tokens were drawn."""
+    Returns z_s (B, L), the revealed positions, as ids (N,) of texts and of positions, and
+    the states (N, C) there, from whose predictions the tokens were drawn."""
     # which masks are revealed
     share = reveal_share(t, s)[:, None]                              # (B, 1)
     chosen = torch.rand(z.shape, device=z.device) < share            # (B, L)
-    reveal = (z == mask_id) & chosen                                 # (B, L), N of them
+    revealed = ((z == mask_id) & chosen).nonzero(as_tuple=True)      # N of them
     # and what they become
-    h = states_at(model, z, reveal, rank)                            # (N, C)
+    h = states_at(model, z, revealed, rank)                          # (N, C)
     z_s = z.clone()
-    z_s[reveal] = draw_tokens(model, h)
-    return z_s, reveal, h
+    z_s[revealed] = draw_tokens(model, h)
+    return z_s, revealed, h
 
 
 @torch.no_grad()

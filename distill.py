@@ -58,26 +58,26 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     The student sees only z_t, and must predict all three.
     z (B, L) = z_t; t (B,). rank (B, L), for attention "reveal": the order in which the
     tokens of z_t count as revealed, random numbers in [0, 1), of a prompt below 0.
-    Returns the targets as the teacher's states (N, C) at the masks, its last layer's output
-    in the order of z[z == mask_id]: teacher.head makes predictions (N, V) of them, which
-    would take V / C times the memory."""
-    masked = z == mask_id                # (B, L), the N masks of z_t. z is replaced below
-    parts = []                           # of each step: where (B, L), the states there
+    Returns the targets as the teacher's states (B, L, C), its last layer's output, at the
+    masks of z (elsewhere 0): teacher.head makes predictions of them, which would take V / C
+    times the memory."""
+    parts = []                           # of each step: where, and the states there
     for i in range(k - 1):
         # the times of step i. From a small t fewer than k steps fit: the one that is cut
         # off at 0 reveals all masks that are left, and later steps find none
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
-        # the step chooses what is revealed, runs the teacher, and draws it: revealed (B, L)
-        # bool, n of them; h (n, C), the teacher's states at these
+        # the step chooses what is revealed, runs the teacher, and draws it: n positions
+        # `revealed`; h (n, C), the teacher's states there
         z, revealed, h = unmask_step(teacher, z, t_i, s_i, mask_id, rank)
         parts.append((revealed, h))
         if rank is not None:
             # what this step reveals comes after all that was revealed before: its rank
             # moves from [0, 1) to [i + 1, i + 2)
-            rank = torch.where(revealed, rank + i + 1, rank)
+            rank = rank.clone()
+            rank[revealed] += i + 1
     # the last step draws nothing: revealed in it or not, the rest takes its prediction
-    rest = z == mask_id
+    rest = (z == mask_id).nonzero(as_tuple=True)
     h_rest = states_at(teacher, z, rest, rank)
     parts.append((rest, h_rest))
 
@@ -85,7 +85,7 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     target_h = h_rest.new_zeros(*z.shape, h_rest.shape[1])           # (B, L, C)
     for where, h in parts:
         target_h[where] = h
-    return target_h[masked]                                          # (N, C)
+    return target_h
 
 
 def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
@@ -98,7 +98,7 @@ def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
     # the noise
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id, keep)    # (B, L), some tokens masked
-    masked = z == mask_id                                            # (B, L), N of them
+    masked = (z == mask_id).nonzero(as_tuple=True)                   # N of them
     # the order of reveal, one for teacher and student (full attention makes no use of it);
     # a prompt comes first
     rank = None
@@ -108,7 +108,8 @@ def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
         rank = torch.rand(z.shape, device=z.device)
 
     # the teacher takes k steps from z_t, the student predicts from z_t alone
-    target_h = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)     # (N, C)
+    target_h = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)     # (B, L, C)
+    target_h = target_h[masked]                                      # (N, C)
     h = states_at(student, z, masked, rank)                          # (N, C)
 
     # all logits (N, V) at once would be too many: chunked_sum takes n rows of h and of

@@ -382,6 +382,27 @@ def test_the_cpu_waits_for_samplers_at_their_ends_only(device, name, begin, a_ca
     assert 0 < waits <= begin + a_call * len(calls)
 
 
+@pytest.mark.parametrize("attention", ["full", "reveal"])
+@pytest.mark.parametrize("name, most", [("nelbo", 1), ("sdtt", 3)])
+def test_the_cpu_waits_once_for_each_set_of_masks_in_a_training_step(device, attention, name, most):
+    """To learn how many masks there are: those of z_t, in SDTT also those that the teacher's first
+    step reveals, and the rest. Loss and gradient wait no more. No chance in it."""
+    if device.type == "cpu":
+        pytest.skip("nothing waits for a CPU")
+    plain = model_of(device, attention=attention)
+    model, x = at_work(plain, device), texts(plain).to(device)
+    teacher = at_work(plain, device).eval().requires_grad_(False)
+
+    def run():
+        if name == "nelbo":
+            loss = nelbo(model, x, model.mask_id)
+        else:
+            loss = sdtt_loss(model, x, teacher, (1 / 8, 2), "kld", model.mask_id)
+        loss.backward()
+    run()
+    assert 0 < waits_of(run, device) <= most
+
+
 # ---- compiled code
 
 FORMS = ["float32", "bfloat16 blocks", "bfloat16 weights"]

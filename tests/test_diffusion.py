@@ -361,8 +361,9 @@ def test_unmask_step_reveals_a_share_of_the_masks_per_sequence():
     t = torch.tensor([0.0, 0.5, 0.5, 1.0, 0.8, 0.03])
     s = torch.tensor([0.0, 0.5, 0.0, 0.9, 0.2, 0.01])
     z = torch.full((6, 100_000), 2)
-    z_s, reveal, _ = unmask_step(constant(torch.tensor([0.7, 0.3])), z, t, s, 2)
-    assert torch.equal(z_s != 2, reveal)
+    z_s, revealed, _ = unmask_step(constant(torch.tensor([0.7, 0.3])), z, t, s, 2)
+    reveal = z_s != 2
+    assert torch.equal(reveal.nonzero(), torch.stack(revealed, 1))
     assert not reveal[0].any() and not reveal[1].any() and reveal[2].all()
     for i in (3, 4, 5):
         assert within_5_sd(reveal[i].sum(), 100_000, float((t[i] - s[i]) / t[i]))
@@ -376,9 +377,10 @@ def test_unmask_step_changes_no_revealed_token_and_asks_only_where_it_opens():
     sure = torch.nn.functional.one_hot(right, 3).double().log()      # 0 or -inf, (8, 50, 3)
     z = before.clone()
     model = watched(Model(lambda z, at: sure[at]), calls)
-    z_s, reveal, logits = unmask_step(model, z, torch.rand(8),
-                                      torch.zeros(8) + 1e-3, 3)
+    z_s, revealed, logits = unmask_step(model, z, torch.rand(8), torch.zeros(8) + 1e-3, 3)
     [(seen, at)] = calls
+    reveal = torch.zeros(8, 50, dtype=torch.bool)
+    reveal[revealed] = True
     assert torch.equal(z, before) and torch.equal(seen, before) and torch.equal(at, reveal)
     assert reveal.any() and torch.equal(logits, sure[reveal])
     assert (before[reveal] == 3).all() and torch.equal(z_s[~reveal], before[~reveal])

@@ -68,6 +68,13 @@ def test_schedule_refuses_a_student_of_less_than_one_step(k, rounds):
 
 # ---- the targets
 
+def targets_at_masks(teacher, z, t, dt, k):
+    """sdtt_targets at the masks of z, row by row: (N, C)."""
+    target = distill.sdtt_targets(teacher, z, t, dt, k, MASK)
+    assert not target[z != MASK].any()
+    return target[z == MASK]
+
+
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_teacher_steps_are_contiguous_and_fall_by_dt_but_not_below_0(monkeypatch, k):
     """The first step starts at t, each next one where the last one ended, dt lower. (In the public
@@ -95,7 +102,7 @@ def test_each_step_but_the_last_gives_the_share_dt_over_t_of_the_targets(k):
     answers for the rest. Chi-square: another seed would fail once in a million."""
     torch.manual_seed(0)
     z, t = torch.full((500, 20), MASK), torch.full((500,), 0.8)
-    target = distill.sdtt_targets(recorder([]), z, t, 0.2, k, MASK)
+    target = targets_at_masks(recorder([]), z, t, 0.2, k)
     counts = torch.bincount(target.argmax(1), minlength=k)
     assert chi_square(counts, torch.tensor([0.25] * (k - 1) + [1 - 0.25 * (k - 1)])) > 1e-6
 
@@ -107,7 +114,7 @@ def test_position_revealed_in_a_step_keeps_that_steps_prediction(k):
     calls = []
     z, t = noisy(30, 12, 0.7, seed=1), torch.linspace(0.5, 1, 30)
     torch.manual_seed(2)
-    target = distill.sdtt_targets(recorder(calls), z, t, 0.2, k, MASK)
+    target = targets_at_masks(recorder(calls), z, t, 0.2, k)
     assert len(calls) == k and torch.equal(calls[0][0], z)
     said, row, rows_of = target.argmax(1).tolist(), 0, [0] * k
     for b in range(30):
@@ -130,7 +137,7 @@ def test_teachers_head_is_asked_exactly_once_about_each_mask(k):
     no false alarm."""
     calls = []
     z, t = noisy(16, 12, 0.6, seed=3), torch.linspace(0.05, 1, 16)
-    target = distill.sdtt_targets(recorder(calls), z, t, 0.1, k, MASK)
+    target = targets_at_masks(recorder(calls), z, t, 0.1, k)
     asked = sum(at.int() for seen, at in calls)
     assert torch.equal(asked, (z == MASK).int())
     assert len(target) == int((z == MASK).sum())
@@ -142,7 +149,7 @@ def test_targets_come_in_the_order_of_the_masks(k):
     numbers go through the same function, row by row."""
     z, t = noisy(10, 12, 0.6, seed=4), torch.linspace(0.3, 1, 10)
     logits = torch.randn(10, 12, V)
-    target = distill.sdtt_targets(Model(lambda seen, at: logits[at]), z, t, 0.2, k, MASK)
+    target = targets_at_masks(Model(lambda seen, at: logits[at]), z, t, 0.2, k)
     assert torch.equal(target, logits[z == MASK])
 
 
@@ -152,7 +159,7 @@ def test_near_the_end_the_first_step_opens_everything(k):
     say. Exact, no false alarm: the chance to open is 1."""
     calls = []
     z, t = noisy(5, 12, 0.6, seed=5), torch.tensor([0.25, 0.2, 0.1, 1e-3, 1e-6])
-    target = distill.sdtt_targets(recorder(calls), z, t, 0.25, k, MASK)
+    target = targets_at_masks(recorder(calls), z, t, 0.25, k)
     assert torch.equal(calls[0][1], z == MASK)
     assert all(int(at.sum()) == 0 for seen, at in calls[1:])
     assert bool((target.argmax(1) == 0).all())
@@ -186,12 +193,14 @@ def test_targets_agree_with_algorithm_1_written_out(monkeypatch, k):
     steps = []
 
     def unmask_step(*args, step=diffusion.unmask_step):
-        z_s, reveal, logits = step(*args)
+        z_s, revealed, logits = step(*args)
+        reveal = torch.zeros(z_s.shape, dtype=torch.bool)
+        reveal[revealed] = True
         steps.append((z_s, reveal))
-        return z_s, reveal, logits
+        return z_s, revealed, logits
     monkeypatch.setattr(distill, "unmask_step", unmask_step)
     teacher, z, t = transformer(6), noisy(8, 12, 0.7, seed=7), torch.linspace(0.4, 1, 8)
-    target = distill.sdtt_targets(teacher, z, t, 0.2, k, MASK)
+    target = targets_at_masks(teacher, z, t, 0.2, k)
     with torch.no_grad():
         slow = slow_targets(teacher, z, t, k, steps)[z == MASK]
         first = slow_targets(teacher, z, t, 1, [])[z == MASK]
@@ -487,7 +496,7 @@ def test_targets_average_to_a_perfect_teachers_own_prediction():
     model = exact_model(joint)
     torch.manual_seed(20)
     z, t = torch.full((20000, 2), 3), torch.full((20000,), 0.75)
-    p = distill.sdtt_targets(model, z, t, 0.25, 3, 3).softmax(-1).view(20000, 2, 3).mean(1)
+    p = distill.sdtt_targets(model, z, t, 0.25, 3, 3).softmax(-1).mean(1)
     assert bool(((p.mean(0) - joint.sum(1)).abs() < 5 * p.std(0) / 20000 ** 0.5).all())
     assert bool((p.std(0) > 0.1).all())                              # one by one, they do differ
 

@@ -64,7 +64,9 @@ class Model:
 def states_at(model, z, at, rank=None, usual=diffusion.states_at):
     """diffusion.states_at; but a toy's f is asked about the positions `at` of all rows."""
     if isinstance(model, Model):
-        return model.f(z, at)
+        where = torch.zeros(z.shape, dtype=torch.bool)
+        where[at] = True
+        return model.f(z, where)
     return usual(model, z, at, rank)
 
 

@@ -151,7 +151,7 @@ def round_of(teacher, student, x, dt, tokenizer, seed):
     positions = gain.topk(2).indices.sort().values
 
     print(f"\nA step of the teacher from t = {t.item():g} to {t.item() - dt:g} reveals "
-          f"{int(revealed.sum())} of {int((z == mask_id).sum())} masks:\n\n"
+          f"{len(revealed[0])} of {int((z == mask_id).sum())} masks:\n\n"
           f"    z_t      {as_text(z[0], tokenizer, mask_id)}\n"
           f"    z_t-dt   {as_text(z_s[0], tokenizer, mask_id)}\n\n"
           "What is still masked, it would now predict otherwise. That is what the student "

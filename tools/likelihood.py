@@ -28,11 +28,12 @@ DRAWS = 16                   # maskings for the bound of a longer one
 def token_nats(model, z, x, rank=None):
     """-log p(x_i | z) at each mask of z, where z differs from x, and 0 elsewhere: (B,
     L)."""
-    at = z != x                                                      # (B, L), N of them
+    at = (z != x).nonzero(as_tuple=True)                             # N of them
     h = states_at(model, z, at, rank)                                # (N, C)
     nats = nats_of(model, h, x[at])                                  # (N,), float64
     out = torch.zeros(x.shape, dtype=nats.dtype, device=nats.device)
-    out[at.to(nats.device)] = nats
+    text, position = at
+    out[text.to(nats.device), position.to(nats.device)] = nats
     return out
 
 
