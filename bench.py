@@ -22,10 +22,16 @@ Two more, to compare with what others' code takes:
 Your own is a function like those below, and a line in ENGINES.
 
 Warm-up does not count, runs of the engines alternate, and the median is shown. Roofline is
-the share of the hardware's limit that an engine reaches. The limit, measured at the start,
-is memory bandwidth for AR, which is right for few texts, and matrix products for the
-others, which is right for many positions a call. Where it is right and roofline is low, the
-code is what limits an engine, and to beat it proves little.
+the share of a limit of the hardware, measured at the start, that an engine reaches: of
+memory bandwidth for AR, of matrix products for the others. The first is what limits AR if
+texts are few, the second limits a call of many positions. In those cases a low roofline
+says that the code is slow, and to beat such an engine proves little. What is printed looks
+like this (nano, two cores; some columns are left out):
+
+    engine        model     steps batch length seconds vs AR roofline nfe reads gen_ppl
+    ar            ar                  1     50   0.045  1.00      16%  50   1.0    1.39
+    diffusion     round7        8     1     50   0.025  1.78      13%   8   8.0    1.52
+    diffusion-kv  round7        8     1     50   0.026  1.73       4%   8   1.9    1.50
 """
 import itertools
 import sys
@@ -97,7 +103,7 @@ class Engine:
     make: object                 # a function as above
     models: str                  # the attention of the models it runs, or "transformers"
     in_steps: bool = False       # run it at each of --steps
-    varying: bool = False        # shapes differ from run to run: warm up with a whole run
+    varying: bool = False        # shapes differ from run to run: compile none while timing
     counted: bool = True         # count its calls; False: known, --steps or the length
     slow: bool = False           # time one run only, at the first batch size, of one model
 
@@ -129,7 +135,7 @@ def bench(config, device, machine):
         known = {}                       # see fill_quality
         for L, B in itertools.product(config.length, config.batch):
             group = rows_of(config, models, preset, B, L)
-            # no model here is for these engines, or only for a slow one that is timed
+            # no model here for these engines; or only slow ones, timed at the first B
             if not group:
                 continue
             measure(config, group, B, device, machine)
@@ -147,7 +153,8 @@ def bench(config, device, machine):
     # where AR overtakes, over all batch sizes
     print("\n".join(crossings(rows)))
     if any(row["steps"] and row["steps"] > row["length"] for row in rows):
-        print("more steps than tokens: a step that reveals nothing calls no network (nfe)")
+        print("more steps than tokens: a step that reveals nothing calls no network (nfe), "
+              "but in diffusion-naive")
     return rows
 
 
@@ -214,8 +221,9 @@ def measure(config, group, B, device, machine):
     # forget other batch sizes: having seen two, the compiler would compile for any size,
     # which is slower
     torch.compiler.reset()
-    # ar's step is compiled here. The blocks that all other engines call are wrapped in
-    # tools/bench_setup.py, and compile again at the warm-up (not for diffusion-naive)
+    # ar's step is compiled below. The other engines call the model's blocks, which
+    # tools/bench_setup.py has wrapped: after this reset they compile anew at the warm-up
+    # (but diffusion-naive and transformers run uncompiled)
     decode_step = decode                                             # plain PyTorch
     if config.compile:
         decode_step = compiled_decode(device, B)
@@ -248,11 +256,13 @@ def begin(row, model, decode_step, device):
         # uncompiled, which is slower; but no compiling is timed
         run = with_stance("eager_on_recompile", run)
     elif engine.in_steps:
-        # the first step may compute a single mask; all later ones have the same shapes
+        # two steps meet all shapes that are compiled: the first may compute a single mask,
+        # the others whole texts (in the last block fewer positions, but it is uncompiled)
         warm_up = engine.make(model, B, L, min(2, steps), decode_step)
 
     # time one run, and list the positions computed in each of its calls. Other runs may
     # take a few calls more or fewer
+    # (the transformers model has a config of its own; ours is kept in its `shape`)
     model_config = model.shape if engine.models == "transformers" else model.config
     first = first_run(row, run, warm_up, least_memory(row, model_config), device,
                       count=model if engine.counted else None)

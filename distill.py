@@ -33,7 +33,7 @@ from train import MAY_CHANGE, LoopConfig, TrainConfig, fit, prepare_model, train
 
 COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
 # flags that may change between a run and its continuation. --teacher may name another path,
-# but not other weights: each round's checkpoint holds their fingerprint (origin)
+# but not other weights: `resume` refuses a round with another fingerprint (origin)
 ANYTIME = MAY_CHANGE | {"rounds", "samples", "judge", "teacher"}
 # flags that are handed on to the training of teacher and judge
 SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batch",
@@ -74,7 +74,7 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
         if rank is not None:
             # what this step reveals comes after all that was revealed before: its rank
             # moves from [0, 1) to [i + 1, i + 2)
-            rank = rank.clone()
+            rank = rank.clone()          # the student gets the old one
             rank[revealed] += i + 1
     # the last step draws nothing: revealed in it or not, the rest takes its prediction
     rest = (z == mask_id).nonzero(as_tuple=True)
@@ -99,8 +99,8 @@ def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id, keep)    # (B, L), some tokens masked
     masked = (z == mask_id).nonzero(as_tuple=True)                   # N of them
-    # the order of reveal, one for teacher and student (full attention makes no use of it);
-    # a prompt comes first
+    # for attention "reveal": one order for teacher and student, a prompt first. (With a
+    # prompt full attention gets one, too, and ignores it)
     rank = None
     if keep is not None:
         rank = rank_prompt_first(keep)
@@ -246,34 +246,13 @@ def distill_round(config, procs, data, r, before, origin):
     round continues to train, in place. origin: fingerprint of the first teacher. Returns
     this round's Run, for the next one to begin from."""
     student, ema = before.model, before.ema
-    sampling_steps = schedule(config.teacher_steps, config.rounds, config.k)
-    dt = 1 / sampling_steps[r]
+    dt = 1 / schedule(config.teacher_steps, config.rounds, config.k)[r]
     # all processes have the same weights, unless their GPUs round differently: make sure
     broadcast(student, procs)
     broadcast(ema, procs)
     # the teacher of a round is the student as it is at its beginning
     teacher = copy.deepcopy(student).eval().requires_grad_(False)    # frozen
-    optimizers = before.optimizers
-    # the first student has none yet
-    if r == 0 or config.reset_optimizer:
-        optimizers = make_optimizers(student, config)
-
-    # what the round's checkpoint stores beside the weights. The teacher is for a round that
-    # is stopped: the file of a finished one is saved without it
-    content = dict(kind="sdtt", round=r + 1, sampling_steps=round(sampling_steps[r + 1]),
-                   origin=origin, tokenizer=data.tokenizer.spec, data=data.fingerprint,
-                   config=dataclasses.asdict(config), teacher=teacher.state_dict())
-    run = Run(config.folder / f"round{r + 1}.pt", config.steps_per_round, student, ema,
-              optimizers, content, micro=before.micro)
-    # the average is not begun anew; its decay rises with its updates, those of earlier
-    # rounds included
-    run.updates_before = r * config.steps_per_round
-
-    # a round that goes on keeps the teacher that it began with, even if the file of the
-    # round before was made anew. (Loaded in place: content shares the teacher's memory)
-    saved = resume(run, config, ANYTIME)
-    if saved and saved["teacher"]:       # None in the file of a finished round
-        teacher.load_state_dict(saved["teacher"])
+    run = open_round(config, data, r, before, teacher, origin)
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
     # a copy is not compiled: compile it if the student is
     teacher = prepare_model(teacher, config, procs)
@@ -285,6 +264,35 @@ def distill_round(config, procs, data, r, before, origin):
     fit(config, procs, data, run, loss)
     if config.handover == "ema":
         student.load_state_dict(ema.state_dict())                    # also the next teacher
+    return run
+
+
+def open_round(config, data, r, before, teacher, origin):
+    """The Run of round r, see distill_round, as far as its checkpoint has it. If that was
+    stopped halfway, the teacher gets the weights that are stored there."""
+    student = before.model
+    optimizers = before.optimizers
+    # the first student has none yet
+    if r == 0 or config.reset_optimizer:
+        optimizers = make_optimizers(student, config)
+
+    # what the round's checkpoint stores beside the weights. The teacher is for resuming a
+    # round halfway: once the last step is done, None is stored instead
+    steps_for = schedule(config.teacher_steps, config.rounds, config.k)[r + 1]
+    content = dict(kind="sdtt", round=r + 1, sampling_steps=round(steps_for),
+                   origin=origin, tokenizer=data.tokenizer.spec, data=data.fingerprint,
+                   config=dataclasses.asdict(config), teacher=teacher.state_dict())
+    run = Run(config.folder / f"round{r + 1}.pt", config.steps_per_round, student,
+              before.ema, optimizers, content, micro=before.micro)
+    # the average is not begun anew; its decay rises with its updates, those of earlier
+    # rounds included
+    run.updates_before = r * config.steps_per_round
+
+    # the stored teacher is another than the copy that is given, if the round before was
+    # run again since. (Loaded in place, so content, which shares its memory, has it, too)
+    saved = resume(run, config, ANYTIME)
+    if saved and saved["teacher"]:
+        teacher.load_state_dict(saved["teacher"])
     return run
 
 
@@ -300,8 +308,8 @@ def train_on_the_way(config, procs, objective, init=None):
         # the user may prefer to run it alone, or with other flags
         same = as_command("train.py", wanted)
         print(f"no {wanted.path} yet; the same as: {same}", flush=True)
-    # as_saved: a checkpoint that is there keeps its own flags. Not where a given teacher
-    # (init) is adapted to --attention: one that was made with other flags is refused
+    # as_saved: a teacher.pt or ar.pt that is there keeps its own flags. With init it must
+    # have been made with these: else it could be one that did not begin from init
     return train(wanted, procs, as_saved=init is None)
 
 
@@ -332,7 +340,7 @@ def get_judge(config, procs, data):
 def judge_and_teacher(config, procs, data):
     """(judge, its checkpoint), (teacher, its checkpoint). Raises UserError if the judge
     cannot read what the teacher writes."""
-    # a given teacher first: if it is wrong, that shows before a judge is trained
+    # what is given comes first: if it is wrong, that shows before the other is trained
     if config.teacher:
         teacher = get_teacher(config, procs, data)
         judge = get_judge(config, procs, data)

@@ -21,7 +21,7 @@ import torch
 
 from common import ROOT, seed_all, spread, start
 from data.checkpoints import load_model
-from data.cost import CallsOfTexts, Cost, calls_as_text, counted_calls
+from data.cost import CallsOfTexts, calls_as_text, cost_of, counted_calls
 from data.dataset import make_tokenizer
 from data.files import UserError
 from data.orders import ORDERS, refuse_order, sample_confident
@@ -63,8 +63,8 @@ class SampleConfig:
         "token. exact: the distribution of one token at a time in few calls; not with "
         "full attention", type=steps_or_exact)
     ahead: int = flag(
-        8, "with exact: each call asks for the next so many tokens, and one more for each "
-        "that is final by then. A larger number: fewer calls, each of more tokens", low=1)
+        8, "with exact: a call guesses this many tokens ahead, plus as many as are final "
+        "already. A larger number: fewer calls, each of more tokens", low=1)
     max_calls: int | None = flag(
         None, "with exact: stop after this many calls, with tokens that are not final; the "
         "texts are then approximate", low=1)
@@ -127,8 +127,8 @@ def draw_batch(model, known, sampling):
     length = sampling.length or model.config.context                 # L, prompt included
     dtype = DTYPES[sampling.precision]
 
-    # a new flag that changes the distribution belongs in `adjust`: exact sampling uses
-    # that, but not `draw`, as it draws coupled tokens of its own
+    # a new flag that changes each token's distribution belongs in `adjust`, not in `draw`:
+    # exact sampling takes only adjust, as it draws its own, coupled tokens
     def adjust(logits):
         """Apply temperature and top_p: logits (N, V) -> (N, V)."""
         return sharpen(logits, sampling.temperature, sampling.top_p)
@@ -137,10 +137,11 @@ def draw_batch(model, known, sampling):
         """One token from each row: logits (N, V) -> (N,)."""
         return categorical(adjust(logits), dtype)
 
-    # AR, one token a call, with its KV cache. (EXACT is for AR, too, in its own order)
+    # AR, one token a call, with its KV cache. (With EXACT AR goes on below, too: it then
+    # guesses several tokens a call, from left to right)
     if model.config.causal and sampling.steps != EXACT:
         return generate(model, known, length, draw), None
-    # a mask (of AR the start symbol, which has the same id) wherever nothing is known
+    # mask_id wherever no token is known; also for AR, where it is the start symbol, too
     z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
     z[:, :known.shape[1]] = known
     if sampling.steps == EXACT:
@@ -151,7 +152,8 @@ def draw_batch(model, known, sampling):
     if sampling.order == "confidence":
         return sample_confident(model, z, sampling.steps, model.mask_id, draw), None
     # diffusion in steps, with a KV cache if the attention is "reveal". The texts of a batch
-    # need different numbers of calls, see diffusion.plan
+    # need different numbers of calls, see diffusion.plan: after each call `count` looks at
+    # the texts, and adds one to the calls of every text that has changed
     count = CallsOfTexts(z)
     x = sample(model, z, sampling.steps, model.mask_id, draw, watch=count)
     return x, count.calls.cpu()                                      # (B, L), (B,)
@@ -160,8 +162,8 @@ def draw_batch(model, known, sampling):
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):
     """n texts (n, L) on the CPU, drawn as `sampling` says. procs: the processes of this run
     (on a laptop one), which share the work; each returns all texts. With the same seed,
-    steps and length, `sample` reveals the same positions in the same steps, whatever the
-    model, so that a teacher and its student can be compared.
+    steps, length and prompt, `sample` plans the same reveals, whatever the model, as it
+    plans before it draws tokens: so a teacher and its student can be compared.
     prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
     title: of a progress bar. costs: a list that gets the Cost of each batch."""
     if prompts is None:
@@ -169,16 +171,14 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
 
     def batch(i):
         """Texts i to i + BATCH, and their Cost."""
-        # the seed depends on the batch, not on the process that draws it; and on the number
-        # of steps, so that rows of a table are independent
+        # the seed depends on the batch, not on the process that draws it, and on the steps:
+        # so the rows of an evaluation, one for each number of steps, are independent
         seed_all(sampling.seed, "samples", sampling.steps, i)
         known = prompts[i:i + BATCH].to(procs.device)                # (B, P)
-        with counted_calls(model) as positions:  # a list: how many each call computed
-            x, calls = draw_batch(model, known, sampling)            # (B, L), (B,)
-        nfe = len(positions)             # function evaluations: calls of the batch
-        if calls is None:                # each text needed all of them
-            calls = torch.full((len(x),), nfe)
-        return x.cpu(), Cost(nfe=nfe, calls=calls.tolist(), reads=sum(positions))
+        # sizes: an entry for each network call, the number of positions that it computed
+        with counted_calls(model) as sizes:
+            x, calls = draw_batch(model, known, sampling)            # (B, L); (B,) or None
+        return x.cpu(), cost_of(sizes, calls, len(x))
 
     results = spread(range(0, n, BATCH), batch, procs, title)
     if costs is not None:

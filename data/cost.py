@@ -29,6 +29,15 @@ def counted_calls(model):
         hook.remove()                                                # also after an error
 
 
+def cost_of(sizes, calls, B):
+    """The Cost of a batch of B texts. sizes: of each call of the network, how many
+    positions it computed; calls (B,): of each text, or None if each needed all of them."""
+    nfe = len(sizes)
+    if calls is None:
+        calls = torch.full((B,), nfe)
+    return Cost(nfe, calls.tolist(), sum(sizes))
+
+
 def calls_as_text(costs, max_calls):
     """What exact sampling cost, as a line of text. max_calls: where it was stopped, or
     None."""
