@@ -145,9 +145,10 @@ def test_speeds_are_those_of_the_results(tmp_path, monkeypatch):
     ours = dict(engine="diffusion-exact", model="teacher", vs_ar=1.5)
     rows = [ours | {"batch": 8, "vs_ar": 9}, ours | {"batch": 1},
             {"engine": "ar", "batch": 1, "seconds": race.RUN / 123}]
-    few = [dict(engine="diffusion-kv", model="teacher", steps=n, batch=1, vs_ar=n) for n in (4, 8)]
+    few = [dict(engine="diffusion-kv", model=model, steps=n, batch=1, vs_ar=n + more)
+           for model, more in (("teacher", 0), ("round7", 0.5)) for n in (4, 8)]
     (tmp_path / "results" / race.TIMES).write_text(json.dumps({"rows": rows + few}))
-    assert race.speeds() == {None: 1.0, 8: 8, "exact": 1.5} and race.slowed() == 120
+    assert race.speeds() == [1.0, 8, 8.5, 1.5] and race.slowed() == 120
     (tmp_path / "results" / race.TIMES).write_text(json.dumps({"rows": rows + few[:1]}))
     with pytest.raises(race.UserError, match="diffusion-kv"):
         race.speeds()

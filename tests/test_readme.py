@@ -21,7 +21,8 @@ from tools import machine, race
 
 ROOT = Path(common.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", "results/README.md", "results/exact.md", "tools/README.md", "data/README.md",
+# a command needs what those of the pages before it made
+PAGES = ["README.md", "results/exact.md", "results/README.md", "tools/README.md", "data/README.md",
          "tests/README.md", "CONTRIBUTING.md"]
 
 
@@ -121,12 +122,12 @@ SMALL = {                                # flags that come after a page's own an
     "tools.exact": "--samples 4 --what steps heat", "tools.score": "--orders 2",
     "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",
     "tools.choices": "--samples 4", "tools.precision": "--tokens 300 --length 64 --steps 8"}
+SEVEN = {"out/reveal-0", "out/reveal-0-tvd", "out/full-0"}
 ELSEWHERE = {                            # what these need, and the tests that run them in small
     "kuleshov-group": "the hub: test_convert", "jdeschena": "the hub: test_convert",
     "gpt2-large": "the hub: test_convert, test_metrics, test_evaluate",
     "lambada/prepare": "the network: test_data", "openwebtext": "the network: test_data",
     "--site_packages": "minutes: test_data", "torchrun": "processes: test_processes",
-    "tools.experiments": "an hour: test_experiments",
     "--lengths": "longer texts than the small dataset has: test_reveal",
     "--context": "longer texts than the small dataset has: test_train",
     "bench_train": "seconds, in processes of their own: test_bench",
@@ -137,8 +138,7 @@ ELSEWHERE = {                            # what these need, and the tests that r
 def home(tmp_path_factory):
     """A folder to run in, and a copy of the project in it, so that prepare scripts write there: a
     dataset pydoc of random words, text for the others, the texts that tools.score reads,
-    out/stories-nano by the first command, checkpoints where the experiments would leave them, and
-    weights/. All presets are tiny."""
+    out/stories-nano by the first command, and weights/. All presets are tiny."""
     top = tmp_path_factory.mktemp("home")
     gc.collect()
     gc.freeze()                                          # see conftest.modules_are_no_garbage
@@ -170,26 +170,18 @@ def home(tmp_path_factory):
         run(words_of("python data/stories/prepare.py --train 64 --val 16"))
         run(words_of("python distill.py --rounds 7"))
         run(words_of("python distill.py --rounds 7 --attention reveal"))
-        for source, names in (("stories-nano", ("ar", "teacher", "kld/round7", "tvd/round7",
-                                                "w80/round7")),
-                              ("stories-nano-reveal", ("reveal/round7",))):
-            for name in names:
-                (path := top / f"out/experiments/stories-0/{name}.pt").parent.mkdir(
-                    parents=True, exist_ok=True)
-                shutil.copy(top / "out" / source / f"{name.split('/')[-1]}.pt", path)
         yield top
 
 
 def run(words):
     """A command line in this process, with SMALL's flags after its own, and short texts. Only
-    out/stories-nano* and out/reveal-0 need seven rounds, for the commands that read round7.pt
-    there."""
+    folders of SEVEN need seven rounds, for the commands that read round7.pt there."""
     name = words[2] if words[1] == "-m" else words[1]
     flags = SMALL.get(name, "").split()
     if "--length" in words:
         flags += ["--length", "16"]
     others = "--out" in words or "pydoc" in words
-    if name == "distill.py" and others and "out/reveal-0" not in words:
+    if name == "distill.py" and others and not SEVEN.intersection(words):
         flags += ["--rounds", "2"]
     start(words + flags, Path())
 

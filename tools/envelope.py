@@ -40,10 +40,15 @@ def method_of(row):
     all_ahead = row["steps"] == EXACT and row["ahead"] >= row["length"]
     if row["model"] == "teacher" and all_ahead and not row["max_calls"]:
         return "teacher, exact"
-    if row["steps"] == 8 and row["model"] == "teacher":
-        return "teacher, 8 steps"
-    if row["steps"] == 8 and row["model"].startswith("round"):
-        return f"{row['divergence']}, 8 steps"
+    name = row["model"]
+    if name.startswith("round"):
+        name = row["divergence"]
+    elif name != "teacher":
+        return None
+    if row.get("variant"):
+        name += ", " + row["variant"]
+    if row["steps"] in (8, 32):
+        return f"{name}, {row['steps']} steps"
     return None
 
 
@@ -61,7 +66,12 @@ def curves_of(rows):
                 raise UserError(f"{method}, {model}: several rows of one temperature, of "
                                 "different weights, judges or numbers of texts; give a "
                                 "file with one kind")
-    return curves
+    # what was drawn at one temperature only makes no curve
+    drawn = {}
+    for method, models in curves.items():
+        if any(len(some) > 1 for some in models.values()):
+            drawn[method] = models
+    return drawn
 
 
 def best_at(models, key, wanted):

@@ -5,8 +5,9 @@ teacher and of each round in few steps, sampled exactly, cooled, and stopped ear
     python -m tools.exact out/stories-nano-reveal --what heat --json exact.json
     python -m tools.exact out/pydoc-nano-reveal --lengths 16 32 64 --json growth.json
 
-Each folder is one that distill.py --attention reveal made. Rows that the file has already
-are kept, so a run that was stopped goes on. tools.envelope compares at equal diversity.
+Each folder is one that distill.py made; exact samples need --attention reveal. Rows that
+the file has already are kept, so a run that was stopped goes on. tools.envelope compares at
+equal diversity.
 """
 import dataclasses
 import json
@@ -20,15 +21,17 @@ from data.files import UserError, write_json
 from data.measures import VERSION, in_steps, make_judge
 from data.results import round_files, sample_row
 from data.script import command, device_flag, flag, parse_flags
+from distill import DistillConfig
 from sample import EXACT, Sampling
 from tools import figures
 from tools.evaluate import with_oracle
 
 STEPS = [4, 8, 16, 32]                   # of teacher and students
 COOLED = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]  # temperatures of the exact teacher, and of AR
-HEAT = [0.3, 0.5, 0.7, 0.85, 1.2, 1.5]   # of teacher and students in 8 steps
+HEAT = [0.3, 0.5, 0.7, 0.85, 1.2, 1.5]   # of teacher and students in few steps
+HEATED = {"heat": 8, "heat32": 32}       # in how many steps, by the name that --what takes
 STOPS = [1, 2, 3, 4, 5, 6, 8]            # calls after which the exact teacher is stopped
-ALL = 10 ** 6            # ahead, see diffusion.sample_exact: more than any text has
+ALL = 10 ** 6            # ahead, see exact.py: more than any text has
 
 
 @dataclasses.dataclass
@@ -40,8 +43,8 @@ class ExactConfig:
     what: list[str] | None = flag(
         None, "groups of rows [steps exact]; steps: teacher and rounds in few steps; "
         "exact: all sampled exactly, AR and teacher cooled too, the teacher stopped early "
-        "and in 1,024 steps; heat: teacher and rounds in 8 steps at other temperatures",
-        choices=["steps", "exact", "heat"])
+        "and in 1,024 steps; heat: teacher and rounds in 8 steps at other temperatures; "
+        "heat32: in 32 steps", choices=["steps", "exact", *HEATED])
     judge: str | None = flag(
         None, "AR checkpoint that reads all texts [ar.pt of the first folder]")
     samples: int = flag(512, "texts for each row", low=2)
@@ -67,14 +70,18 @@ def settings(name, model, what):
     # a diffusion model
     if "steps" in what:
         rows += [dict(steps=steps) for steps in STEPS]
+    full = model.config.attention == "full"
+    # one token at a time
+    if name == "teacher" and ("exact" in what or full):
+        rows.append(dict(steps=1024))
     if "exact" in what:
         rows += [dict(steps=EXACT), dict(steps=EXACT, ahead=ALL)]
     if "exact" in what and name == "teacher":
-        rows.append(dict(steps=1024))
         rows += [dict(steps=EXACT, ahead=ALL, temperature=T) for T in COOLED]
         rows += [dict(steps=EXACT, ahead=ALL, max_calls=n) for n in STOPS]
-    if "heat" in what:
-        rows += [dict(steps=8, temperature=T) for T in HEAT]
+    for group, steps in HEATED.items():
+        if group in what:
+            rows += [dict(steps=steps, temperature=T) for T in HEAT]
     return rows
 
 
@@ -108,12 +115,32 @@ class Folder:
     dataset: str
     seed: int                    # of its training
     divergence: str | None       # of its rounds
+    variants: dict               # {model's name: see variant_of}
+
+
+# the flags of distill.py that a variant is named by
+VARIED = "preset", "k", "steps_per_round", "handover", "reset_optimizer"
+
+
+def variant_of(model, content):
+    """What makes a model another than distill.py --attention reveal would make it, such as
+    "full attention, k 4"; "" if nothing does. content: of its checkpoint."""
+    found = []
+    if model.config.attention == "full":
+        found.append("full attention")
+    config = content["config"]
+    usual = dataclasses.asdict(DistillConfig(dataset=config["dataset"]))
+    for name in VARIED:
+        # (a teacher has fewer flags, and so have older checkpoints)
+        if config.get(name, usual[name]) != usual[name]:
+            found.append(f"{name} {config[name]}")
+    return ", ".join(found)
 
 
 def open_folder(path, procs):
     """The Folder at a path. It may have rounds alone, where --teacher named another's, or a
-    teacher alone. Raises UserError where it has neither, or of full attention."""
-    models = {"data": None}
+    teacher alone. Raises UserError where it has neither."""
+    models, variants = {"data": None}, {"data": ""}
     rounds = round_files(path)
     for name, kind in (("ar", "ar"), ("teacher", "mdlm")):
         file = path / f"{name}.pt"
@@ -121,29 +148,34 @@ def open_folder(path, procs):
         needed = name == "teacher" and not rounds
         if needed or file.exists():
             models[name], content = load_model(file, procs.device, (kind,))
+            variants[name] = variant_of(models[name], content)
     divergence = None
     for file in rounds:
         model, content = load_model(file, procs.device, ("sdtt",))
-        models[f"round {content['round']}"] = model
+        name = f"round {content['round']}"
+        models[name] = model
+        variants[name] = variant_of(model, content)
         divergence = content["config"]["divergence"]     # of all rounds the same
     # the last one says what all are of
-    last = list(models.values())[-1]
-    if last.config.attention != "reveal":
-        raise UserError(f"the models in {path} have {last.config.attention} attention; "
-                        "name a folder of distill.py --attention reveal")
     data = load_data(content["config"]["dataset"], procs)
     if content.get("data") not in (None, data.fingerprint):      # older ones do not say
         raise UserError(f"{path} was trained on other text than {data.folder} holds now")
     seed = content["config"]["seed"]
-    return Folder(path.name, models, data, data.folder.name, seed, divergence)
+    return Folder(path.name, models, data, data.folder.name, seed, divergence, variants)
 
 
 def measure_folder(config, folder, judge_file, procs, rows, save):
     """Measure what rows lack of a folder's models; each new row is appended, then save()
     called. judge_file: the judge and its checkpoint's content."""
+    last = list(folder.models.values())[-1]
+    what = config.what or ["steps", "exact"]
+    if last.config.attention == "full" and (config.lengths or "exact" in what):
+        raise UserError(f"the models in {folder.name} have full attention, so they cannot "
+                        "be sampled exactly; add --what steps, or name a folder of "
+                        "distill.py --attention reveal")
     judge_model, content = judge_file
     same = content["tokenizer"] == folder.data.tokenizer.spec
-    length = list(folder.models.values())[-1].config.context         # all have the same
+    length = last.config.context         # of all models the same
     if same and judge_model.config.context < length:
         raise UserError(f"the judge reads {judge_model.config.context} tokens, the texts "
                         f"of {folder.name} have more; give another --judge")
@@ -157,7 +189,7 @@ def measure_folder(config, folder, judge_file, procs, rows, save):
         if config.lengths:
             wanted = of_lengths(name, config.lengths)
         else:
-            wanted = settings(name, model, config.what or ["steps", "exact"])
+            wanted = settings(name, model, what)
         for how in wanted:
             sampling = Sampling(**(dict(seed=config.seed, length=length) | how))
             # what tells this row from all others. Folders of one seed may share a teacher,
@@ -177,9 +209,19 @@ def measure_folder(config, folder, judge_file, procs, rows, save):
                         length=sampling.length)
             if name.startswith("round"):
                 row["divergence"] = folder.divergence
-            rows.append(row)
+            if folder.variants[name]:
+                row["variant"] = folder.variants[name]
+            rows.append(rounded(row))
             save()
             print(line(row), flush=True)
+
+
+def rounded(row):
+    """A row with numbers of seven digits: more mean nothing, and make a large file."""
+    for key, value in row.items():
+        if isinstance(value, float):
+            row[key] = float(f"{value:.7g}")
+    return row
 
 
 def line(row):
@@ -219,7 +261,7 @@ def read_rows(path):
 
 
 def main():
-    config = parse_flags(ExactConfig, __doc__, folders="of distill.py --attention reveal")
+    config = parse_flags(ExactConfig, __doc__, folders="that distill.py made")
     if config.plot and config.lengths:
         raise UserError("--plot is of quality, which --lengths leaves out; give only one")
     figures.check_picture(config.plot)

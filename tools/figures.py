@@ -542,64 +542,6 @@ def draw_envelope(panels, path):
     save_figure(fig, path)
 
 
-# the pictures of an experiment: (title, value, at how many steps; "last": the last round's
-# rows against their steps)
-PANELS = (("bound (nats per token)", "any_order", None),
-          ("perplexity, 8 steps", "gen_ppl", 8),
-          ("entropy of all texts, 8 steps", "pooled_entropy", 8),
-          ("perplexity, last round", "gen_ppl", "last"))
-
-
-@picture
-def draw_experiment(rows, path):
-    """The rows of tools.experiments as a picture: a line of pictures for each dataset, in
-    each a curve for each variant, the mean of its seeds, which are the points."""
-    plt = pyplot()
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    fig, axes = plt.subplots(len(datasets), 4, figsize=(15, 3.6 * len(datasets)),
-                             layout="constrained", squeeze=False)
-    for line, dataset in zip(axes, datasets):
-        mine = [row for row in rows if row["dataset"] == dataset]
-        for axis, (title, key, steps) in zip(line, PANELS):
-            x_key = "steps" if steps == "last" else "round"
-            for i, name in enumerate(dict.fromkeys(row["variant"] for row in mine)):
-                run = [row for row in mine if row["variant"] == name]
-                draw_variant(axis, run, name, f"C{i}", key, steps, x_key)
-            axis.set(title=f"{dataset}: {title}", xlabel="round (0: the teacher)")
-            if key == "gen_ppl":
-                axis.set_yscale("log")
-                plain_numbers(axis.yaxis)
-            if steps == "last":
-                axis.set_xlabel("sampling steps")
-                axis.set_xscale("log", base=2)
-                shown = sorted({row["steps"] for row in rows_shown(run, key, steps)})
-                axis.set_xticks(shown, shown)
-    axes[0][0].legend()
-    save_figure(fig, path)
-
-
-def rows_shown(run, key, steps):
-    """The rows of a variant's run that one of PANELS shows."""
-    run = [row for row in run
-           if row.get(key) is not None and row["temperature"] in (None, 1)]
-    if steps == "last":
-        last = max(row["round"] for row in run)
-        return [row for row in run if row["round"] == last]
-    return [row for row in run if row["steps"] == steps]
-
-
-def draw_variant(axis, run, name, color, key, steps, x_key):
-    """The seeds of a variant as points, their mean as a line."""
-    run = rows_shown(run, key, steps)
-    values = {}
-    for row in run:
-        values.setdefault(row[x_key], []).append(row[key])
-    x = sorted(values)
-    means = [sum(values[at]) / len(values[at]) for at in x]
-    axis.plot(x, means, color=color, label=name)
-    axis.plot([row[x_key] for row in run], [row[key] for row in run], ".", color=color)
-
-
 # ---- the command: distill.py's curve
 
 @dataclass
