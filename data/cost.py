@@ -8,7 +8,7 @@ import torch
 class Cost(typing.NamedTuple):
     """What a batch of texts cost."""
     nfe: int                     # calls of the network (number of function evaluations)
-    calls: list                  # until each text was finished; the most of them is nfe
+    calls: list                  # of each text: those that made something final in it
     reads: int                   # positions that the network read, of all texts
 
 

@@ -157,7 +157,7 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     drawn as `sampling` says, or of the validation data (model None), and what they are
     worth. judge: see data.measures.make_judge."""
     began = time.time()                                              # measuring counts, too
-    costs = []
+    costs = []                                   # of each batch, of all processes
     if model is None:
         # n different texts, or as many as there are
         x = data.pieces(n, sampling.length)                          # (n, L)
@@ -173,8 +173,8 @@ def sample_row(name, model, n, sampling, judge, data, procs):
            "precision": sampling.precision, "joint": sampling.sampler is not None,
            "order": sampling.order, "seed": sampling.seed}
     # nfe: calls of the network for a batch (number of function evaluations), the mean;
-    # calls: until a text was finished, the mean of texts; reads: positions that the network
-    # read for each token
+    # calls: those that made something final in a text, the mean of texts; reads: positions
+    # that the network read for each token
     if costs:
         row["nfe"] = sum(cost.nfe for cost in costs) / len(costs)
         row["calls"] = sum(sum(cost.calls) for cost in costs) / n
@@ -209,8 +209,8 @@ def show_samples(exam, models):
 
 
 def conclude(exam, models):
-    """Put the rows in order, and write and print everything that there is to see. models:
-    see show_samples."""
+    """Put the rows in order, and write and print everything that there is to see; only
+    process 0 of a run with a judge calls this. models: see show_samples."""
     config, results = exam.config, exam.results
     # rows of rounds that an earlier run had beyond this one's are dropped
     order = ["data", "ar", "teacher"] + [f"round {r + 1}" for r in range(config.rounds)]

@@ -297,7 +297,7 @@ def how_to_read():
            f"draw {with_error(ours, 'rare', '.1f')} (`results/precision.json`)")
     either = [row(file, "samples", model="teacher", steps=1024)["gen_ppl"]
               for file in ("exact-1024.json", "joint-1024.json")]
-    yield (f"With the stories' {len(language.VOCABULARY)} words it changes nothing: "
+    yield (f"With the stories' {len(language.VOCABULARY)} words it changes nothing: perplexity "
            f"{agreed(either, '.2f')} at 1,024 steps either way")
     yield f"is more than {figures.LOW} nats below the data's"
 
@@ -340,6 +340,9 @@ def table_of_findings():
     files = "exact-variants.json", "exact-divergences.json", "exact.json"
     samples = {one["samples"] for file in files for one in rows_of(file)}
     yield f"Two seeds, {agreed(samples, 'd')} stories a row"
+    rounds = sorted({one["model"] for one in rows_of("exact-variants.json")
+                     if one["variant"] == "full attention"} - {"teacher"})
+    yield f"(full attention: {rounds[0][-1]} to {rounds[-1][-1]})"
     scored = {one["sequences"] for seed in SEEDS
               for one in rows_of(f"likelihood-{seed}.json", "likelihood")}
     yield f"nats a token of {agreed(scored, 'd')} validation stories"
@@ -391,7 +394,7 @@ def headline():
     for a, b in zip(few, many):
         assert a["gen_ppl"] > b["gen_ppl"] + 3 * math.hypot(a["gen_ppl_se"], b["gen_ppl_se"])
     yield (f"On docstrings refuted: {seeds(few, 'gen_ppl', '.0f')} against "
-           f"{seeds(many, 'gen_ppl', '.0f')}.")
+           f"{seeds(many, 'gen_ppl', '.0f')} (`results/exact-pydoc.json`).")
 
     mini = functools.partial(sampled, "teacher", file="exact-mini.json")
     one, cooled = mini(1024), mini(EXACT, ahead=ALL, temperature=0.3)
@@ -414,7 +417,11 @@ def other_findings():
     mse, kld = both_sampled(steps=8, **DIVERGENCES(divergence="mse")), both_sampled("round 7", 8)
     for a, b in zip(mse, kld):
         assert a["pooled_entropy"] < b["pooled_entropy"]
-    yield f"MSE ends at {quality(mse)} nats, KLD at {quality(kld)}:"
+    tvd = both_sampled(steps=8, **DIVERGENCES(divergence="tvd"))
+    assert mse[0]["gen_ppl"] > kld[0]["gen_ppl"] and mse[1]["gen_ppl"] < kld[1]["gen_ppl"]
+    yield (f"MSE has {quality(mse)} nats, KLD {quality(kld)}, TVD {seeds(tvd, 'gen_ppl', '.2f')}.")
+    levels, _ = at_equal_diversity("pooled_entropy")     # see which_divergence: from the third
+    yield f"but at equal diversity only from {agreed_or_both(levels[2])} nats down;"
     worse = []                           # in percent, by level and seed
     for i in COMPARED_AT:
         pairs = zip(at_level("kld", i), at_level("kld, full attention", i))
@@ -437,12 +444,12 @@ def other_findings():
         last = distill.schedule(NANO.teacher_steps, r, k)[-1]
         assert last == distill.schedule(NANO.teacher_steps, 6)[-1] == 4
     assert updates == [6 * step] * 2
-    yield "**k = 2 is better than 4 and 8: partly.**"
+    yield "**k = 2 is better than 4 and 8: only than 8, at low diversity.**"
     yield f"students for 4 steps after {updates[0]} updates"
     yield "At equal diversity k = 4 is as good as k = 2, k = 8 only where diversity is high."
     yield f"(k = 2: {quality(both_sampled('round 6', 8))} nats in round 6)"
     short = int(FINDINGS["KLD, 38 updates a round"][0]["variant"].split()[-1])
-    yield f"**Short rounds hurt: refuted here.** With {short} updates a round instead of {step}"
+    yield f"With {short} updates a round instead of {step}"
     # no variant is better or worse than KLD by more than KLD's seeds differ
     apart = []
     for i in COMPARED_AT:
@@ -459,8 +466,8 @@ def other_findings():
     assert eight[0] > two and eight[1] > other
 
     bound = {name: bounds(model) for name, (_, model, _) in FINDINGS.items() if model}
-    yield (f"from {bound['teacher']} to {bound['KLD, round 7']} nats a token, MSE's to "
-           f"{bound['MSE, round 7']}; TVD, Jensen-Shannon and forward KL keep it "
+    yield (f"from {bound['teacher']} to {bound['KLD, round 7']} and {bound['MSE, round 7']} nats a "
+           f"token; TVD, Jensen-Shannon and forward KL keep it "
            f"({bound['TVD, round 7']} to {bound['Jensen-Shannon, round 7']})")
 
 
@@ -475,10 +482,12 @@ def other_orders():
     yield figures.rows_as_text(shown, columns)
     yield f"under an AR judge of {updates('mdlm')} updates as well"
     yield "for which 50 steps are enough."
-    sure, data, random = (f"{rows[key]['choices']:.1f}" for key in (
-        ("confidence", 50), (None, None), ("random", 1024)))
-    yield (f"at 50 steps nearly every story is valid, and they make {sure} nats of choices where the "
-           f"data make {data}, and the teacher in random order {random}.")
+    sure, data = rows["confidence", 50], rows[None, None]
+    cool = both_sampled("teacher", EXACT, temperature=0.3, ahead=ALL)
+    assert all(one["choices"] > sure["choices"] + 5 for one in cool)
+    yield (f"{percent(sure['valid'])} at 50 steps, with {sure['choices']:.1f} nats of choices "
+           f"([exact.md](exact.md), T = 0.3: {valid(cool)} with {seeds(cool, 'choices', '.1f')}), "
+           f"where the data have {data['choices']:.1f}.")
 
 
 def table_of_speed():

@@ -37,9 +37,6 @@ def method_of(row):
     compared: the data, other numbers of steps, what was stopped or looks less far ahead."""
     if row["model"] == "ar" and row["steps"] is None:
         return "AR"
-    all_ahead = row["steps"] == EXACT and row["ahead"] >= row["length"]
-    if row["model"] == "teacher" and all_ahead and not row["max_calls"]:
-        return "teacher, exact"
     name = row["model"]
     if name.startswith("round"):
         name = row["divergence"]
@@ -47,6 +44,9 @@ def method_of(row):
         return None
     if row.get("variant"):
         name += ", " + row["variant"]
+    all_ahead = row["steps"] == EXACT and row["ahead"] >= row["length"]
+    if row["model"] == "teacher" and all_ahead and not row["max_calls"]:
+        return f"{name}, exact"
     if row["steps"] in (8, 32):
         return f"{name}, {row['steps']} steps"
     return None
@@ -54,7 +54,7 @@ def method_of(row):
 
 def curves_of(rows):
     """{method: {model: its rows}}: of a divergence the models are its rounds. Raises
-    UserError if there are two rows of one temperature, which would be of two models."""
+    UserError where a model has two rows of one temperature, measured in different ways."""
     curves = {}
     for row in rows:
         method = method_of(row)
@@ -64,8 +64,8 @@ def curves_of(rows):
         for model, some in models.items():
             if len({row["temperature"] for row in some}) < len(some):
                 raise UserError(f"{method}, {model}: several rows of one temperature, of "
-                                "different weights, judges or numbers of texts; give a "
-                                "file with one kind")
+                                "different weights, judges, seeds or numbers of texts; "
+                                "give a file with one kind")
     # what was drawn at one temperature only makes no curve
     drawn = {}
     for method, models in curves.items():
@@ -107,7 +107,7 @@ def rows_of(files):
 
 def groups_of(rows):
     """{(dataset, seed of training): its rows}, of those that can be compared: with a row of
-    the data and some at several temperatures. Texts shorter than the data's rows are left
+    the data, one at temperature 1, and a curve. Texts shorter than the data's rows are left
     out."""
     groups = {}
     for row in rows:
@@ -118,8 +118,8 @@ def groups_of(rows):
         if not lengths:
             continue
         group = [row for row in group if row["length"] == max(lengths)]
-        temperatures = {row["temperature"] for row in group if method_of(row)}
-        if len(temperatures) > 1:
+        # levels needs a row at temperature 1
+        if curves_of(group) and any(row["temperature"] == 1 for row in group):
             comparable[name] = group
     return comparable
 

@@ -71,7 +71,7 @@ def settings(name, model, what):
     if "steps" in what:
         rows += [dict(steps=steps) for steps in STEPS]
     full = model.config.attention == "full"
-    # one token at a time
+    # one token at a time; of full attention in any group, as it has no exact samples
     if name == "teacher" and ("exact" in what or full):
         rows.append(dict(steps=1024))
     if "exact" in what:
@@ -171,8 +171,8 @@ def measure_folder(config, folder, judge_file, procs, rows, save):
     what = config.what or ["steps", "exact"]
     if last.config.attention == "full" and (config.lengths or "exact" in what):
         raise UserError(f"the models in {folder.name} have full attention, so they cannot "
-                        "be sampled exactly; add --what steps, or name a folder of "
-                        "distill.py --attention reveal")
+                        "be sampled exactly; use --what steps without --lengths, or a "
+                        "folder of distill.py --attention reveal")
     judge_model, content = judge_file
     same = content["tokenizer"] == folder.data.tokenizer.spec
     length = last.config.context         # of all models the same
