@@ -227,7 +227,7 @@ class Transformer(nn.Module):
         rank (B, L): for attention "reveal", when each token was revealed (only the order
         of the numbers counts); random unless given, as training must serve every order.
         pos: positions (L,) or (B, L), 0..L-1 unless given.
-        Raises ValueError for more tokens than the context."""
+        Raises ValueError for more tokens than the context, or `at` of a causal model."""
         B, L = idx.shape
         if L > self.config.context:
             raise ValueError(f"{L} tokens, but the context is {self.config.context}")

@@ -109,11 +109,12 @@ def test_a_picture_is_drawn_of_each_measure(tmp_path):
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"model": "a"}]}'])
 def test_other_files_are_refused_in_one_sentence(tmp_path, capsys, content):
-    """With status 2; so are rows without any temperature to compare at."""
+    """With status 2; so are rows of one temperature, without data, or without temperature 1."""
     path = tmp_path / "other.json"
     path.write_text(content)
     assert "other.json" in refused(capsys, envelope, path)
-    for some in (rows()[:2], rows()[1:]):                # one temperature; no data
+    cooled = [one for one in rows() if one["temperature"] != 1]
+    for some in (rows()[:2], rows()[1:], cooled):
         path.write_text(json.dumps({"rows": some}))
         assert "heat" in refused(capsys, envelope, path)
 

@@ -216,6 +216,13 @@ def test_logits_at_chosen_positions_equal_the_same_rows_of_all():
         assert torch.allclose(logits, model(idx)[at], rtol=0, atol=CLOSE)
 
 
+def test_a_causal_model_is_not_asked_at_some_positions():
+    """Asked there alone, a position would see what comes after it. Exact."""
+    model, at = model_of(attention="causal"), (torch.zeros(1, 1).long(), torch.tensor([[2]]))
+    with pytest.raises(ValueError, match="causal"):
+        model.hidden(torch.randint(12, (1, 9)), at)
+
+
 @pytest.mark.parametrize("positions", ["rope", "learned", "both"])
 def test_last_block_at_some_positions_equals_the_same_rows_of_all(positions):
     """In any order, the same one twice too; and many of a single row. No false alarm: float32's

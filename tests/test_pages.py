@@ -434,18 +434,18 @@ def other_findings():
         for a, b in zip(at_level(name, first), at_level("mse", first)):
             assert a < b
 
-    updates = []
+    taken = []                           # updates of k = 4 and 8
     step = distill.DistillConfig().steps_per_round
     for k, r in ((4, 3), (8, 2)):
         title = f"KLD, k = {k}, round {r}"
         fields, _, _ = FINDINGS[title]
         assert fields["model"] == f"round {r}"
-        updates.append(r * int(fields["variant"].split()[-1]))
+        taken.append(r * int(fields["variant"].split()[-1]))
         last = distill.schedule(NANO.teacher_steps, r, k)[-1]
         assert last == distill.schedule(NANO.teacher_steps, 6)[-1] == 4
-    assert updates == [6 * step] * 2
+    assert taken == [6 * step] * 2
     yield "**k = 2 is better than 4 and 8: only than 8, at low diversity.**"
-    yield f"students for 4 steps after {updates[0]} updates"
+    yield f"students for 4 steps after {taken[0]} updates"
     yield "At equal diversity k = 4 is as good as k = 2, k = 8 only where diversity is high."
     yield f"(k = 2: {quality(both_sampled('round 6', 8))} nats in round 6)"
     short = int(FINDINGS["KLD, 38 updates a round"][0]["variant"].split()[-1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common
+import distill
 import train
 from data import muon, script
 from diffusion import nelbo
@@ -57,6 +58,18 @@ def test_every_weight_is_in_one_optimizer_and_muon_has_the_blocks_matrices(optim
         assert theirs == {id(w) for b in model.blocks for w in b.parameters() if w.ndim == 2}
     else:
         assert len(made) == 1
+
+
+@pytest.mark.parametrize("name", ["stories", "data/stories", "/elsewhere/stories"])
+def test_stories_have_their_numbers_of_steps_by_name_and_by_path(name):
+    """And any other dataset those of real text. Exact."""
+    for objective in ("mdlm", "ar"):
+        of_stories, of_text = train.DEFAULT_STEPS[objective]
+        assert train.TrainConfig(objective=objective, dataset=name).steps == of_stories
+        assert train.TrainConfig(objective=objective, dataset="data/mine").steps == of_text
+    usual = distill.DistillConfig()
+    assert distill.DistillConfig(dataset=name).steps_per_round == usual.steps_per_round
+    assert distill.DistillConfig(dataset="data/mine").steps_per_round != usual.steps_per_round
 
 
 def test_muon_in_float32_takes_the_steps_of_pytorchs_muon():

@@ -29,7 +29,6 @@ from tools.machine import (describe, fill_times, first_run, header, in_new_proce
                            training_flop, warn_of_emulation)
 from train import ar_loss
 
-OBJECTIVES = ["ar", "mdlm", "sdtt"]
 COLUMNS = (("objective", "<10"), ("form", "<10"), ("preset", "<8"), ("batch", ">5"),
            ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
            ("tokens/s", ">9,.0f"), ("utilisation", ">12.0%"), ("peak MB", ">8,.0f"))

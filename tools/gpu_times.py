@@ -139,10 +139,10 @@ class WithoutTrunk:
 
 
 def sdtt_parts(device, size, B, optimizer):
-    """Functions of nothing, by name: a step of SDTT on B texts, as distill.py takes it, and
-    its parts: the trunk (all blocks, the student's also backward), the head (with noise,
-    targets, divergence), the optimizer (with clipping and the average). Then gradients
-    alone: SDTT's and the bound's."""
+    """Functions without arguments, by name: a step of SDTT on B texts, as distill.py takes
+    it, and its parts: the trunk (all blocks, the student's also backward), the head (with
+    noise, targets, divergence), the optimizer (with clipping and the average). Then
+    gradients alone: SDTT's and the bound's."""
     config = TrainConfig(optimizer=optimizer)
     with device:
         shape = PRESETS[size.preset] | dict(context=size.length, attention_bias=False)

@@ -273,9 +273,9 @@ def transformers_engine(model, B, L, steps, decode_step):
 
 
 def with_stance(stance, run):
-    """run, a function of nothing, under a stance of PyTorch's compiler: with "force_eager"
-    compiled code is not used; with "eager_on_recompile" it is, and what is new to the
-    compiler runs as it is."""
+    """run, a function without arguments, under a stance of PyTorch's compiler: with
+    "force_eager" compiled code is not used; with "eager_on_recompile" it is, and what is
+    new to the compiler runs as it is."""
     def f():
         with torch.compiler.set_stance(stance):
             return run()
