@@ -39,15 +39,15 @@ from dataclasses import dataclass
 
 import torch
 
-from common import seed_all, start
+from cache import decode, generate
 from data.files import UserError, write_json
+from data.processes import start
 from data.script import command, parse_flags
 from diffusion import categorical, sample
 from exact import sample_exact
-from model import decode, generate
 from tools import figures
-from tools.bench_setup import (QUALITY, SPEED, WRITTEN, BenchConfig, checkpoints, quality,
-                               random_weights, set_defaults)
+from tools.bench_setup import (BenchConfig, columns_of, fill_quality, models_of, rows_of,
+                               set_defaults)
 from tools.crossover import crossings, fill_vs_ar
 from tools.joint import naive_engine
 from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
@@ -56,7 +56,7 @@ from tools.machine import (compiled_decode, describe, fill_times, first_run, hea
 
 
 # ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
-# (None for an engine without steps) and AR's decoding step (model.decode, or that
+# (None for an engine without steps) and AR's decoding step (cache.decode, or that
 # compiled). It returns a function without arguments that writes B texts once: (B, L)
 
 def ar_engine(model, B, L, steps, decode_step):
@@ -124,28 +124,28 @@ ENGINES = {
 # calls of the network; reads, the positions that it computed for each token of a text;
 # seconds, and from them roofline and the speed as a multiple of AR's; or "error"
 
-def bench(config, device, machine):
+def bench(config, device, machines):
     """Measure, save and print everything that the flags ask for; returns the rows.
-    machine: what the hardware can do, see tools.machine.limits."""
+    machines: what the hardware can do, {dtype: see tools.machine.limits}."""
     rows = []
-    columns = SPEED if config.preset else SPEED + QUALITY    # random texts have none
+    columns = columns_of(config)
     print(header(columns))
-    for preset in config.preset or [None]:
-        models = models_of(config, device, preset)
+    for preset in config.preset or [None]:           # None: trained weights
+        models = models_of(config, device, preset, ENGINES)
         known = {}                       # see fill_quality
         for L, B in itertools.product(config.length, config.batch):
-            group = rows_of(config, models, preset, B, L)
+            group = rows_of(config, models, preset, B, L, ENGINES)   # [(row, model)]
             # no model here for these engines; or only slow ones, timed at the first B
             if not group:
                 continue
-            measure(config, group, B, device, machine)
+            measure(config, group, B, device, machines)
             new = [row for row, _ in group]                          # now filled
-            if models.get("causal") and not preset:      # trained, and there is a judge
-                fill_quality(config, group, models["causal"], known)
+            if not preset:
+                fill_quality(config, group, models, known, ENGINES)
             fill_vs_ar(new)              # AR's seconds / those of each row
             rows += new
             if config.json:              # saved at once: a run may be stopped
-                results = {"argv": sys.argv[1:], "machine": machine, "rows": rows}
+                results = {"argv": sys.argv[1:], "machines": machines, "rows": rows}
                 write_json(config.json, results)
             print("\n".join(line(row, columns) for row in new), flush=True)
     if not rows:
@@ -156,52 +156,6 @@ def bench(config, device, machine):
         print("more steps than tokens: a step that reveals nothing calls no network (nfe), "
               "but in diffusion-naive")
     return rows
-
-
-def models_of(config, device, preset):
-    """{attention: {label: model}}: random ones of a preset, or (None) checkpoints."""
-    if preset is None:
-        return checkpoints(config, device)
-    needed = {ENGINES[name].models for name in config.engine}
-    return random_weights(config, device, preset, needed)
-
-
-def rows_of(config, models, preset, B, L):
-    """What is to be measured at batch B and length L: [(row, model)], the rows not yet
-    filled. models: see models_of."""
-    rows = []
-    for name in config.engine:
-        engine = ENGINES[name]
-        if engine.slow and B != config.batch[0] and len(config.engine) > 1:
-            continue                     # beside others the first batch size is enough
-        chosen = list(models.get(engine.models, {}).items())
-        if engine.slow:
-            chosen = chosen[-1:]         # the last student
-        all_steps = config.steps if engine.in_steps else [None]
-        for (label, model), steps in itertools.product(chosen, all_steps):
-            params = sum(p.numel() for p in model.parameters())      # all weights
-            row = dict(engine=name, model=label, preset=preset, params=params, steps=steps,
-                       batch=B, length=L)
-            rows.append((row, model))    # times follow in measure
-    return rows
-
-
-def fill_quality(config, group, judges, known):
-    """Perplexity and entropies of the texts that each row's engine writes, into the rows.
-    The folder's AR model, the first of judges {label: model}, is the judge. known: what is
-    measured already; at another batch size it is the same."""
-    judge = next(iter(judges.values()))
-    for row, model in group:
-        engine, L, steps = ENGINES[row["engine"]], row["length"], row["steps"]
-        if "error" in row or engine.slow:
-            continue
-        key = row["engine"], row["model"], L, steps
-        if key not in known:
-            seed_all("quality", L, steps)
-            # WRITTEN texts at a time, whatever the row's batch size: this is not timed
-            write = engine.make(model, WRITTEN, L, steps, decode)
-            known[key] = quality(judge, write, config.samples)
-        row.update(known[key])
 
 
 # ---- the timing of a group of rows, of one batch size and length
@@ -216,7 +170,7 @@ class Timing:
 
 
 @torch.no_grad()
-def measure(config, group, B, device, machine):
+def measure(config, group, B, device, machines):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
     # forget other batch sizes: having seen two, the compiler would compile for any size,
     # which is slower
@@ -230,8 +184,8 @@ def measure(config, group, B, device, machine):
     # the first run of each
     running = []
     for row, model in group:
-        row.update(dtype=config.dtype, device=machine["device"],
-                   threads=machine["threads"])
+        machine = machines[row["dtype"]]
+        row.update(device=machine["device"], threads=machine["threads"])
         timing = begin(row, model, decode_step, device)
         if timing:
             running.append(timing)                                   # those that fit
@@ -242,7 +196,8 @@ def measure(config, group, B, device, machine):
                 timing.times.append(seconds(timing.run, device))     # waits for a GPU's end
     for timing in running:
         fill_times(timing.row, timing.times)                         # median, least, most
-        timing.row["roofline"] = roofline(timing.row, timing.model_config, machine)
+        timing.row["roofline"] = roofline(timing.row, timing.model_config,
+                                          machines[timing.row["dtype"]])
 
 
 def begin(row, model, decode_step, device):
@@ -285,9 +240,11 @@ def main():
     set_defaults(config, device, ENGINES)
 
     # what the hardware can do at this moment, for the roofline
-    machine = limits(device, getattr(torch, config.dtype))
-    print(describe(machine), flush=True)
-    rows = bench(config, device, machine)
+    machines = {}
+    for dtype in config.dtype:
+        machines[dtype] = limits(device, getattr(torch, dtype))
+        print(describe(machines[dtype]), flush=True)
+    rows = bench(config, device, machines)
     # rows that did not fit in memory are results, too; but one must have fitted
     if all("error" in row for row in rows):
         raise UserError("nothing fits in memory; choose a smaller --batch, --length or "

@@ -31,8 +31,9 @@ import torch
 
 # upload: a CPU tensor to a device, without waiting; float64_device: the device, or the CPU
 # for one that has no float64; in_float64: moved there, as float64
+from cache import NOT_FINITE, Reading
 from data.devices import float64_device, in_float64, upload
-from model import NOT_FINITE, Reading, cross_entropy
+from model import cross_entropy
 
 HEAD_ROWS = 512                  # states that the head is given at a time
 DRAW_ROWS = 32                   # rows of logits drawn from at a time: see draw_tokens

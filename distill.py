@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import agree, broadcast, make_optimizers, run_in_first, start
+from common import make_optimizers
 from data.checkpoints import Run, fingerprint, load_for, load_model, resume
 from data.dataset import load_data
 from data.files import UserError, hold
+from data.processes import agree, broadcast, run_in_first, start
 from data.results import announce, announce_round, conclude, fill_rows, open_exam
 from data.script import GOES_ON, as_command, command, flag, parse_flags
 from diffusion import q_sample, rank_prompt_first, sample_t, states_at, unmask_step

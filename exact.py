@@ -43,10 +43,11 @@ import typing
 
 import torch
 
+from cache import Reading
 from data.devices import in_float64, upload
 from diffusion import (HEAD_ROWS, by_position, draw_from, listed, make_reading,
                        prompt_first, random_order, span, without_masks)
-from model import Reading, cross_entropy, shifted
+from model import cross_entropy, shifted
 
 COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V): 8 MB
 

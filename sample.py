@@ -19,17 +19,18 @@ from dataclasses import dataclass
 
 import torch
 
-from common import ROOT, seed_all, spread, start
+from cache import generate
+from common import ROOT, seed_all
 from data.checkpoints import load_model
 from data.cost import CallsOfTexts, calls_as_text, cost_of, counted_calls
 from data.dataset import make_tokenizer
 from data.files import UserError
 from data.orders import ORDERS, refuse_order, sample_confident
+from data.processes import spread, start
 from data.prompts import known_tokens, refuse_until_end, up_to_end
 from data.script import command, device_flag, flag, parse_flags
 from diffusion import categorical, sample, sharpen
 from exact import sample_exact
-from model import generate
 
 BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number

@@ -7,9 +7,10 @@ baseline and judge.
 
 Interrupt it at any time: the same command goes on from the last checkpoint, and ends with
 the same weights. `fit` is the project's only training loop: distill.py's rounds use it too.
-Devices and optimizers are in common.py. Checkpoints, and the class Run, which is a training
-run that can be resumed, are in data/checkpoints.py, the guard against NaN in data/watch.py:
-all that touches files, or is no part of the method, is under data/.
+Seeds and optimizers are in common.py. Checkpoints, and the class Run, which is a training
+run that can be resumed, are in data/checkpoints.py, the guard against NaN in data/watch.py,
+several processes in data/processes.py: all that touches files, or is no part of the method,
+is under data/.
 """
 import contextlib
 import copy
@@ -23,12 +24,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (agree, ema_update, lr_factor, make_optimizers, run_in_first, seed_all,
-                    start)
+from common import ema_update, lr_factor, make_optimizers, seed_all
 from data.checkpoints import Run, model_from, resume, save, with_saved_flags
 from data.dataset import load_data
 from data.files import UserError, hold
 from data.log import rewind_log, write_log
+from data.processes import agree, run_in_first, start
 from data.script import GOES_ON, command, device_flag, flag, parse_flags
 from data.watch import Clock, Guard
 from diffusion import nelbo, rank_prompt_first

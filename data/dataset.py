@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import ROOT, run_in_first
+from common import ROOT
 from data.devices import upload
 from data.files import UserError, hold, reason, release, write
+from data.processes import run_in_first
 
 
 # ---- tokenizers: plain JSON in, functions out

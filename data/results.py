@@ -10,11 +10,11 @@ import typing
 
 import torch
 
-from common import Processes, from_first
 from data.checkpoints import fingerprint
 from data.dataset import Data
 from data.files import write, write_json
 from data.measures import VERSION, in_steps, make_judge, measure, summary, table
+from data.processes import Processes, from_first
 from sample import EXACT, Sampling, draw_samples
 
 

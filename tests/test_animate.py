@@ -13,13 +13,14 @@ import torch
 
 import common
 import sample
+from cache import generate
 from data import checkpoints
 from data.dataset import make_tokenizer
 from diffusion import categorical
 from exact import sample_exact
 from diffusion import sample as diffusion_sample
 from helpers import call, refused
-from model import ModelConfig, Transformer, generate
+from model import ModelConfig, Transformer
 from tools import animate
 from tools.animate import Trace
 

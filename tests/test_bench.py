@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import distill
+from cache import decode
 from data import checkpoints
 from diffusion import sample
 from helpers import call, refused, start_server
-from model import PRESETS, ModelConfig, Transformer, decode
+from model import PRESETS, ModelConfig, Transformer
 from toy import ancestral_law, chi_square, count, exact_model, joint
 from tools import bench_setup, bench_train, crossover, machine
 from tools.joint import sample_joint
@@ -243,6 +244,8 @@ def folder(tmp_path, monkeypatch, small_nano):
     monkeypatch.setattr(bench, "limits", lambda device, dtype: dict(
         device="CPU", threads=2, torch="x", dtype="float32", load=0.0, bytes_per_s=1e9,
         flop_per_s=1e9))
+    # a CPU without instructions for bfloat16, whatever this one has
+    monkeypatch.setattr(bench_setup, "bfloat16_gain", lambda: 0.5)
     save(tmp_path / "out" / "tiny", 29)
     return tmp_path / "out" / "tiny"
 
@@ -289,6 +292,34 @@ def test_random_weights_are_named_by_preset(folder, monkeypatch, capsys):
         (engine, L, "nano") for L in (8, 16)
         for engine in ("ar", "diffusion", "diffusion-kv", "diffusion-naive")]
     assert all("gen_ppl" not in r and r["dtype"] == "bfloat16" for r in rows)
+
+
+def test_both_dtypes_are_timed_where_the_cpu_gains_by_bfloat16(folder, monkeypatch, capsys):
+    """Each engine has a row in each, but the naive one, which is slow; AR's best is what all are
+    compared with, and both are judged. No chance involved."""
+    monkeypatch.setattr(bench_setup, "bfloat16_gain", lambda: 3.0)
+    call(bench, "--batch", 1, "--steps", 2, "--samples", 4, "--repeats", 1, "--no-compile",
+         "--json", "rows.json")
+    saved = json.loads((folder.parent.parent / "rows.json").read_text())
+    assert set(saved["machines"]) == {"float32", "bfloat16"}
+    rows = saved["rows"]
+    both = [(engine, dtype) for engine, models in (("ar", 1), ("diffusion", 2))
+            for dtype in ("float32", "bfloat16") for _ in range(models)]
+    assert [(r["engine"], r["dtype"]) for r in rows] == both + [("diffusion-naive", "float32")]
+    best = min(r["seconds"] for r in rows if r["engine"] == "ar")
+    assert all(r["vs_ar"] == pytest.approx(best / r["seconds"]) for r in rows)
+    assert all(r["gen_ppl"] > 1 for r in rows[:-1])
+    out = capsys.readouterr().out
+    assert "dtype" in out and out.count("tokens: AR ") == 2          # teacher and student
+
+
+def test_one_dtype_may_be_chosen_where_both_would_be_timed(folder, monkeypatch):
+    """No chance involved."""
+    monkeypatch.setattr(bench_setup, "bfloat16_gain", lambda: 3.0)
+    call(bench, "--engine", "ar", "--batch", 1, "--samples", 4, "--repeats", 1, "--no-compile",
+         "--json", "rows.json", "--dtype", "float32", "float32")
+    rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
+    assert [r["dtype"] for r in rows] == ["float32"]
 
 
 def test_exact_engines_count_their_calls(folder, monkeypatch):
@@ -392,9 +423,9 @@ def test_emulated_bfloat16_is_allowed_and_said(monkeypatch, capsys, gain, said):
     """In one line, and only where it is asked for on a CPU. No chance involved."""
     monkeypatch.setattr(machine, "bfloat16_gain", lambda: gain)
     for dtype, device in (("float32", CPU), ("bfloat16", torch.device("cuda"))):
-        machine.warn_of_emulation(dtype, device)
+        machine.warn_of_emulation([dtype], device)
         assert not capsys.readouterr().out
-    machine.warn_of_emulation("bfloat16", CPU)
+    machine.warn_of_emulation(["bfloat16"], CPU)
     shown = capsys.readouterr().out
     assert said in shown and shown.count("\n") == bool(said)
 

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 
 import bench
-import common
 import distill
 import sample
 import train
-from data import checkpoints, measures
+from cache import Reading
+from data import checkpoints, measures, processes
 from data.dataset import write_data
 from data.files import UserError
 from helpers import call, refused
-from model import ModelConfig, Reading, Transformer
+from model import ModelConfig, Transformer
 from tools import convert
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -364,7 +364,7 @@ def test_a_judge_with_other_tokens_reads_text(tmp_path, monkeypatch, capsys):
     results = json.loads(Path("out/d-nano/results.json").read_text())
     assert "own tokens" in results["judged"] and "own tokens" in capsys.readouterr().out
     assert {row["model"] for row in results["rows"]} == {"data", "teacher", "round 1"}
-    tokenizer = distill.load_data("d", common.Processes(torch.device("cpu"))).tokenizer
+    tokenizer = distill.load_data("d", processes.Processes(torch.device("cpu"))).tokenizer
     x = torch.randint(10, (5, 8))
     nats, tokens = 0.0, 0
     for row in x.tolist():

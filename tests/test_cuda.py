@@ -33,14 +33,14 @@ import common
 import model as model_module
 import pretend
 import train
-from data import checkpoints
+from cache import Reading, decode, generate
+from data import checkpoints, processes
 from data.cost import counted_calls
 from diffusion import categorical, make_reading, nelbo, sample, span
 from distill import sdtt_loss
 from exact import nll_in_order, sample_exact
 from helpers import NANO, call, make_dataset
-from model import (ModelConfig, Reading, Transformer, decode, generate, nll, sees_in_order,
-                   see_sequence, shifted)
+from model import ModelConfig, Transformer, nll, sees_in_order, see_sequence, shifted
 from test_processes import distil_on_the_way, together
 from tools import machine
 from toy import Model, Ordered, all_sequences, ancestral_law, chi_square, count, exact_model, joint
@@ -66,7 +66,7 @@ def device(request, monkeypatch):
     if request.param == "on_gpu":
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
-        yield common.start("cuda").device            # as the scripts set it up
+        yield processes.start("cuda").device            # as the scripts set it up
         return
     in_full = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(in_full, backend="eager"))
@@ -101,7 +101,7 @@ def model_of(device, **options):
 def at_work(model, device, bf16=False, compiled=False):
     """A copy of a model on the device, as train.py prepares it."""
     config = train.TrainConfig(bf16=bf16, compile=compiled)
-    return train.prepare_model(copy.deepcopy(model), config, common.Processes(device))
+    return train.prepare_model(copy.deepcopy(model), config, processes.Processes(device))
 
 
 def texts(model):
@@ -328,7 +328,7 @@ def waits_of(run, device):
 
 
 def decoding_step(device):
-    """model.decode, compiled as bench.py has it on a GPU."""
+    """cache.decode, compiled as bench.py has it on a GPU."""
     if device.type == "cuda":
         return machine.compiled_decode(device, BATCH)
     return torch.compile(decode, fullgraph=True, backend="eager")

@@ -29,7 +29,7 @@ import common
 import distill
 import model
 import train
-from data import checkpoints, corpus, dataset, files, script
+from data import checkpoints, corpus, dataset, files, processes, script
 from data.openwebtext import prepare as openwebtext
 from data.endings import prepare as endings
 from data.lambada import prepare as lambada
@@ -586,12 +586,12 @@ def test_first_process_makes_the_dataset_while_the_others_wait(top, monkeypatch)
     false alarm."""
     short_stories(monkeypatch)
     seen = []
-    monkeypatch.setattr(common.dist, "broadcast_object_list", lambda *_: seen.append(
+    monkeypatch.setattr(processes.dist, "broadcast_object_list", lambda *_: seen.append(
         (top / "data" / "stories" / "val.bin").exists()))
     dataset.load_data("stories", types.SimpleNamespace(rank=0, world=2, device="cpu"))
     assert seen == [True]
     (top / "data" / "stories" / "val.bin").unlink()
-    monkeypatch.setattr(common.dist, "broadcast_object_list",
+    monkeypatch.setattr(processes.dist, "broadcast_object_list",
                         lambda *_, make=stories.main: make([]))
     monkeypatch.setattr(stories, "main", None)               # the others do not make it themselves
     dataset.load_data("stories", types.SimpleNamespace(rank=1, world=2, device="cpu"))
@@ -1252,7 +1252,7 @@ def load_in(folder):
     common.ROOT = dataset.ROOT = folder
     stories.FOLDER = folder / "data/stories"
     script.command(lambda: print(
-        dataset.load_data("stories", common.start("cpu")).fingerprint))
+        dataset.load_data("stories", processes.start("cpu")).fingerprint))
 
 
 def test_runs_started_at_once_make_a_built_in_dataset_once(tmp_path):

@@ -12,16 +12,15 @@ import os
 import pytest
 import torch
 
-import common
 import distill
 import model
 import pretend
 import sample
 import train
-from common import Processes
-from data import checkpoints
+from data import checkpoints, processes
 from data.devices import find_device, float64_device, in_float64
 from data.files import UserError
+from data.processes import Processes
 from helpers import NANO, begin, call, make_dataset, refused
 from sample import Sampling, draw_samples
 from tools import evaluate
@@ -178,7 +177,7 @@ def test_several_processes_need_the_cpu_or_cuda(monkeypatch):
     """They are refused before they meet. Exact."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device mps is for one process"):
-        common.start("mps")
+        processes.start("mps")
 
 
 def test_float64_is_kept_where_it_is():

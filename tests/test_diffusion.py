@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import diffusion
+from cache import generate
 from data.measures import mean_se
 from diffusion import (categorical, nelbo, q_sample, rank_prompt_first, sample, sample_plain,
                        sample_t, sharpen, unmask_step)
-from model import ModelConfig, Transformer, generate
+from model import ModelConfig, Transformer
 from tools.joint import sample_joint
 from toy import (Model, all_sequences, ancestral_law, chi_square, count, draw, exact_model, joint,
                  nll)

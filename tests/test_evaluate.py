@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import sample
 import toy
-from common import Processes
-from data import checkpoints, dataset
+from data import checkpoints, dataset, processes
 from data.files import UserError
+from data.processes import Processes
 from data.prompts import ends_of
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
@@ -80,7 +79,7 @@ def test_exact_samples_of_two_processes_are_those_of_one(attention, monkeypatch)
         if len(drawn) < 2:
             raise Drawn
         everyone[:] = [drawn[0], drawn[1]]
-    monkeypatch.setattr(common.dist, "all_gather_object", gather)
+    monkeypatch.setattr(processes.dist, "all_gather_object", gather)
     costs = []
     alone = sample.draw_samples(model, 70, sampling, CPU, costs=costs)
     for rank in (0, 1, 0):               # the first time 0 has nobody to ask

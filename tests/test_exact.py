@@ -12,10 +12,10 @@ import torch
 
 import diffusion
 import exact
+from cache import generate
 from data.measures import mean_se
 from diffusion import categorical, nelbo, sample, sharpen
 from exact import couple, nll_in_order, sample_exact
-from model import generate
 from tools import likelihood
 from toy import Ordered, all_sequences, chi_square, count, joint, network
 

@@ -14,13 +14,13 @@ import torch
 import common
 import distill
 import train
-from data import checkpoints, dataset, files
+from data import checkpoints, dataset, files, processes
 from helpers import call, make_dataset, refused
 from model import Transformer
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
-CPU = common.Processes(torch.device("cpu"))
+CPU = processes.Processes(torch.device("cpu"))
 TURNS = [0, 3, 8]                                        # lengths of prompts, in turn
 FLAGS = ["--batch", 4, "--micro_batch", 2, "--device", "cpu", "--log_every", 1, "--save_every", 2]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import toy
-from common import Processes
 from data import dataset as datasets
 from data import measures, results
 from data.dataset import make_tokenizer, retokenise
 from data.files import write_json
+from data.processes import Processes
 from data.stories import language
 from helpers import make_dataset
 from model import ModelConfig, Transformer, nll

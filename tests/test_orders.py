@@ -12,8 +12,8 @@ import torch
 
 import diffusion
 import sample
-from common import Processes
 from data.orders import even_counts, sample_confident
+from data.processes import Processes
 from diffusion import categorical, sharpen
 from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer

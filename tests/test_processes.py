@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
 import distill
 import model
 import train
-from data import checkpoints, files, script
+from data import checkpoints, files, processes, script
 from helpers import NANO, begin, call, make_dataset, run_script
 
 pytestmark = pytest.mark.usefixtures("small_nano")
@@ -127,13 +126,13 @@ def test_micro_batches_that_do_not_fill_the_batch_are_refused():
     """8 sequences in micro-batches of 3, or over 3 processes; and the ones that do fit."""
     c = train.TrainConfig(batch=8, micro_batch=3)
     with pytest.raises(files.UserError, match="--batch 8"):
-        train.micro_batches(c, common.Processes(torch.device("cpu")))
+        train.micro_batches(c, processes.Processes(torch.device("cpu")))
     c = train.TrainConfig(batch=8)
     with pytest.raises(files.UserError, match="3 processes"):
-        train.micro_batches(c, common.Processes(torch.device("cpu"), 0, 3))
-    assert train.micro_batches(c, common.Processes(torch.device("cpu"), 1, 2)) == (4, 1)
+        train.micro_batches(c, processes.Processes(torch.device("cpu"), 0, 3))
+    assert train.micro_batches(c, processes.Processes(torch.device("cpu"), 1, 2)) == (4, 1)
     c = train.TrainConfig(batch=8, micro_batch=2)
-    assert train.micro_batches(c, common.Processes(torch.device("cpu"), 1, 2)) == (2, 2)
+    assert train.micro_batches(c, processes.Processes(torch.device("cpu"), 1, 2)) == (2, 2)
 
 
 def distil_on_the_way(argv):
@@ -161,8 +160,8 @@ def distil_on_the_way(argv):
 
     def main():
         distill.main()
-        p = common.start("cpu")
-        for f in (lambda: common.agree(p, p.rank, "ranks"), lambda: common.run_in_first(p, refuse)):
+        p = processes.start("cpu")
+        for f in (lambda: processes.agree(p, p.rank, "ranks"), lambda: processes.run_in_first(p, refuse)):
             try:
                 f()
             except files.UserError as e:
@@ -204,7 +203,7 @@ def test_batches_of_any_number_of_processes_reach_what_is_trained_on_the_way(mon
     c = distill.DistillConfig(batch=6, micro_batch=2, out=str(tmp_path))
     for get in (distill.get_judge, distill.get_teacher):
         with pytest.raises(Asked):
-            get(c, common.Processes(torch.device("cpu"), 1, 3), None)
+            get(c, processes.Processes(torch.device("cpu"), 1, 3), None)
     assert asked == [("ar", 6, 2), ("mdlm", 6, 2)]
 
 
@@ -216,7 +215,7 @@ def test_run_keeps_its_micro_batches_where_other_processes_can_deal_them_out(cap
 
     def go_on(world, begun, **flags):
         c = train.TrainConfig(batch=32, **flags)
-        return train.micro_batches(c, common.Processes(torch.device("cpu"), 0, world), run(begun))
+        return train.micro_batches(c, processes.Processes(torch.device("cpu"), 0, world), run(begun))
     assert go_on(1, 8) == (8, 4) and go_on(2, 8) == (8, 2) and go_on(4, 8) == (8, 1)
     assert go_on(2, None) == (16, 1) and go_on(2, None, micro_batch=4) == (4, 4)
     assert capsys.readouterr().out == ""

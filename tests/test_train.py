@@ -12,11 +12,11 @@ import torch
 import common
 import distill
 import train
-from data import muon, script
+from data import muon, processes, script
 from diffusion import nelbo
 from model import ModelConfig, Transformer
 
-CPU = common.Processes(torch.device("cpu"))
+CPU = processes.Processes(torch.device("cpu"))
 
 
 def small(**kw):

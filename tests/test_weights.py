@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from common import ROOT, Processes
+from common import ROOT
 from data import checkpoints
 from data.dataset import make_tokenizer
+from data.processes import Processes
 from data.stories import language
 from distill import DistillConfig
 from helpers import call, make_dataset, refused

@@ -24,17 +24,18 @@ from pathlib import Path
 
 import torch
 
-from common import seed_all, start
+from cache import generate
+from common import seed_all
 from data.checkpoints import load_checkpoint, load_model
 from data.dataset import make_tokenizer
 from data.files import UserError, write
 from data.measures import in_steps
+from data.processes import start
 from data.prompts import known_tokens
 from data.results import round_files
 from data.script import command, device_flag, flag, package, parse_flags
 from diffusion import categorical, sample, sharpen
 from exact import sample_exact
-from model import generate
 from sample import (DEFAULT_STEPS, EXACT, OUR_STEPS, OURS, refuse_exact,
                     steps_or_exact)
 

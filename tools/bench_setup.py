@@ -1,11 +1,13 @@
-"""What bench.py compares: its flags, what they are where they are not given, and models,
-trained or random; and the columns of its table."""
+"""What bench.py compares: its flags, what they are where they are not given; models,
+trained or random; the rows of its table, before they are measured; and how good texts are."""
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from cache import decode
 from common import seed_all
 from data.checkpoints import load_model
 from data.files import UserError
@@ -14,10 +16,11 @@ from data.results import round_files
 from data.script import device_flag, flag, package
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
-from tools.machine import prepare, transformers_gpt2, warn_of_emulation
+from tools.machine import bfloat16_gain, prepare, transformers_gpt2, warn_of_emulation
 
 VOCAB = 50257                            # of random weights: GPT-2's
 WRITTEN = 32                             # texts at a time, for quality
+GAIN = 1.2                               # bfloat16 is timed, too, where it gains this
 # what a table shows of a row, and how
 SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
          ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
@@ -48,8 +51,9 @@ class BenchConfig:
     samples: int = flag(128, "texts for perplexity and entropy", low=2)
     # where and how
     device: str = device_flag()
-    dtype: str | None = flag(
-        None, "[float32; on a GPU bfloat16]", choices=["float32", "bfloat16"])
+    dtype: list[str] | None = flag(
+        None, "one or both [float32; and bfloat16 where this CPU gains by it; on a GPU "
+        "bfloat16]", choices=["float32", "bfloat16"])
     threads: int | None = flag(None, "CPU threads [PyTorch's choice]", low=1)
     compile: bool | None = flag(
         None, "torch.compile for AR's decoding step and diffusion's blocks [where there is "
@@ -90,13 +94,50 @@ def set_defaults(config, device, known):
     config.batch = sorted(config.batch)
 
     # how it runs
-    if config.dtype is None:
-        config.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if config.dtype:
+        config.dtype = list(dict.fromkeys(config.dtype))             # each once
+    else:
+        config.dtype = default_dtypes(device)
     warn_of_emulation(config.dtype, device)
     if config.compile is None:
         config.compile = bool(shutil.which("g++"))
     if config.threads:
         torch.set_num_threads(config.threads)
+
+
+def default_dtypes(device):
+    """In which types of numbers each engine is timed: AR's and diffusion's best may
+    differ."""
+    if device.type == "cuda":
+        return ["bfloat16"]
+    if device.type == "cpu" and bfloat16_gain() > GAIN:
+        return ["float32", "bfloat16"]
+    return ["float32"]
+
+
+def columns_of(config):
+    """What the table shows: ((name, format), ...)."""
+    columns = SPEED
+    if not config.preset:                # random texts have no quality
+        columns += QUALITY
+    if len(config.dtype) > 1:
+        columns = (columns[0], ("dtype", "<9"), *columns[1:])
+    return columns
+
+
+# ---- the models
+
+def models_of(config, device, preset, engines):
+    """{dtype: {attention: {label: model}}}: random ones of a preset, or (None) checkpoints.
+    engines: bench.ENGINES."""
+    models = {}
+    for dtype in config.dtype:
+        if preset is None:
+            models[dtype] = checkpoints(config, device, dtype)
+        else:
+            needed = {engines[name].models for name in config.engine}
+            models[dtype] = random_weights(config, device, preset, needed, dtype)
+    return models
 
 
 def files(config):
@@ -122,7 +163,7 @@ def files(config):
     return paths
 
 
-def checkpoints(config, device):
+def checkpoints(config, device, dtype):
     """The models of files(config), {attention: {label: model}}. Raises UserError where they
     cannot be compared."""
     models = {}
@@ -141,12 +182,12 @@ def checkpoints(config, device):
 
     found = {attention: {} for attention in CHOICES["attention"]}
     for label, model in models.items():
-        prepare(model, config.dtype, config.compile, device)
+        prepare(model, dtype, config.compile, device)
         found[model.config.attention][label] = model
     return found
 
 
-def random_weights(config, device, preset, needed):
+def random_weights(config, device, preset, needed, dtype):
     """Models of random weights in the size of a preset, {attention: {"random": model}}, of
     each attention that is `needed`; among these may be "transformers", that package's."""
     sizes = dict(PRESETS[preset])
@@ -156,12 +197,58 @@ def random_weights(config, device, preset, needed):
     for attention in CHOICES["attention"]:
         if attention in needed:
             model = Transformer(ModelConfig(VOCAB, attention=attention, **sizes))
-            prepare(model, config.dtype, config.compile, device)
+            prepare(model, dtype, config.compile, device)
             models[attention] = {"random": model}
     if "transformers" in needed:
         shape = ModelConfig(VOCAB, attention="causal", **sizes)
-        models["transformers"] = {"random": transformers_gpt2(shape, device, config.dtype)}
+        models["transformers"] = {"random": transformers_gpt2(shape, device, dtype)}
     return models
+
+
+# ---- the rows
+
+def rows_of(config, models, preset, B, L, engines):
+    """What is to be measured at batch B and length L: [(row, model)], the rows not yet
+    filled. models: see models_of; engines: bench.ENGINES."""
+    rows = []
+    for name, dtype in itertools.product(config.engine, config.dtype):
+        engine = engines[name]
+        chosen = list(models[dtype].get(engine.models, {}).items())
+        if engine.slow:
+            # beside others it is timed once: at the first batch size, in one dtype, of the
+            # last student
+            first = B == config.batch[0] and dtype == config.dtype[0]
+            if len(config.engine) > 1 and not first:
+                continue
+            chosen = chosen[-1:]
+        all_steps = config.steps if engine.in_steps else [None]
+        for (label, model), steps in itertools.product(chosen, all_steps):
+            params = sum(p.numel() for p in model.parameters())      # all weights
+            row = dict(engine=name, model=label, preset=preset, params=params, steps=steps,
+                       batch=B, length=L, dtype=dtype)
+            rows.append((row, model))    # times follow in bench.measure
+    return rows
+
+
+def fill_quality(config, group, models, known, engines):
+    """Perplexity and entropies of the texts that each row's engine writes, into the rows.
+    The folder's AR model, if there is one, is the judge. known: what is measured already;
+    at another batch size it is the same."""
+    judges = models[config.dtype[0]]["causal"]           # {label: model}
+    if not judges:
+        return
+    judge = next(iter(judges.values()))
+    for row, model in group:
+        engine, L, steps = engines[row["engine"]], row["length"], row["steps"]
+        if "error" in row or engine.slow:
+            continue
+        key = row["engine"], row["model"], row["dtype"], L, steps
+        if key not in known:
+            seed_all("quality", L, steps)
+            # WRITTEN texts at a time, whatever the row's batch size: this is not timed
+            write = engine.make(model, WRITTEN, L, steps, decode)
+            known[key] = quality(judge, write, config.samples)
+        row.update(known[key])
 
 
 def quality(judge, write, n):

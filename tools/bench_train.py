@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common import seed_all, start
+from common import seed_all
 from data.files import UserError, write_json
+from data.processes import start
 from data.script import command, device_flag, flag, parse_flags
 from diffusion import (categorical, mask_rate, mask_share, nelbo, q_sample, reveal_share,
                        sample_t)
@@ -190,7 +191,7 @@ def main():
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if config.threads:
         torch.set_num_threads(config.threads)
-    warn_of_emulation(config.dtype, device)
+    warn_of_emulation([config.dtype], device)
     machine = limits(device, getattr(torch, config.dtype))
     print(describe(machine), flush=True)
 

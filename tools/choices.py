@@ -12,10 +12,10 @@ themselves.
 import dataclasses
 import sys
 
-from common import start
 from data.dataset import choices, make_tokenizer
 from data.files import UserError, write_json
 from data.measures import add_mean, choice_entropy, in_steps, tally
+from data.processes import start
 from data.script import command, device_flag, flag, parse_flags
 from data.stories import language
 from sample import Sampling, draw_samples, refuse_exact, steps_or_exact

@@ -22,11 +22,13 @@ def overtakes(points):
 
 def fill_vs_ar(rows):
     """Put into each row, as "vs_ar", how many times faster than AR it is at the same batch
-    and length; None where AR was not measured, or the row did not fit."""
+    and length, where AR has the dtype that suits it best; None where AR was not measured,
+    or the row did not fit."""
     ar_seconds = {}
     for row in rows:
         if row["engine"] == "ar" and "error" not in row:
-            ar_seconds[row["preset"], row["length"], row["batch"]] = row["seconds"]
+            key = row["preset"], row["length"], row["batch"]
+            ar_seconds[key] = min(row["seconds"], ar_seconds.get(key, math.inf))
     for row in rows:
         if "error" in row:
             continue
@@ -39,17 +41,20 @@ def fill_vs_ar(rows):
 def crossings(rows):
     """Where AR overtakes each of diffusion's engines and models: sentences. rows: those of
     all batch sizes, in their order, which fill_vs_ar has seen."""
-    # a curve over batch sizes for each engine, model and number of steps
+    # a curve over batch sizes for each engine, model and number of steps: {batch: ratio},
+    # in the dtype that is faster there
     curves = {}
     for row in rows:
         if row.get("vs_ar") is None or row["engine"] not in COMPARED:
             continue
         name = row["model"] + COMPARED[row["engine"]]
         curve = row["preset"] or "trained", row["length"], name, row["steps"]
-        curves.setdefault(curve, []).append((row["batch"], row["vs_ar"]))
+        points = curves.setdefault(curve, {})
+        points[row["batch"]] = max(row["vs_ar"], points.get(row["batch"], 0.0))
     lines = []
     for (preset, length, name, steps), points in curves.items():
-        line = f"{preset}, {length} tokens: AR {overtakes(points)} against {name}"
+        words = overtakes(list(points.items()))
+        line = f"{preset}, {length} tokens: AR {words} against {name}"
         if steps:
             line += f" at {steps} steps"
         lines.append(line)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import Processes, seed_all, spread, start
+from common import seed_all
 from data.checkpoints import load_model
 from data.dataset import Data, load_data, make_tokenizer, oracle
 from data.files import UserError, read_text, write_json
@@ -26,6 +26,7 @@ from data.lambada.prepare import parse_lambada
 from data.measures import (NO_VALUE, add_mean, exp, make_judge, mean_se, perplexity,
                            step_key)
 from data.orders import ORDERS, refuse_order
+from data.processes import Processes, spread, start
 from data.prompts import ends_of
 from data.results import sample_row
 from data.script import command, device_flag, flag, package, parse_flags

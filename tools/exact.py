@@ -14,11 +14,11 @@ import json
 import sys
 from pathlib import Path
 
-from common import Processes, start
 from data.checkpoints import fingerprint, load_model
 from data.dataset import Data, load_data
 from data.files import UserError, write_json
 from data.measures import VERSION, in_steps, make_judge
+from data.processes import Processes, start
 from data.results import round_files, sample_row
 from data.script import command, device_flag, flag, parse_flags
 from distill import DistillConfig

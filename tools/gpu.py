@@ -19,8 +19,8 @@ from time import perf_counter
 
 import torch
 
-from common import start
 from data.files import write_json
+from data.processes import start
 from data.script import command, flag, parse_flags
 from tools import machine
 from tools.gpu_times import pieces

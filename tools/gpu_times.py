@@ -11,12 +11,14 @@ import typing
 import torch
 
 import bench
-from common import Processes, ema_update, make_optimizers
+from cache import decode
+from common import ema_update, make_optimizers
 from data.cost import counted_calls
+from data.processes import Processes
 from diffusion import categorical, nelbo
 from distill import sdtt_loss
-from model import PRESETS, ModelConfig, Transformer, decode
-from tools.bench_setup import VOCAB, BenchConfig, random_weights, set_defaults
+from model import PRESETS, ModelConfig, Transformer
+from tools.bench_setup import VOCAB, BenchConfig, models_of, rows_of, set_defaults
 from tools.machine import host_waits, limits, peak_bytes, seconds
 from train import TrainConfig, clip_gradient, prepare_model
 
@@ -109,18 +111,18 @@ def group_of(device, size, B, name, compiled):
     config = BenchConfig(preset=[size.preset], engine=[ENGINES[name]], batch=[B],
                          length=[size.length], steps=size.steps, repeats=size.repeats,
                          compile=None if compiled else False)
-    # bfloat16 on a GPU; compiled if there is g++
+    # one dtype, bfloat16 on a GPU; compiled if there is g++
+    config.dtype = ["bfloat16" if device.type == "cuda" else "float32"]
     set_defaults(config, device, bench.ENGINES)
     with device:                         # the weights are drawn where they are used
-        needed = {bench.ENGINES[ENGINES[name]].models}
-        models = random_weights(config, device, size.preset, needed)
-    return config, bench.rows_of(config, models, size.preset, B, size.length)
+        models = models_of(config, device, size.preset, bench.ENGINES)
+    return config, rows_of(config, models, size.preset, B, size.length, bench.ENGINES)
 
 
 def engine_times(device, machine, size, B, name):
     """Seconds for B texts, with all that bench.py says of them. On a CPU not compiled."""
     config, group = group_of(device, size, B, name, compiled=device.type == "cuda")
-    bench.measure(config, group, B, device, machine)
+    bench.measure(config, group, B, device, {config.dtype[0]: machine})
     for row, _ in group:
         yield dict(row, what=name, unit="s", measured=row.get("seconds"))
 

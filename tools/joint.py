@@ -4,9 +4,9 @@ tools.evaluate.
 import torch
 
 import diffusion
+from cache import NOT_FINITE
 from data.devices import float64_device
 from diffusion import sharpen
-from model import NOT_FINITE
 from sample import DTYPES
 from tools.machine import with_stance
 

@@ -18,8 +18,8 @@ from time import perf_counter
 
 import torch
 
+from cache import decode
 from data.cost import counted_calls
-from model import decode
 
 
 def seconds(run, device):
@@ -213,9 +213,9 @@ def bfloat16_gain():
     return times[torch.float32] / times[torch.bfloat16]
 
 
-def warn_of_emulation(dtype, device):
+def warn_of_emulation(dtypes, device):
     """Say so, in a line, where bfloat16 is asked for and this CPU only emulates it."""
-    if dtype == "bfloat16" and device.type == "cpu":
+    if "bfloat16" in dtypes and device.type == "cpu":
         gain = bfloat16_gain()
         if gain < 1:
             print(f"this CPU emulates bfloat16: its products take {1 / gain:.1f} times as "
@@ -243,7 +243,7 @@ def prepare(model, dtype, compiled, device):
 
 
 def compiled_decode(device, B):
-    """model.decode for B texts by torch.compile: as CUDA graphs on a GPU, one for each
+    """cache.decode for B texts by torch.compile: as CUDA graphs on a GPU, one for each
     value of `seen`; on a CPU, from 2 texts on, with weights packed anew (later changes are
     not seen)."""
     if torch.device(device).type == "cuda":

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from common import seed_all, spread, start
+from common import seed_all
 from data.checkpoints import load_model
 from data.dataset import make_tokenizer
 from data.files import UserError, read_text, to_json, write
 from data.measures import exp
+from data.processes import spread, start
 from data.script import command, flag, parse_flags
 from exact import nll_in_order
 from model import nll

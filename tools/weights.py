@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from common import Processes, seed_all
+from common import seed_all
 from data.checkpoints import load_model, save_checkpoint
 from data.dataset import load_data
 from data.files import UserError
+from data.processes import Processes
 from data.results import round_files
 from data.script import command, flag, parse_flags
 from diffusion import q_sample
