@@ -4,8 +4,9 @@ wins.
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
-With random weights (--preset) the times of AR and of a given number of steps are valid. The
-exact engines' are not: how many calls they need depends on what a model has learned.
+With random weights (--preset; where there are no checkpoints, small) the times of AR and
+of a given number of steps are valid. The exact engines' are not: how many calls they need
+depends on what a model has learned.
 
 Five engines, each as fast as this code can be:
 
@@ -14,19 +15,31 @@ Five engines, each as fast as this code can be:
     diffusion-kv       the same with attention in the order of reveal, and its KV cache
     ar-exact, diffusion-exact      the distribution of one token at a time, in few calls
 
-Two more, to compare with what others' code takes:
+Two more, to compare with what others' code takes, neither of them compiled:
 
-    diffusion-naive    the papers' sampler, as they write it, not compiled
-    transformers       the AR model of the transformers package
+    diffusion-naive    the sampler of MDLM and SDTT, as the papers write it
+    transformers       greedy decoding of that package's GPT-2, with its KV cache
 
 Your own is a function like those below, and a line in ENGINES.
 
-Warm-up does not count, runs of the engines alternate, and the median is shown. Roofline is
-the share of a limit of the hardware, measured at the start, that an engine reaches: of
-memory bandwidth for AR, of matrix products for the others. The first is what limits AR if
-texts are few, the second limits a call of many positions. In those cases a low roofline
-says that the code is slow, and to beat such an engine proves little. What is printed looks
-like this (nano, two cores; some columns are left out):
+Warm-up does not count, runs of the engines alternate, and the median is shown. What the
+columns say:
+
+    vs AR      how many times faster than ar, at the same batch and length
+    roofline   the share that an engine reaches of a limit of the hardware, measured at the
+               start. Of ar and transformers: bytes of weights and cache that they must read
+               / seconds / memory bandwidth. Of the others: operations for the positions
+               that they compute / seconds / rate of large matrix products
+    nfe        calls of the network
+    reads      positions that it computed, for each token of a text
+    gen_ppl, entropy, of all     how good and diverse the texts are, see README; of trained
+               weights only
+
+Large models can come near those limits if AR has few texts, and diffusion many positions a
+call. There a low roofline says that the code is slow, and to beat such an engine proves
+little. A model as small as nano never does: its time goes into starting many small
+operations, so its "vs AR" says nothing about larger ones. Part of a table (nano, two
+cores):
 
     engine        model     steps batch length seconds vs AR roofline nfe reads gen_ppl
     ar            ar                  1     50   0.045  1.00      16%  50   1.0    1.39
@@ -57,7 +70,8 @@ from tools.machine import (compiled_decode, describe, fill_times, first_run, hea
 
 # ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
 # (None for an engine without steps) and AR's decoding step (cache.decode, or that
-# compiled). It returns a function without arguments that writes B texts once: (B, L)
+# compiled). It returns a function without arguments; each call of that writes B texts and
+# returns their ids (B, L)
 
 def ar_engine(model, B, L, steps, decode_step):
     """AR decoding."""
@@ -65,7 +79,8 @@ def ar_engine(model, B, L, steps, decode_step):
     prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
     cache = None                         # generate makes its own
     if decode_step is not decode:
-        # compiled: all runs share one cache, as CUDA graphs need it at a fixed address
+        # compiled: all runs share one cache, as CUDA graphs need it at a fixed address. (It
+        # need not be emptied: a place is filled before it is seen)
         cache = model.cache(B, L)
         for stored in cache.k + cache.v:
             torch._dynamo.mark_static_address(stored)
@@ -89,7 +104,8 @@ def diffusion_engine(model, B, L, steps, decode_step):
 def exact_engine(model, B, L, steps, decode_step):
     """Exact sampling, of AR or of diffusion in the order of reveal. All texts take as many
     calls as the slowest of them needs, a number that differs from run to run."""
-    z = only_masks(model, B, L)          # for AR, too, a mask is what is to be written
+    # exact.py takes masks as what is to be written, for AR, too, though AR never reads one
+    z = only_masks(model, B, L)
 
     def run():
         x, _ = sample_exact(model, z, model.mask_id)
@@ -118,11 +134,19 @@ ENGINES = {
                               slow=True),
     "transformers": Engine(transformers_engine, "transformers", counted=False)}
 
+# Your own, for models with full attention; then bench.py --engine ar mine:
+#     def my_engine(model, B, L, steps, decode_step):
+#         z = only_masks(model, B, L)
+#         return lambda: my_sampler(model, z, steps)
+#     "mine": Engine(my_engine, "full", in_steps=True)
+# Calls and positions are counted where the model embeds its tokens; of trained weights the
+# texts are scored, too.
+
 
 # ---- the whole benchmark. A row is a dict: what is measured (engine, model, preset,
-# params, steps, batch, length), where (dtype, device, threads), and what came out: nfe, the
-# calls of the network; reads, the positions that it computed for each token of a text;
-# seconds, and from them roofline and the speed as a multiple of AR's; or "error"
+# params, steps, batch, length), where (dtype, device, threads), and what came out: nfe and
+# reads; seconds, their median, least and most, and from them roofline and vs_ar; quality;
+# or "error"
 
 def bench(config, device, machines):
     """Measure, save and print everything that the flags ask for; returns the rows.
@@ -132,7 +156,7 @@ def bench(config, device, machines):
     print(header(columns))
     for preset in config.preset or [None]:           # None: trained weights
         models = models_of(config, device, preset, ENGINES)
-        known = {}                       # see fill_quality
+        known = {}                       # quality, which is the same for any batch size
         for L, B in itertools.product(config.length, config.batch):
             group = rows_of(config, models, preset, B, L, ENGINES)   # [(row, model)]
             # no model here for these engines; or only slow ones, timed at the first B
@@ -142,7 +166,7 @@ def bench(config, device, machines):
             new = [row for row, _ in group]                          # now filled
             if not preset:
                 fill_quality(config, group, models, known, ENGINES)
-            fill_vs_ar(new)              # AR's seconds / those of each row
+            fill_vs_ar(new)              # AR's seconds (its best dtype) / those of each row
             rows += new
             if config.json:              # saved at once: a run may be stopped
                 results = {"argv": sys.argv[1:], "machines": machines, "rows": rows}
@@ -154,11 +178,14 @@ def bench(config, device, machines):
     print("\n".join(crossings(rows)))
     if any(row["steps"] and row["steps"] > row["length"] for row in rows):
         print("more steps than tokens: a step that reveals nothing calls no network (nfe), "
-              "but in diffusion-naive")
+              "except in diffusion-naive")
     return rows
 
 
-# ---- the timing of a group of rows, of one batch size and length
+# ---- the timing of a group of rows, of one batch size and length. What is compiled, with
+# --compile: AR's whole step, here; of diffusion's models all blocks but the last one, where
+# only some positions are wanted, a number that varies (see Transformer.run). models_of has
+# wrapped these; they compile when they are first called.
 
 @dataclass
 class Timing:
@@ -173,15 +200,13 @@ class Timing:
 def measure(config, group, B, device, machines):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
     # forget other batch sizes: having seen two, the compiler would compile for any size,
-    # which is slower
+    # which is slower. (The cached engines have other numbers of positions in each call, and
+    # are compiled for any size from the start)
     torch.compiler.reset()
-    # ar's step is compiled below. The other engines call the model's blocks, which
-    # tools/bench_setup.py has wrapped: after this reset they compile anew at the warm-up
-    # (but diffusion-naive and transformers run uncompiled)
     decode_step = decode                                             # plain PyTorch
     if config.compile:
         decode_step = compiled_decode(device, B)
-    # the first run of each
+    # the first run of each, after a warm-up
     running = []
     for row, model in group:
         machine = machines[row["dtype"]]
@@ -189,7 +214,7 @@ def measure(config, group, B, device, machines):
         timing = begin(row, model, decode_step, device)
         if timing:
             running.append(timing)                                   # those that fit
-    # the others in turn, so that a busy minute hits all engines alike
+    # the other runs in turn, so that a busy minute hits all engines alike
     for _ in range(config.repeats - 1):
         for timing in running:
             if not ENGINES[timing.row["engine"]].slow:
@@ -202,7 +227,7 @@ def measure(config, group, B, device, machines):
 
 def begin(row, model, decode_step, device):
     """Warm up, then run once; returns a Timing, or None where the row does not fit in
-    memory, and row["error"] says so."""
+    memory: then first_run puts that into row["error"]."""
     engine, B, L, steps = ENGINES[row["engine"]], row["batch"], row["length"], row["steps"]
     run = engine.make(model, B, L, steps, decode_step)
     warm_up = run                        # a whole run, which compiles what it meets
@@ -211,15 +236,17 @@ def begin(row, model, decode_step, device):
         # uncompiled, which is slower; but no compiling is timed
         run = with_stance("eager_on_recompile", run)
     elif engine.in_steps:
-        # two steps meet all shapes that are compiled: the first may compute a single mask,
-        # the others whole texts (in the last block fewer positions, but it is uncompiled)
+        # two steps meet all shapes that are compiled: the first computes one text for all,
+        # or one mask (see diffusion.blank_states); the others compute whole texts
         warm_up = engine.make(model, B, L, min(2, steps), decode_step)
 
-    # time one run, and list the positions computed in each of its calls. Other runs may
-    # take a few calls more or fewer
-    # (the transformers model has a config of its own; ours is kept in its `shape`)
-    model_config = model.shape if engine.models == "transformers" else model.config
-    first = first_run(row, run, warm_up, least_memory(row, model_config), device,
+    # time one run, and list the positions computed in each of its calls. (Other runs may
+    # take a few calls more or fewer: nfe and reads are of this one)
+    model_config = model.config
+    if engine.models == "transformers":  # whose config is that package's
+        model_config = model.shape
+    needed = least_memory(row, model_config)                         # bytes
+    first = first_run(row, run, warm_up, needed, device,
                       count=model if engine.counted else None)
     if first is None:
         return None                                                  # it does not fit

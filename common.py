@@ -2,8 +2,9 @@
 
 Randomness: all draws of training and sampling come from torch's global generators. Before
 each micro-batch of each step train.py calls `seed_all` with the run's seed and name, the
-step and the micro-batch's number. So a run that was stopped goes on exactly as it would
-have, and a micro-batch gets the same draws whichever process computes it.
+step and the micro-batch's number; sample.py does so before each batch of texts. So a run
+that was stopped goes on exactly as it would have, and a batch gets the same draws whichever
+process computes it.
 """
 import hashlib
 import math
@@ -13,12 +14,12 @@ import torch
 
 from data.muon import Muon
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent               # where this project lies
 
 
 def seed_all(*key):
-    """Seed torch's global generators with a hash of the key, for example (seed, step,
-    i)."""
+    """Seed torch's global generators with a hash of the key, for example (seed, name, step,
+    micro-batch)."""
     # a hash, so that similar keys, such as step 1 and step 2, give unrelated seeds
     digest = hashlib.sha256(repr(key).encode()).digest()
     # manual_seed takes 64 bits, and seeds the CPU and all GPUs
@@ -32,14 +33,17 @@ def lr_factor(step, steps, warmup, final):
     which it would reach one step after the last; with final = 1 it stays at 1."""
     if step < warmup:
         return (step + 1) / warmup       # not 0 at the first step
-    progress = (step - warmup) / max(1, steps - warmup)              # from 0 to below 1
+    # from 0 to below 1. (max: for step = steps = warmup, of a run that is over)
+    progress = (step - warmup) / max(1, steps - warmup)
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizers(model, config):
-    """[AdamW on vectors, embedding and head, Muon on the blocks' matrices], or [AdamW] for
-    all. Muon's steps are scaled to AdamW's size, so that one learning rate serves both
-    (arXiv 2502.16982)."""
+    """A list of optimizers. With --optimizer muon two: AdamW for vectors, embedding and
+    head, and Muon for the blocks' matrices; with adamw one, for all. Muon makes a step
+    about equally large in all directions of a matrix (it orthogonalises the momentum); the
+    step is scaled to AdamW's size, so that one learning rate serves both (arXiv
+    2502.16982)."""
     matrices = []
     if config.optimizer == "muon":
         # Muon is for matrices between hidden layers, not for embedding and head
@@ -56,8 +60,8 @@ def make_optimizers(model, config):
                               fused=not on_cpu)
     if not matrices:                                                 # --optimizer adamw
         return [adamw]
-    # PyTorch's is for CUDA; ours takes the same steps without bfloat16, which is slow on a
-    # CPU, and which not every device has
+    # PyTorch's Muon computes in bfloat16, which is slow on most CPUs, and which not every
+    # device has; ours is the same in float32, up to rounding
     kind = torch.optim.Muon if device == "cuda" else Muon
     muon = kind(matrices, config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
@@ -66,7 +70,7 @@ def make_optimizers(model, config):
 @torch.no_grad()
 def ema_update(ema, model, decay, step):
     """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)): at first
-    the average follows quickly, so that it forgets the random weights of the beginning."""
+    the average follows quickly, so that it forgets the weights of the beginning."""
     d = min(decay, (1 + step) / (10 + step))
     # all tensors in one call: this runs at every step
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)

@@ -315,14 +315,15 @@ def sample_full(model, z, order, when, draw, watch=None):
     """sample with full attention: each step computes whole sequences, the last block only
     where tokens are revealed. z (B, L) is filled in place; order, when: see plan."""
     row = torch.arange(len(z), device=z.device)[:, None]             # (B, 1)
+    blank = order.shape[1] == z.shape[1]         # nothing but masks: there is no prompt
     for i in range(steps_of(when)):
         # the masks revealed now, at most M in a text, N in all. As `when` ascends, they lie
         # side by side in the order
         now = span((when < i).sum(1), (when <= i).sum(1))            # (B, M)
         pos = upload(order.gather(1, now.slot), z.device)
         # what the network says there
-        if i == 0:                       # the same, in less time
-            h = first_states(model, z, row, pos)                     # (B, M, C)
+        if i == 0 and blank:             # the same, in less time
+            h = blank_states(model, z, pos)                          # (B, M, C)
         else:
             h = model.hidden(z, at=(row, pos))
         # and what is drawn from it, in the columns of h and pos that are not gaps
@@ -365,18 +366,14 @@ def without_masks(z, mask_id):
 
 # ---- a shortcut for the first step; skip it at a first reading
 
-def first_states(model, z, row, pos):
-    """model.hidden(z, at=(row, pos)) of the first step, without computing twice what is
-    alike: texts without a prompt are nothing but masks."""
-    alike = bool((z == z[:1]).all())                     # all texts are equal
-    # each text has at least one mask: if all its ids are equal, all are masks
-    if alike and bool((z[0] == z[0, 0]).all()) and model.config.relative:
+def blank_states(model, z, pos):
+    """model.hidden(z, at) at positions pos (B, M), where z is nothing but masks: (B, M, C).
+    All texts are then alike, so one is computed for all, at the positions of all."""
+    if model.config.relative:
         return blank_state(model, z).expand(*pos.shape, -1)
-    if alike:
-        # one text, at the positions of all (1, B M)
-        h = model.hidden(z[:1], at=(row[:1], pos.reshape(1, -1)))
-        return h.view(*pos.shape, -1)
-    return model.hidden(z, at=(row, pos))
+    text = torch.zeros(1, 1, dtype=torch.long, device=z.device)
+    h = model.hidden(z[:1], at=(text, pos.reshape(1, -1)))           # (1, B M, C)
+    return h.view(*pos.shape, -1)
 
 
 def blank_state(model, z):

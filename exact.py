@@ -46,7 +46,7 @@ import torch
 from cache import Reading
 from data.devices import in_float64, upload
 from diffusion import (HEAD_ROWS, by_position, draw_from, listed, make_reading,
-                       prompt_first, random_order, span, without_masks)
+                       prompt_first, random_order, rank_prompt_first, span, without_masks)
 from model import cross_entropy, shifted
 
 COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V): 8 MB
@@ -283,6 +283,18 @@ def nll_in_order(model, x, mask_id, order=None, known=0):
     nats = of_slots.new_zeros(B, L)              # on the device that has float64
     nats[listed(slots, nats.device)] = of_slots
     return nats.sum(1)                                               # (B,)
+
+
+def order_loss(model, x, mask_id, keep=None):
+    """What nelbo estimates, a scalar in nats per token of x (B, L), with much less noise:
+    all tokens of each text (but those to keep) are scored, in one random order of reveal.
+    For validation only, and attention "reveal": no gradient flows through it."""
+    if keep is None:
+        return nll_in_order(model, x, mask_id).mean() / x.shape[1]
+    # here the prompt is first in the order, and its `known` tokens are not counted
+    order = rank_prompt_first(keep).argsort(1).cpu()                 # (B, L)
+    known = keep.sum(1, keepdim=True).cpu()                          # (B, 1)
+    return nll_in_order(model, x, mask_id, order, known).sum() / (~keep).sum()
 
 
 def nats_of(model, h, ids):

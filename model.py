@@ -8,14 +8,21 @@ V + 1 rows and the head V: no model here can ever predict the mask.
 
 How it is asked:
 
-    hidden    whole sequences: training, likelihood, sampling with full attention
-    read      a few positions at a time, with a KV cache: AR and cached diffusion. It is in
-              cache.py, with AR sampling; training and full attention need none of that
-    run       the embedding, then the blocks: both end here
-    head      from states to logits
+    h = model.hidden(ids)            states (B, L, C) of whole sequences
+    h = model.hidden(ids, at)        only those at some positions, (B, M, C)
+    h = model.read(cache, new)       of a few positions, with a KV cache: see cache.py
+    logits = model.head(h)           (..., V)
+    loss = model.chunked_sum(h, cross_entropy, targets)      the head and a loss on top
 
-Only attention mixes positions. *Who sees whom* is therefore an argument of the block: a
-function attend(q, k, v), here see_sequence, in cache.py others.
+hidden and read call `run`: the embedding, then the blocks. Only attention mixes positions.
+*Who sees whom* is therefore an argument of the block: a function attend(q, k, v), here
+see_sequence, in cache.py others.
+
+`at`, where a sampler needs the states of some positions alone: the last block skips the
+others (earlier blocks cannot: their states are looked at). It is an index, so that x[at]
+are the wanted ones: for (B, L, C) a pair of tensors, texts (B, 1) and positions (B, M), M
+of each text; in read, where positions of all texts lie side by side, (N, C), one tensor
+(n,).
 """
 import functools
 import math
@@ -49,9 +56,10 @@ class ModelConfig:
 
     @property
     def relative(self):
-        """Whether a fully masked text has the same state at every position: samplers then
-        compute one for all. With rope alone it has: rotation changes only the weights of
-        attention's mean, and all values are equal. (A causal model has no masks.)"""
+        """Whether positions count by their distances only. A fully masked text then has the
+        same state everywhere, and samplers compute one for all: all embeddings are equal,
+        so all values are; rotation changes only attention's weights, and any weighted mean
+        of equal values is that value. (A causal model has no masks.)"""
         return self.positions == "rope" and not self.causal
 
 
@@ -89,8 +97,8 @@ class Block(nn.Module):
         super().__init__()
         C = config.width
         self.heads = config.heads
-        # attention: queries, keys and values come from one product. (Linear is PyTorch's,
-        # and so is gelu: see the end of this file)
+        # attention: queries, keys and values come from one product. (Linear and gelu
+        # compute what nn.Linear and F.gelu do: see the end of this file)
         self.norm1 = nn.LayerNorm(C)
         self.qkv = Linear(C, 3 * C, bias=config.attention_bias)
         self.attn_out = Linear(C, C, bias=config.attention_bias)
@@ -103,9 +111,8 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, at=None):
         """x (..., C) -> the same shape. rope: the tables of rotate, or None.
         attend(q, k, v), each (..., H, D), returns attention's output, of the same shape.
-        at: an index of positions, given to the last block only, which then returns the
-        states x[at] and no others, and hands `at` on to attend. hidden gives a pair (texts
-        (B, 1), positions (B, M)), read gives (n,)."""
+        at: given to the last block only, which then returns the states at x[at], and whose
+        attend, given `at`, too, the outputs there."""
         qkv = self.qkv(self.norm1(x))                                # (..., 3 C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, D) each
         if rope is not None:
@@ -122,10 +129,10 @@ class Block(nn.Module):
 # ---- who sees whom
 
 def see_sequence(q, k, v, sees=None, causal=False, at=None):
-    """Attention within sequences: q, k, v (B, L, H, D) -> the same shape, or with `at`, ids
-    (B, 1) of texts and (B, M) of the positions that look, (B, M, H, D). sees (B, L, L)
-    bool: who sees whom, row by row. Without it each position sees all, or, if causal, those
-    not later."""
+    """Attention within sequences: q, k, v (B, L, H, D) -> the same shape, or with `at`, of
+    the M positions of each text that look, (B, M, H, D). sees (B, L, L) bool: sees[b, i, j]
+    says whether position i of text b sees j. Without it each position sees all, or, if
+    causal, those not later."""
     if at is not None:
         q = q[at]                                                    # (B, M, H, D)
         if sees is not None:
@@ -139,6 +146,20 @@ def see_sequence(q, k, v, sees=None, causal=False, at=None):
     return y.transpose(1, 2)                                         # (B, M, H, D)
 
 
+def sees_in_order(idx, rank, mask_id):
+    """Who sees whom with attention "reveal", bool (B, L, L), of ids (B, L): each token sees
+    itself and the tokens revealed before it, those of lower rank (B, L); each mask sees
+    itself and all tokens. The ranks are random unless given."""
+    if rank is None:
+        rank = torch.rand(idx.shape, device=idx.device)
+    # masks have rank infinity: they see all tokens, but no other mask (inf < inf is false)
+    rank = rank.float().masked_fill(idx == mask_id, torch.inf)       # (B, L)
+    # before[b, i, j]: is j revealed before i?
+    before = rank[:, None, :] < rank[:, :, None]                     # (B, L, L)
+    itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
+    return itself | before
+
+
 # ---- the network
 
 class Transformer(nn.Module):
@@ -148,10 +169,10 @@ class Transformer(nn.Module):
     positions: "rope" (rotary) sees distances only, which suits rows that are cut anywhere
     from long texts; "learned" sees where a token stands; "both" is for data in which each
     row begins a text.
-    attention: "full", every position sees every other; "causal"; or "reveal": a token sees
-    those revealed before it, a mask all tokens and no other mask. The key and value of a
-    revealed token then never change, whatever is revealed later: a KV cache of diffusion is
-    exact."""
+    attention: "full", all see all; "causal"; or "reveal": every position sees itself, a
+    revealed token also those revealed before it, a mask all revealed tokens, and nobody
+    another's mask. So what a revealed token sees never changes, nor do its keys and values
+    in any block: a KV cache of diffusion is exact."""
 
     def __init__(self, config):
         super().__init__()
@@ -163,7 +184,7 @@ class Transformer(nn.Module):
                 raise ValueError(f"{name}: one of {known}, not {getattr(config, name)!r}")
         self.config = config
         self.mask_id = config.vocab      # of a causal model: the start of a text
-        # how it is run; not saved, and no part of what it computes
+        # how it is run; not saved
         self.bf16 = False                # True: run the blocks, and only them, in bfloat16
         self.recompute = False           # True: run the blocks again in backward, see run
 
@@ -173,7 +194,8 @@ class Transformer(nn.Module):
             self.embed_pos = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.lm_head = nn.Linear(config.width, config.vocab)         # V: never the mask
+        # V: never the mask; not tied to the embedding
+        self.lm_head = nn.Linear(config.width, config.vocab)
 
         # the rotary tables (context, D/2): position times the pair's frequency
         D = config.width // config.heads
@@ -196,10 +218,10 @@ class Transformer(nn.Module):
 
     def run(self, idx, pos, attends, at=None):
         """Embedding and blocks: ids idx (...) -> states (..., C), before the last norm.
-        The shape of idx is (B, L) from hidden, (N,) from read, (B,) from decode; that of
-        its positions pos broadcasts to it.
-        attends: who sees whom, a function for each block. at: see Block; for the last
-        block only, as the others' states are needed everywhere."""
+        The shape of idx is (B, L) from hidden, (N,) from read; that of its positions pos
+        broadcasts to it.
+        attends: who sees whom, a function for each block, as with a KV cache each has keys
+        of its own. at: see the top of this file."""
         # what stands where
         x = self.embed(idx)                                          # (..., C)
         if self.config.positions != "rope":
@@ -213,8 +235,8 @@ class Transformer(nn.Module):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
-                    # neither recomputed nor compiled (.forward goes round what train.py
-                    # compiles): the number of wanted positions differs in every call
+                    # for sampling, so nothing is recomputed; and M differs in every call:
+                    # .forward is not compiled, as block(...) is by train.py and bench.py
                     x = block.forward(x, rope, attend, at)
                 elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -223,18 +245,19 @@ class Transformer(nn.Module):
         return x
 
     def hidden(self, idx, at=None, rank=None, pos=None):
-        """States of whole sequences: ids (B, L) in 0..V -> (B, L, C). With at, a pair of
-        ids (B, 1) of texts, 0..B-1, and (B, M) of positions, only the states there,
-        (B, M, C): the last block computes no others. (Not for causal models.)
-        rank (B, L): for attention "reveal", when each token was revealed (only the order
-        of the numbers counts); random unless given, as training must serve every order.
+        """States of whole sequences: ids (B, L) in 0..V -> (B, L, C); with `at`, texts
+        (B, 1) and positions (B, M), only the states there, (B, M, C).
+        rank (B, L): for attention "reveal" alone, when each token was revealed (only the
+        order of the numbers counts, and at masks they do not). Without it the order is
+        random, anew in every call, as training must serve every order.
         pos: positions (L,) or (B, L), 0..L-1 unless given.
         Raises ValueError for more tokens than the context, or `at` of a causal model."""
         B, L = idx.shape
         if L > self.config.context:
             raise ValueError(f"{L} tokens, but the context is {self.config.context}")
         if at is not None and self.config.causal:
-            raise ValueError("a causal model is asked at all positions")
+            # is_causal compares rows by number, and picked rows are no positions
+            raise ValueError("a causal model's hidden computes all positions")
         if pos is None:
             pos = torch.arange(L, device=idx.device)
 
@@ -245,14 +268,13 @@ class Transformer(nn.Module):
         see = functools.partial(see_sequence, sees=sees, causal=self.config.causal)
         return self.run(idx, pos, [see] * len(self.blocks), at)
 
-    def cache(self, B, slots, spare=0):
-        """An empty KVCache for B texts of at most `slots` tokens, with `spare` more slots
-        behind them, for masks when guessed tokens hold the places that they would borrow
-        (exact.py). Raises ValueError for more tokens than the context."""
-        if slots > self.config.context:
-            raise ValueError(f"{slots} tokens, but the context is {self.config.context}")
+    def cache(self, B, L, spare=0):
+        """An empty KVCache for B texts of at most L tokens, with `spare` more places, which
+        exact.py needs. Raises ValueError for more tokens than the context."""
+        if L > self.config.context:
+            raise ValueError(f"{L} tokens, but the context is {self.config.context}")
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return KVCache(self.config, B, slots + spare, self.embed.weight.device, dtype)
+        return KVCache(self.config, B, L + spare, self.embed.weight.device, dtype)
 
     def read(self, cache, new):
         """States of some positions of texts with a KV cache, see read_cached."""
@@ -260,8 +282,8 @@ class Transformer(nn.Module):
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
-        # bfloat16 is for the blocks: logits are drawn from and compared. (Only bench.py has
-        # weights of another type than float32)
+        # bfloat16 is for the blocks: logits are drawn from and compared. (Only bench.py
+        # turns the head's matrix into another type than float32)
         h = self.norm(h.float()).to(self.lm_head.weight.dtype)
         return self.lm_head(h).float()
 
@@ -272,8 +294,8 @@ class Transformer(nn.Module):
     def chunked_sum(self, h, f, *rows):
         """f(head(h), *rows).sum(), a scalar, for the losses, but never with all logits at
         once: these and their gradient would be the largest tensors of a training step.
-        h (N, C) and rows (N, ...) are cut into chunks of CHUNK logits; f maps a chunk's
-        logits (n, V) and rows (n, ...) to (n,)."""
+        h (N, C) and each of rows (N, ...), such as the targets, are cut into chunks of
+        CHUNK logits; f maps a chunk's logits (n, V) and rows (n, ...) to (n,)."""
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
         if not torch.is_grad_enabled():
@@ -283,24 +305,39 @@ class Transformer(nn.Module):
         return HeadSum.apply(f, h, W, b, *rows)
 
 
-def sees_in_order(idx, rank, mask_id):
-    """Who sees whom with attention "reveal", bool (B, L, L), of ids (B, L): each token sees
-    itself and the tokens revealed before it, those of lower rank (B, L); each mask sees
-    itself and all tokens. The ranks are random unless given."""
-    if rank is None:
-        rank = torch.rand(idx.shape, device=idx.device)
-    # masks have rank infinity: they see all tokens, but no other mask (inf < inf is false)
-    rank = rank.float().masked_fill(idx == mask_id, torch.inf)       # (B, L)
-    # before[b, i, j]: is j revealed before i?
-    before = rank[:, None, :] < rank[:, :, None]                     # (B, L, L)
-    itself = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
-    return itself | before
+# (n, V) logits, (n,) ids -> (n,)
+cross_entropy = functools.partial(F.cross_entropy, reduction="none")
 
+
+# ---- autoregressive models
+
+def shifted(x, start_id):
+    """What an AR model reads to predict x (B, L): the start symbol, then x without its last
+    token."""
+    return torch.cat((torch.full_like(x[:, :1], start_id), x[:, :-1]), dim=1)
+
+
+@torch.no_grad()
+def nll(model, x, start_id):
+    """Negative log-likelihood of x (B, L) under a causal model, (B, L), in nats."""
+    # states that have seen the tokens before each token, and not the token
+    h = model.hidden(shifted(x, start_id)).flatten(0, 1)             # (B L, C)
+    # the head for a part of the tokens at a time: all logits would take much memory. (Not
+    # by chunked_sum: each token's number is wanted)
+    size = max(1, CHUNK // model.config.vocab)
+    nats = []
+    for states, ids in zip(h.split(size), x.flatten().split(size)):
+        nats.append(cross_entropy(model.head(states), ids))
+    return torch.cat(nats).view(x.shape)
+
+
+# ---- faster, but no other results; skip it at a first reading
 
 class HeadSum(torch.autograd.Function):
     """f(h W^T + b, *rows).sum() over all rows of h (N, C), see Transformer.chunked_sum.
-    A chunk's logits exist only for a moment. So the gradients of h, W and b are taken at
-    once, in forward, and wait for backward, which scales them: nothing is done twice."""
+    A chunk's logits exist only for a moment. So the gradients of h, W and b are computed
+    then, in forward, and wait for backward, which only scales them: nothing is done
+    twice."""
 
     @staticmethod
     def forward(ctx, f, h, W, b, *rows):
@@ -335,34 +372,6 @@ class HeadSum(torch.autograd.Function):
         grads = [grad.mul_(scale) for grad in grads]
         return None, *grads, *ctx.rest                   # None: f has no gradient
 
-
-# (n, V) logits, (n,) ids -> (n,)
-cross_entropy = functools.partial(F.cross_entropy, reduction="none")
-
-
-# ---- autoregressive models
-
-def shifted(x, start_id):
-    """What an AR model reads to predict x (B, L): the start symbol, then x without its last
-    token."""
-    return torch.cat((torch.full_like(x[:, :1], start_id), x[:, :-1]), dim=1)
-
-
-@torch.no_grad()
-def nll(model, x, start_id):
-    """Negative log-likelihood of x (B, L) under a causal model, (B, L), in nats."""
-    # states that have seen the tokens before each token, and not the token
-    h = model.hidden(shifted(x, start_id)).flatten(0, 1)             # (B L, C)
-    # the head for a part of the tokens at a time: all logits would take much memory. (Not
-    # by chunked_sum: each token's number is wanted)
-    size = max(1, CHUNK // model.config.vocab)
-    nats = []
-    for states, ids in zip(h.split(size), x.flatten().split(size)):
-        nats.append(cross_entropy(model.head(states), ids))
-    return torch.cat(nats).view(x.shape)
-
-
-# ---- two of PyTorch's operations, for Block, in a form that compiles to faster code
 
 def gelu(x):
     """GELU in its tanh form, elementwise."""

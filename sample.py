@@ -12,7 +12,6 @@ would be too rare, as at a lower temperature. --temperature, --top_p and --order
 distribution on purpose, and are off unless given. Without arguments, in a terminal, this is
 an animation; python -m tools.animate has others, and a race.
 """
-import argparse
 import runpy
 import sys
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from data.files import UserError
 from data.orders import ORDERS, refuse_order, sample_confident
 from data.processes import spread, start
 from data.prompts import known_tokens, refuse_until_end, up_to_end
-from data.script import command, device_flag, flag, parse_flags
+from data.script import (EXACT, command, device_flag, flag, parse_flags,
+                         steps_or_exact)
 from diffusion import categorical, sample, sharpen
 from exact import sample_exact
 
@@ -39,18 +39,6 @@ DTYPES = {32: torch.float32, 64: torch.float64}          # bits: type of a token
 # it was distilled for, few of its stories are valid
 OURS = ROOT / "weights/round7.pt"
 OUR_STEPS = 8
-EXACT = "exact"                  # instead of a number of steps: see exact.py
-
-
-def steps_or_exact(text):
-    """What --steps means: a number of steps, or EXACT."""
-    if text == EXACT:
-        return text
-    # no sign, no fraction
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 on, or "
-                                         f"{EXACT!r}")
-    return int(text)
 
 
 @dataclass

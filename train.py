@@ -32,8 +32,8 @@ from data.log import rewind_log, write_log
 from data.processes import agree, run_in_first, start
 from data.script import GOES_ON, command, device_flag, flag, parse_flags
 from data.watch import Clock, Guard
-from diffusion import nelbo, rank_prompt_first
-from exact import nll_in_order
+from diffusion import nelbo
+from exact import order_loss
 from model import PRESETS, SHORT, ModelConfig, Transformer, cross_entropy, shifted
 
 
@@ -172,19 +172,6 @@ def ar_loss(model, x, mask_id, keep=None):
         h, x = h[~keep.flatten()], x[~keep.flatten()]
     # the head sees some of the positions at a time: never all logits at once
     return model.chunked_sum(h, cross_entropy, x) / len(x)
-
-
-def order_loss(model, x, mask_id, keep=None):
-    """What nelbo estimates, a scalar in nats per token of x (B, L), with much less noise:
-    all tokens of each text (but those to keep) are scored, in one random order of reveal.
-    For validation only, and attention "reveal": no gradient flows through it."""
-    # nll_in_order: -log p(text | order) of each text (B,), in a random order unless given
-    if keep is None:
-        return nll_in_order(model, x, mask_id).mean() / x.shape[1]
-    # here the prompt is first in the order, and its `known` tokens are not counted
-    order = rank_prompt_first(keep).argsort(1).cpu()                 # (B, L)
-    known = keep.sum(1, keepdim=True).cpu()                          # (B, 1)
-    return nll_in_order(model, x, mask_id, order, known).sum() / (~keep).sum()
 
 
 def new_model(config, data):

@@ -1,4 +1,7 @@
-"""Device and processes: one process on a laptop or a single GPU, several under torchrun."""
+"""Device and processes: one process on a laptop or a single GPU, several under torchrun.
+Each of several has a copy of the whole model and computes some of a step's micro-batches;
+train.py averages their gradients, so that the copies stay equal.
+"""
 import datetime
 import os
 import typing
@@ -27,14 +30,15 @@ def start(device):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device} is for one process; use --device cpu or cuda")
-    # a GPU for each process of this machine
-    device = find_device(device)                             # cpu, mps, cuda:0, cuda:1, ...
+    # cpu, mps, cuda:0, cuda:1, ...: find_device reads LOCAL_RANK, so that each process of
+    # this machine has a GPU of its own
+    device = find_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for NCCL, and for plain 'cuda'
         # cuDNN's attention makes a plan for each new shape, some 50 ms each, and here most
         # steps of a sampler have a shape of their own; FlashAttention makes none
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if world > 1 and not dist.is_initialized():
+    if world > 1 and not dist.is_initialized():          # once, even if started twice
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo",
                                 # process 0 may take hours to make a large dataset
@@ -61,13 +65,14 @@ def run_in_first(procs, f):
         except UserError as e:
             error = str(e)               # as text: it goes to all
     error = from_first(procs, error)                                 # the others wait here
-    if error:
+    if error is not None:
         raise UserError(error)                                       # in every process
 
 
 def agree(procs, value, what):
-    """Raises UserError in every process unless all hold the same value. value: anything
-    that can be pickled; what: a name for it, for the message."""
+    """Raises UserError in every process unless all hold the same value, read from --out or
+    the dataset: else these are not the same files for all. value: numbers or text, or a
+    tuple of these; what: a name for it, for the message."""
     if procs.world == 1:
         return
     values = [None for _ in range(procs.world)]
@@ -89,7 +94,9 @@ def broadcast(model, procs):
 
 def spread(parts, f, procs, title=None):
     """[f(part) for part in parts], dealt out to the processes in turn; each returns all
-    results. title: of a progress bar."""
+    results, in the order of the parts. f seeds its own draws, so that they do not depend on
+    the process, and returns what can be pickled, tensors on the CPU. title: of a progress
+    bar, which counts process 0's share."""
     parts = list(parts)
     hidden = title is None or procs.rank > 0         # only process 0 shows a bar
     # this process does parts number rank, rank + world, rank + 2 world, ...

@@ -93,6 +93,20 @@ def device_flag():
                         "any device of PyTorch, such as mps")
 
 
+EXACT = "exact"                          # instead of a number of steps: see exact.py
+
+
+def steps_or_exact(text):
+    """What --steps means: a number of steps, or EXACT."""
+    if text == EXACT:
+        return text
+    # no sign, no fraction
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 on, or "
+                                         f"{EXACT!r}")
+    return int(text)
+
+
 def value_type(hint):
     """Of a field's annotation: the type of one value, and whether the flag takes several:
     int | None -> int, False; list[int] | None -> int, True."""

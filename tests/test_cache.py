@@ -91,7 +91,7 @@ def test_more_tokens_than_the_cache_holds_are_refused():
     """ValueError, at once or with those before. No chance involved."""
     model, idx = model_of(attention="causal"), torch.randint(12, (2, 5))
     for sizes in ([5], [3, 2]):
-        with pytest.raises(ValueError, match="holds 4 tokens, 5 were given"):
+        with pytest.raises(ValueError, match="4 places for each text, but place 4"):
             in_chunks(model, idx, sizes, cache=model.cache(2, 4))
 
 

@@ -20,6 +20,7 @@ import sample as sample_script
 import train
 from data import checkpoints
 from diffusion import categorical, nelbo, plan, q_sample, sample, sample_cached
+from exact import order_loss
 from helpers import call, make_dataset, refused
 from model import sees_in_order
 from toy import all_sequences, chi_square, count
@@ -187,7 +188,7 @@ def test_the_bound_of_the_rest_is_the_mean_over_all_orders_that_begin_with_the_p
         costs.append(cost)
     assert max(costs) > min(costs) + 0.1                 # the order matters
     keep = torch.tensor([[True, False, True, False]])
-    for loss, n in ((nelbo, 200), (train.order_loss, 40)):
+    for loss, n in ((nelbo, 200), (order_loss, 40)):
         found = torch.stack([loss(model, x.expand(n, 4), 3, keep.expand(n, 4))
                              for _ in range(200)]).double()
         error = found.std() / math.sqrt(200)
