@@ -1,24 +1,26 @@
 """The KV cache, and who reads with it: AR sampling, here, and diffusion with attention in
 the order of reveal (diffusion.py, exact.py).
 
-A token's key and value, once computed, are kept as long as nothing that the token sees can
-change. In AR a token sees those before it; with attention "reveal", those revealed before
-it. So both caches are exact, and a token that stays is read once. (With full attention each
-token sees all others: any reveal changes all keys beyond the first block, and no cache is
-exact.)
+A token's key and value can be kept if nothing that the token sees will ever change. In AR
+it sees the tokens before it; with attention "reveal", those revealed before it. So both
+caches are exact, and each token is read once at most (in exact.py a guess that is replaced
+is read anew). With full attention each token sees all others: any reveal changes all keys
+beyond the first block, and no cache is exact.
 
     KVCache       storage for keys and values, by places
     Reading       what a call reads, tokens or masks, and what each of them sees
     read_cached   the call: stores their keys and values, returns their states
     generate      AR sampling: one call for the prompt, then decode, one token at a time
 
-A *place* is a token's number in the cache: when it came, not where it stands in the text.
-In AR that is also its position; with attention "reveal", its number in the order of reveal.
+A *place* is a slot of a text's cache, counted from 0. Tokens fill them in the order in
+which they come, wherever they stand in the text. In AR a token's place is also its position
+(the start symbol has 0); with attention "reveal" it is its number in the order of reveal.
 
 Shapes: B texts, L positions, V tokens, C width, H heads, D = C / H; S places of each text's
-cache, `seen` those that attention computes, from place 0 on; M positions of each text that
-a call reads, N of all texts together, n some of them. A "model" is model.py's Transformer:
-its `run` takes who sees whom as a function for each block, here see_cache or see_step.
+cache, of which attention is given the first `extent` (and `sees` says which of those each
+position looks at); M positions of each text that a call reads, N of all texts together, n
+some of them. A "model" is model.py's Transformer: its `run` takes who sees whom as a
+function for each block, here see_cache or see_step.
 """
 import functools
 import typing
@@ -32,11 +34,13 @@ from data.devices import upload          # a CPU tensor to a device, without wai
 # ---- what is stored, and what a call reads
 
 class KVCache:
-    """Keys and values of the tokens read so far, in storage that never moves or grows. Keys
-    are stored after their rotation, so tokens may come in any order of positions."""
+    """Keys and values of the tokens read so far, in storage of a fixed size, which a
+    compiled step can use again and again. A key is stored already rotated for its position,
+    so tokens may come in any order of positions."""
 
     def __init__(self, config, B, places, device=None, dtype=torch.float32):
         shape = (B, config.heads, places, config.width // config.heads)  # (B, H, S, D)
+        # zeros, as a place that nobody sees has weight 0, and 0 times NaN would be NaN
         new = functools.partial(torch.zeros, shape, device=device, dtype=dtype)
         self.k = [new() for _ in range(config.layers)]
         self.v = [new() for _ in range(config.layers)]
@@ -44,33 +48,35 @@ class KVCache:
 
 
 class Reading(typing.NamedTuple):
-    """What one call reads, M positions of each text: tokens or masks. Texts with fewer
-    leave gaps in the rectangle (B, M), in any columns. All but idx is on the CPU, so that
-    to look at it never waits for a GPU.
+    """What one call reads, M positions of each text: tokens, then masks. Texts reveal other
+    numbers of tokens in a step, so those with fewer leave gaps in the rectangle (B, M),
+    also amid a row. All but idx is on the CPU, so that to look at it never waits for a GPU.
 
     One rule serves all that use a cache: a position sees places 0 to limit - 1 of its
     text's cache, and its own place. In AR place = limit = position. With attention "reveal"
     the i-th token of the order (from 0) has place = limit = i. A mask sees the tokens known
-    so far: limit = their number. To see itself, too, its own key must be stored somewhere.
-    So it borrows a place at or beyond its limit, each mask of a text another one. Nobody
-    else looks there, and the token that the place belongs to overwrites it before any limit
-    passes it.
+    so far, those that this call reads included (all keys are stored before anyone looks):
+    limit = their number. To see itself, too, its own key must be stored somewhere. So it
+    borrows a place that nobody else in this call sees, a different one for each mask of a
+    text. What it leaves there is overwritten before any limit passes it: below, by the
+    token that the place is for.
 
-    One call, which reads the first two tokens of a text (position 3, then 0), and its masks
-    at 1 and 2, to predict them:
+    A call reads the first two tokens of a text (positions 3 and 0) and two of its masks, at
+    1 and 2, to predict them. They become "and" and "sad". In the order of reveal "sad" is
+    before "and". The next call reads both, and the last mask:
 
-        idx     "tom"  "the"  mask     mask
-        pos     3      0      1        2
-        place   0      1      2        3
-        limit   0      1      2        2
-        sees    0      0, 1   0, 1, 2  0, 1, 3        these places
-        wanted_from = 2: the tokens only fill the cache
+        idx     "tom"  "the"  mask     mask        "sad"   "and"   mask
+        pos     3      0      2        1           2       1       4
+        place   0      1      2        3           2       3       4
+        limit   0      1      2        2           2       3       4
+        sees    0      0, 1   0, 1, 2  0, 1, 3     0 to 2  0 to 3  0 to 4      places
+        wanted_from = 2 in both: the tokens only fill the cache
     """
     idx: torch.Tensor            # (B, M) ids, on the model's device
     # (B, M) each; what is in the gaps does not matter
     pos: torch.Tensor            # positions
     place: torch.Tensor          # where in the cache key and value are stored
-    limit: torch.Tensor          # at most `place`
+    limit: torch.Tensor          # at most place
     valid: torch.Tensor          # bool: False in the gaps
     wanted_from: int = 0         # columns before this one need no states
 
@@ -82,15 +88,15 @@ def read_cached(model, cache, new):
     cache, and return the states (n, C) of those that are valid, from column wanted_from on,
     text by text. Raises ValueError where the cache has too few places."""
     device = new.idx.device
-    seen = int(new.place[new.valid].max()) + 1   # none sees more: limit <= place
-    if seen > cache.places:
+    extent = int(new.place[new.valid].max()) + 1     # none sees more: limit <= place
+    if extent > cache.places:
         raise ValueError(f"the KV cache has {cache.places} places for each text, but place "
-                         f"{seen - 1} is to be filled (they count from 0)")
+                         f"{extent - 1} is to be filled (they count from 0)")
 
     # who sees whom, by places
     limit, place = upload(new.limit, device), upload(new.place, device)          # (B, M)
-    places = torch.arange(seen, device=device)
-    before = places < limit[..., None]                               # (B, M, seen)
+    places = torch.arange(extent, device=device)
+    before = places < limit[..., None]                               # (B, M, extent)
     itself = places == place[..., None]
 
     # the N valid positions, side by side: all but attention is computed for these alone
@@ -98,7 +104,8 @@ def read_cached(model, cache, new):
     # those before wanted_from fill the cache; the last block makes no states of them
     wanted = upload((column >= new.wanted_from).nonzero()[:, 0], device)         # (n,)
     text, column = upload(text, device), upload(column, device)
-    packed = Packed(place.shape, text, column, place[text, column], before | itself)
+    packed = Packed(shape=place.shape, text=text, column=column,
+                    place=place[text, column], sees=before | itself)
     # each block has its own part of the cache
     attends = []
     for keys, values in zip(cache.k, cache.v):
@@ -116,7 +123,7 @@ class Packed(typing.NamedTuple):
     text: torch.Tensor           # (N,) the text of each position
     column: torch.Tensor         # (N,) where it stands in its text's row
     place: torch.Tensor          # (N,) where in the cache its key and value are stored
-    sees: torch.Tensor           # (B, M, seen) bool: which places each sees
+    sees: torch.Tensor           # (B, M, extent) bool: which places each sees
 
     def spread(self, x):
         """x (N, H, D) in the rectangle (B, M, H, D), with zeros in its gaps."""
@@ -134,8 +141,8 @@ def see_cache(q, k, v, keys, values, packed, at=None):
     # first, so that these are (N, H, D), as k and v are
     keys[packed.text, :, packed.place] = k
     values[packed.text, :, packed.place] = v
-    seen = packed.sees.shape[-1]                     # nobody sees beyond these places
-    k, v = keys[:, :, :seen], values[:, :, :seen]                    # (B, H, seen, D)
+    extent = packed.sees.shape[-1]                   # nobody sees beyond these places
+    k, v = keys[:, :, :extent], values[:, :, :extent]            # (B, H, extent, D)
     q = packed.spread(q).transpose(1, 2)                             # (B, H, M, D)
     y = F.scaled_dot_product_attention(q, k, v, packed.sees[:, None])
     y = y.transpose(1, 2)[packed.text, packed.column]                # (N, H, D)
@@ -148,22 +155,22 @@ def see_cache(q, k, v, keys, values, packed, at=None):
 
 def see_step(q, k, v, keys, values, place, sees):
     """see_cache where each of B texts has one token, all in the same place (1,): q, k, v
-    (B, H, D) -> (B, H, D), sees (1, seen)."""
+    (B, H, D) -> (B, H, D). sees (1, extent): of this one query, alike for all texts."""
     keys.index_copy_(2, place, k[:, :, None])                        # (B, H, S, D)
     values.index_copy_(2, place, v[:, :, None])
-    seen = sees.shape[-1]
-    k, v = keys[:, :, :seen], values[:, :, :seen]                    # (B, H, seen, D)
+    extent = sees.shape[-1]
+    k, v = keys[:, :, :extent], values[:, :, :extent]            # (B, H, extent, D)
     y = F.scaled_dot_product_attention(q[:, :, None], k, v, sees)    # (B, H, 1, D)
     return y[:, :, 0]
 
 
-def decode(model, token, place, cache, seen):
+def decode(model, token, place, cache, extent):
     """One decoding step: ids (B,), all at position `place` (1,), which is also their place
-    in the cache -> logits (B, V). model.read would do the same, but in other shapes for
-    each Reading; here all are fixed but `seen`, so the step can be compiled.
-    seen: how many places attention computes, place + 1 or more (see `grain` in generate);
-    it sees those up to `place` alone."""
-    sees = torch.arange(seen, device=token.device) <= place          # (seen,)
+    in the cache -> logits (B, V). model.read would do the same, but takes sizes from data,
+    which a compiler cannot follow; here only `extent` varies.
+    extent: how many places attention is given, place + 1 or more (see `grain` in generate);
+    it looks at those up to `place` alone."""
+    sees = torch.arange(extent, device=token.device) <= place        # (extent,)
     # each block has its own part of the cache
     attends = []
     for keys, values in zip(cache.k, cache.v):
@@ -180,12 +187,12 @@ NOT_FINITE = ("the model's predictions are not finite numbers, so nothing can be
 def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     """Autoregressive decoding with a KV cache: each token is read once, the last never.
     prompt: ids (B, P), P may be 0. length: tokens of the result, prompt included.
-    draw: logits (B, V) -> ids (B,), such as diffusion.categorical; where logits are NaN it
-    gives V, which is looked for at the end.
+    draw: logits (B, V) -> ids (B,), such as diffusion.categorical. Where logits are NaN it
+    gives V, an id that no model predicts, which is looked for at the end.
     step: decode, or a compiled form of it. grain: the number of places that attention
-    computes is rounded up to a multiple of this, so that a compiled step has few shapes.
+    is given is rounded up to a multiple of this, so that a compiled step has few shapes.
     cache: a KVCache of B texts and `length` places or more, to use again; it need not be
-    emptied, as each place is filled before it is seen.
+    emptied, as each place is filled before anyone sees it.
     Returns ids (B, length). Raises ValueError if the prompt is longer than `length`, or
     `length` than the context; FloatingPointError if predictions are NaN."""
     B, P = prompt.shape
@@ -207,14 +214,14 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     h = model.read(cache, new)                                       # (B, C), of the last
     logits = model.head(h)                                           # (B, V)
 
-    # one token a step. (The number of its place is a tensor: a compiled step would be
-    # compiled anew for each new int. `seen` is an int, as it is a shape)
+    # one token a step. (Its place is a tensor, as for an int a compiled step would be
+    # compiled anew; `extent` is an int, as it is a shape)
     places = torch.arange(length, device=device)
     for i in range(P + 1, length + 1):
         out[:, i] = draw(logits)
         if i < length:                   # nothing follows the last token
-            seen = min(length, (i // grain + 1) * grain)     # i + 1, rounded up
-            logits = step(model, out[:, i], places[i:i + 1], cache, seen)
+            extent = min(length, (i // grain + 1) * grain)   # i + 1, rounded up
+            logits = step(model, out[:, i], places[i:i + 1], cache, extent)
 
     # a draw from NaN gives V, see diffusion.categorical. It is looked for only now, as each
     # look makes the CPU wait for a GPU

@@ -1,4 +1,4 @@
-"""Masked diffusion as pure functions: the noise, the bound, one reverse step, the samplers
+"""Masked diffusion as plain functions: the noise, the bound, one reverse step, the samplers
 in steps. (Exact sampling, in exact.py, needs some of them.)
 
 x: clean tokens (B, L), ids 0..V-1. z_t: the same with some tokens replaced by mask_id = V.
@@ -6,29 +6,25 @@ t in [0, 1] is the time, 1 = all masked: each token is masked with probability
 mask_share(t), here t itself. (The papers write alpha_t = 1 - mask_share(t) for the share
 that is left.) Time runs backward when sampling, from t to s < t.
 
-Names for when tokens are revealed: order (B, n), where order[b, i] is the position that is
-revealed i-th; when (B, n), where when[b, i] is the step in which that happens; rank (B, L),
-where rank[b, l] says how late position l is revealed: only the comparison of these numbers
-counts (where none are given the model draws them). Slot i is the i-th entry of the order.
-An example, L = 4: position 2 is revealed first, with 0, then 3 and 1: order = [2, 0, 3, 1],
-when = [0, 0, 1, 1], rank = [1, 3, 0, 2], and slot 1 is position 0.
-
 A "model" is model.py's Transformer, or a table of probabilities, as in tests/toy.py. This
 file uses its config and
     model.hidden(z, at=None, rank=None)    states (B, L, C); at = (row, pos): (B, M, C)
     model.head(h)                          logits (N, V): what it predicts from states
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
-rank is for attention "reveal" alone: a token sees itself and the tokens revealed before it,
+(sample_cached needs two more, see there). rank (B, L) is for attention "reveal" alone: a
+lower number means revealed earlier. A token sees itself and the tokens revealed before it,
 a mask itself and all tokens. So where a mask stands in the order does not matter, and
 training can draw a random order without looking at which positions are masked.
 
-Bookkeeping, such as order, is on the CPU, tokens and states on the model's device.
+Bookkeeping, such as the order of reveal, is on the CPU, tokens and states on the model's
+device.
 Randomness comes from torch's global generators.
 """
 import typing
 
 import torch
 
+# NOT_FINITE: an error's words; Reading: what is asked of a model with a KV cache.
 # upload: a CPU tensor to a device, without waiting; float64_device: the device, or the CPU
 # for one that has no float64; in_float64: moved there, as float64
 from cache import NOT_FINITE, Reading
@@ -42,20 +38,22 @@ DRAW_ROWS = 32                   # rows of logits drawn from at a time: see draw
 # ---- the noise schedule: for another one, change mask_share and mask_rate
 
 def mask_share(t):
-    """1 - alpha_t, the share of tokens that are masked at times t (any shape): 0 at t = 0,
-    1 at t = 1. Here the schedule that MDLM (arXiv 2406.07524) calls log-linear, after the
-    noise -log alpha_t; alpha_t = 1 - t itself is linear."""
+    """The share of tokens that are masked at times t (any shape): 0 at t = 0, 1 at t = 1.
+    Here the schedule that MDLM (arXiv 2406.07524) calls log-linear, after the noise
+    -log alpha_t; alpha_t = 1 - t itself is linear."""
     return t
 
 
 def mask_rate(t):
-    """The derivative of mask_share, -alpha'_t, in the shape of t."""
+    """The derivative of mask_share (in the papers -alpha'_t), in the shape of t."""
     return torch.ones_like(t)
 
 
 def reveal_share(t, s):
     """The chance that a mask of z_t is revealed in the step from t to s < t, in the shape
-    of t: (alpha_s - alpha_t) / (1 - alpha_t), here (t - s) / t (MDLM, eq. 7)."""
+    of t. Noise only adds masks: what is masked at s still is at t. So a mask of z_t was one
+    at s already with probability mask_share(s) / mask_share(t), here s / t, and is revealed
+    with the rest, (t - s) / t (MDLM, eq. 7)."""
     masked_t, masked_s = mask_share(t), mask_share(s)
     # where no token is masked, as at t = 0, there is nothing to reveal
     return torch.where(masked_t > 0, (masked_t - masked_s) / masked_t, 0.0)
@@ -74,8 +72,8 @@ def sample_t(B, device=None):
 
 def q_sample(x, t, mask_id, keep=None):
     """The forward process q(z_t | x) at times t (B,): each token of x (B, L) is masked with
-    probability 1 - alpha_t. keep (B, L) bool: tokens that are given, such as a prompt, and
-    never masked; None: there are none. Returns z_t (B, L)."""
+    probability mask_share(t). keep (B, L) bool: tokens that are given, such as a prompt,
+    and never masked; None: there are none. Returns z_t (B, L)."""
     share = mask_share(t)[:, None]                                   # (B, 1)
     masked = torch.rand(x.shape, device=x.device) < share            # (B, L)
     if keep is not None:
@@ -95,8 +93,9 @@ def states_at(model, z, at, rank=None):
     positions, as nonzero(as_tuple=True) gives them. (hidden(z, at) would compute less in
     its last block, but that block would then run uncompiled, see Transformer.run.)"""
     text, position = at
-    # on a CPU skip sequences of which nothing is wanted (in SDTT's short steps most); on a
-    # GPU a batch that changes its size, and may be empty, costs more than that saves
+    # on a CPU skip sequences of which nothing is wanted (most, when distill.py takes very
+    # short steps); on a GPU a batch that changes its size, and may be empty, costs more
+    # than that saves
     if z.device.type == "cpu":
         rows, text = text.unique(return_inverse=True)
         z = z[rows]
@@ -111,13 +110,15 @@ def nelbo(model, x, mask_id, keep=None):
 
         1/L  E_t [ 1/t  sum over the masked tokens of  -log p(x_i | z_t) ]
 
-    Why 1/t: about t L tokens are masked, and each may be the next one revealed. So 1/(t L)
-    times the sum estimates the cost of one reveal; averaged over t it is the mean cost of a
-    token over random orders. That is exact, though k, the number of masks, is only about
-    t L: a given set of k masks has the probability t^k (1 - t)^(L - k); this times 1/t,
-    integrated over t, is 1 / (k (L choose k)), and there are (L choose k) such sets. So
-    each k from 1 to L counts once, with the mean loss of a mask among k; 1/L averages them.
-    (In general the weight is -alpha'_t / (1 - alpha_t).)
+    averaged over the batch. Why 1/t: reveal the tokens one at a time in a random order; a
+    reveal costs -log p(token | those before it). At time t about t L masks are left, and
+    each may be the next. So 1/(t L) times the sum is about the cost of the next reveal.
+    On average it is exactly that. Let k masks be left. A given set of k has probability
+    t^k (1 - t)^(L - k) at time t; this times 1/t, integrated over t, is
+    1 / (k (L choose k)). There are (L choose k) sets of k, and 1/k makes a mean of a set's
+    sum. So each stage of the order, k = 1 to L masks left, counts once with the mean cost
+    of its reveal; 1/L averages the stages. (In general the weight is mask_rate(t) /
+    mask_share(t).)
     Why a bound: in one order the costs add up to -log p(x | order), and their mean over
     orders is at least -log p(x) of the mixture of orders (Jensen's inequality).
     keep (B, L): tokens that are given, see q_sample. Then it is the bound of -log p(the
@@ -155,8 +156,8 @@ def categorical(logits, dtype=torch.float64):
     out of reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The
     exponentials may be float32: that is a relative error, 1e-7 of each probability. (dtype
     is there to show what float32 does.)
-    A row that holds NaN gives V, the mask's id. The samplers check for that once, at their
-    end; a check here would make the CPU wait for a GPU."""
+    A row that holds NaN gives V, the mask's id. `sample` checks for that once, at its end;
+    a check here would make the CPU wait for a GPU."""
     # probabilities up to a factor (float64 from the start takes 7 times as long)
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()        # (..., V)
     weights = weights.to(float64_device(logits.device)).to(dtype)
@@ -206,9 +207,10 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
 # ---- the reverse process
 
 def unmask_step(model, z, t, s, mask_id, rank=None):
-    """One ancestral step from z_t to z_s, with t and s (B,) per sequence (MDLM, eq. 7).
-    The reverse posterior reveals each mask with probability reveal_share(t, s), whatever
-    the network says: so that comes first, and the head is needed at those positions only.
+    """One step of generation from z_t to z_s, with t and s (B,) per sequence (the papers'
+    ancestral sampling from the reverse posterior; MDLM, eq. 7). Each mask is revealed with
+    probability reveal_share(t, s), whatever the network says, and becomes a draw from its
+    prediction. So the former comes first, and the head is needed at those positions only.
     distill.py's teacher takes such steps; `sample` has the same distribution, but draws all
     reveals beforehand, see plan.
     rank (B, L): when the tokens of z were revealed, for attention "reveal"; before another
@@ -229,7 +231,8 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
 @torch.no_grad()
 def sample_plain(model, z, steps, mask_id):
     """What `sample` does, as a plain loop: fill every mask of z (B, L) in `steps` equal
-    steps from t = 1 to t = 0, with as many calls. Returns ids (B, L). For full attention.
+    steps from t = 1 to t = 0, one network call each. Returns ids (B, L). For full
+    attention.
     `sample` has the same distribution, in less time: the tests enumerate it for both."""
     times = torch.linspace(1, 0, steps + 1, device=z.device).expand(len(z), -1)
     for i in range(steps):
@@ -237,6 +240,16 @@ def sample_plain(model, z, steps, mask_id):
         z, _, _ = unmask_step(model, z, t, s, mask_id)
     return z
 
+
+# ---- the same distribution, faster: all reveals are drawn before the network is called.
+#
+# The names of this part:
+#     position   where a token stands in its text
+#     slot       when it is revealed: slot i of text b is position order[b, i]
+#     order      (B, n), with n masks in each text: order[b, i] is revealed i-th
+#     when       (B, n): when[b, i] is the step in which that happens
+# An example, L = 4: positions 2 and 0 are revealed in step 0, then 3 and 1 in step 1:
+# order = [2, 0, 3, 1], when = [0, 0, 1, 1], and slot 1 is position 0.
 
 def plan(z, steps, mask_id):
     """Draw when each mask is revealed, which does not depend on the network. For z (B, L)
@@ -293,11 +306,11 @@ def draw_steps(steps, rows, n):
 
 @torch.no_grad()
 def sample(model, z, steps, mask_id, draw=categorical, watch=None):
-    """Ancestral sampling in `steps` equal steps: fill every mask of z (B, L).
+    """Fill every mask of z (B, L) in `steps` equal steps.
     All that does not depend on the network is drawn before it is asked, see plan. So every
     step knows which positions it reveals: the last block, the head and the draw run there
-    only. No mask is left at the end, no extra pass follows, and a step that reveals nothing
-    calls no network: 1,024 steps on 64 tokens cost at most 64 calls.
+    only. The last step ends at t = 0, where no mask is left; and a step that reveals
+    nothing calls no network: 1,024 steps on 64 tokens cost at most 64 calls.
 
     z: masks where text is wanted, the prompt elsewhere; the same number in every row.
     draw: logits (N, V) -> ids (N,). watch: called with z after each step that reveals
@@ -369,7 +382,7 @@ def without_masks(z, mask_id):
 def blank_states(model, z, pos):
     """model.hidden(z, at) at positions pos (B, M), where z is nothing but masks: (B, M, C).
     All texts are then alike, so one is computed for all, at the positions of all."""
-    if model.config.relative:
+    if model.config.masks_alike:
         return blank_state(model, z).expand(*pos.shape, -1)
     text = torch.zeros(1, 1, dtype=torch.long, device=z.device)
     h = model.hidden(z[:1], at=(text, pos.reshape(1, -1)))           # (1, B M, C)
@@ -377,28 +390,32 @@ def blank_states(model, z, pos):
 
 
 def blank_state(model, z):
-    """The state (1, C) of a mask in a text of nothing but masks, where config.relative
-    holds: a single mask, alone, has the state of all, as ModelConfig.relative explains."""
+    """The state (1, C) of a mask in a text of nothing but masks, where config.masks_alike
+    holds: a single mask, alone, has the state of all, as is explained there."""
     # any rank will do for a single position; without one the model would draw it
     rank = torch.zeros(1, 1, device=z.device)
     return model.hidden(z[:1, :1], rank=rank)[0]
 
 
 # ---- attention in the order of reveal: the same sampler with a KV cache, which is exact.
-# Here slots include the prompt, first. The model has two more functions, and a mask_id:
+# Here slots include the prompt, first, and a token is kept in the place of its slot. Of two
+# tokens revealed in one step the later in the order sees the earlier; when they were drawn,
+# as masks, neither saw the other. The model has two more functions, and a mask_id:
 #
 #     model.cache(B, L, spare=0)         an empty KV cache of L + spare places a text
 #     model.read(cache, Reading(...))    puts keys and values of some positions in their
 #                                        places; then each sees the places before its limit,
-#                                        and itself: the states (N, C) of those from column
-#                                        wanted_from on, text by text
+#                                        and its own: the states (N, C) of those that are
+#                                        valid, from column wanted_from on, text by text,
+#                                        which is the order of `listed`
 
 def sample_cached(model, z, order, when, draw, watch=None):
     """sample with attention in the order of reveal: a step reads the tokens revealed in the
     one before, whose keys and values stay in the cache, and the masks revealed now. So each
-    position is read twice, whatever the number of steps. z (B, L) is what to fill; order,
-    when: see plan. In the example at the top of this file step 0 reads the masks of slots 0
-    and 1; step 1 reads the tokens of slots 0 and 1, and the masks of 2 and 3."""
+    position is read at most twice, whatever the number of steps. z (B, L) is what to fill;
+    order, when: see plan. In the example there, step 0 reads the masks of slots 0 and 1
+    (unless the shortcut serves); step 1 reads the tokens of slots 0 and 1, and the masks of
+    2 and 3."""
     B, L = z.shape
     n = order.shape[1]                                               # masks of a text
     cache = model.cache(B, L)
@@ -414,12 +431,14 @@ def sample_cached(model, z, order, when, draw, watch=None):
         # the N masks revealed now. The network reads them, and with them the tokens that
         # it has not read yet
         masks = span(known, end)
-        if i == 0 and n == L and model.config.relative:
+        if i == 0 and n == L and model.config.masks_alike:
             # no prompt: nothing to store yet, and all masks have the same state
             h = blank_state(model, z).expand(int(masks.valid.sum()), -1)         # (N, C)
         else:
-            # a mask has the place that its token will have, which then overwrites it
-            new = make_reading(model, x, order, span(cached, known), masks, known,
+            # a mask sees all tokens, and has the place that its token will have, which then
+            # overwrites it
+            limit = known[:, None].expand_as(masks.slot)
+            new = make_reading(model, x, order, span(cached, known), masks, limit,
                                place=masks.slot)
             h = model.read(cache, new)                               # (N, C)
             cached = known
@@ -430,18 +449,16 @@ def sample_cached(model, z, order, when, draw, watch=None):
     return by_position(x, order_z)
 
 
-def make_reading(model, x, order, tokens, masks, filled, place):
+def make_reading(model, x, order, tokens, masks, limit, place):
     """The Reading of some tokens (B, T), then some masks (B, M), each a Span of x (B, L),
     which is by slot. A token is kept in the place of its slot, and sees the slots before
-    it. A mask is kept in its `place` (B, M), and sees the first `filled` (B,) slots: above,
-    all tokens. (In exact.py those also hold guesses, and a mask may stand at the slot of
-    one: then it sees only the slots before its own.)"""
+    it. limit, place (B, M): of the masks."""
     slot = torch.cat((tokens.slot, masks.slot), 1)                   # (B, T + M)
     valid = torch.cat((tokens.valid, masks.valid), 1)
     T = tokens.slot.shape[1]             # the masks' first column
     idx = x.gather(1, upload(slot, x.device))
-    idx[:, T:] = model.mask_id
-    limit = torch.cat((tokens.slot, masks.slot.minimum(filled[:, None])), 1)
+    idx[:, T:] = model.mask_id           # in exact.py guesses may stand there
+    limit = torch.cat((tokens.slot, limit), 1)
     place = torch.cat((tokens.slot, place), 1)
     return Reading(idx=idx, pos=order.gather(1, slot), place=place, limit=limit,
                    valid=valid, wanted_from=T)

@@ -224,8 +224,9 @@ def ask_masks(model, cache, order, x, call):
     masks = span(call.begin, call.end)
     # the token of the last slot asked is not read: nothing that is asked comes after it
     tokens = span(call.unread.clamp(min=0), (call.end - 1).minimum(call.guessed))
-    place = masks.slot + x.shape[1]
-    new = make_reading(model, x, order, tokens, masks, call.guessed, place)
+    # a mask sees the slots before its own, as far as they hold tokens
+    limit = masks.slot.minimum(call.guessed[:, None])
+    new = make_reading(model, x, order, tokens, masks, limit, masks.slot + x.shape[1])
     return model.read(cache, new)
 
 

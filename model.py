@@ -4,25 +4,25 @@ reveal), its distilled students (the same), and the autoregressive (AR) baseline
 Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H; M positions of each
 sequence; N positions of all sequences together. The vocabulary has V real tokens; id V is
 the mask of a diffusion model and the start symbol of an AR one. The embedding therefore has
-V + 1 rows and the head V: no model here can ever predict the mask.
+V + 1 rows and the head V: no model here can ever predict the mask. Below a "token" is a
+real one, a "mask" a position whose id is V.
 
 How it is asked:
 
     h = model.hidden(ids)            states (B, L, C) of whole sequences
     h = model.hidden(ids, at)        only those at some positions, (B, M, C)
-    h = model.read(cache, new)       of a few positions, with a KV cache: see cache.py
     logits = model.head(h)           (..., V)
-    loss = model.chunked_sum(h, cross_entropy, targets)      the head and a loss on top
+    model.chunked_sum(h, cross_entropy, targets)     head and loss of h (N, C), summed
 
-hidden and read call `run`: the embedding, then the blocks. Only attention mixes positions.
-*Who sees whom* is therefore an argument of the block: a function attend(q, k, v), here
-see_sequence, in cache.py others.
+`at`: a sampler often needs some positions only, say those that it reveals next. The last
+block then makes keys and values of all, but states only of these. (Earlier blocks make all,
+as later ones look at them.) x[at] picks them:
 
-`at`, where a sampler needs the states of some positions alone: the last block skips the
-others (earlier blocks cannot: their states are looked at). It is an index, so that x[at]
-are the wanted ones: for (B, L, C) a pair of tensors, texts (B, 1) and positions (B, M), M
-of each text; in read, where positions of all texts lie side by side, (N, C), one tensor
-(n,).
+    at = torch.arange(B)[:, None], positions         # positions (B, M): x[at] is (B, M, C)
+
+All texts have the same M; a sampler ignores the states that it did not need. Only attention
+mixes positions. *Who sees whom* is therefore an argument of the block: a function
+attend(q, k, v), here see_sequence, in cache.py (AR sampling, KV caches) others.
 """
 import functools
 import math
@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cache import KVCache, read_cached
+from data.fast import HeadSum, Linear, gelu
 
 
 @dataclass
@@ -55,11 +56,11 @@ class ModelConfig:
         return self.attention == "causal"
 
     @property
-    def relative(self):
-        """Whether positions count by their distances only. A fully masked text then has the
-        same state everywhere, and samplers compute one for all: all embeddings are equal,
-        so all values are; rotation changes only attention's weights, and any weighted mean
-        of equal values is that value. (A causal model has no masks.)"""
+    def masks_alike(self):
+        """Whether a fully masked text has the same state at every position, so that a
+        sampler need compute only one. With rope alone it has: all positions enter a block
+        alike, so their values are equal; rotation changes only attention's weights, and any
+        weighted mean of equal values is that value. (A causal model has no masks.)"""
         return self.positions == "rope" and not self.causal
 
 
@@ -98,7 +99,7 @@ class Block(nn.Module):
         C = config.width
         self.heads = config.heads
         # attention: queries, keys and values come from one product. (Linear and gelu
-        # compute what nn.Linear and F.gelu do: see the end of this file)
+        # compute what PyTorch's do, but compile to faster code: see data/fast.py)
         self.norm1 = nn.LayerNorm(C)
         self.qkv = Linear(C, 3 * C, bias=config.attention_bias)
         self.attn_out = Linear(C, C, bias=config.attention_bias)
@@ -109,7 +110,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, attend, at=None):
-        """x (..., C) -> the same shape. rope: the tables of rotate, or None.
+        """x (..., C) -> the same shape (unless `at`). rope: the tables of rotate, or None.
         attend(q, k, v), each (..., H, D), returns attention's output, of the same shape.
         at: given to the last block only, which then returns the states at x[at], and whose
         attend, given `at`, too, the outputs there."""
@@ -130,7 +131,8 @@ class Block(nn.Module):
 
 def see_sequence(q, k, v, sees=None, causal=False, at=None):
     """Attention within sequences: q, k, v (B, L, H, D) -> the same shape, or with `at`, of
-    the M positions of each text that look, (B, M, H, D). sees (B, L, L) bool: sees[b, i, j]
+    the M positions of each text that look, (B, M, H, D); below M is L without `at`. sees
+    (B, L, L) bool: sees[b, i, j]
     says whether position i of text b sees j. Without it each position sees all, or, if
     causal, those not later."""
     if at is not None:
@@ -184,8 +186,9 @@ class Transformer(nn.Module):
                 raise ValueError(f"{name}: one of {known}, not {getattr(config, name)!r}")
         self.config = config
         self.mask_id = config.vocab      # of a causal model: the start of a text
-        # how it is run; not saved
-        self.bf16 = False                # True: run the blocks, and only them, in bfloat16
+        # how it is run; not saved. bf16, True: the blocks' matrix products in bfloat16
+        # (autocast); weights and the stream x stay float32
+        self.bf16 = False
         self.recompute = False           # True: run the blocks again in backward, see run
 
         # the tensors
@@ -199,7 +202,7 @@ class Transformer(nn.Module):
 
         # the rotary tables (context, D/2): position times the pair's frequency
         D = config.width // config.heads
-        # from a turn of 1 radian per position down to nearly 1/10000
+        # from a turn of 1 radian per position down to about 1/10000
         frequency = 10000.0 ** (-torch.arange(0, D, 2) / D)          # (D/2,)
         angle = torch.arange(config.context)[:, None] * frequency
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -218,10 +221,10 @@ class Transformer(nn.Module):
 
     def run(self, idx, pos, attends, at=None):
         """Embedding and blocks: ids idx (...) -> states (..., C), before the last norm.
-        The shape of idx is (B, L) from hidden, (N,) from read; that of its positions pos
-        broadcasts to it.
-        attends: who sees whom, a function for each block, as with a KV cache each has keys
-        of its own. at: see the top of this file."""
+        The shape of idx is (B, L) from hidden, (N,) or (B,) from cache.py; that of its
+        positions pos broadcasts to it.
+        attends: a function attend(q, k, v) for each block. From hidden all are the same;
+        with a KV cache each block has keys of its own. at: see the top of this file."""
         # what stands where
         x = self.embed(idx)                                          # (..., C)
         if self.config.positions != "rope":
@@ -235,8 +238,9 @@ class Transformer(nn.Module):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
-                    # for sampling, so nothing is recomputed; and M differs in every call:
-                    # .forward is not compiled, as block(...) is by train.py and bench.py
+                    # only for sampling. train.py and bench.py call block.compile(), which
+                    # compiles block(...), but not block.forward(...): here M differs from
+                    # call to call, and would be compiled each time
                     x = block.forward(x, rope, attend, at)
                 elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -248,15 +252,15 @@ class Transformer(nn.Module):
         """States of whole sequences: ids (B, L) in 0..V -> (B, L, C); with `at`, texts
         (B, 1) and positions (B, M), only the states there, (B, M, C).
         rank (B, L): for attention "reveal" alone, when each token was revealed (only the
-        order of the numbers counts, and at masks they do not). Without it the order is
-        random, anew in every call, as training must serve every order.
+        order of the numbers counts, and at masks they do not). A training text was revealed
+        in no order: without rank one is drawn at random, anew in every call.
         pos: positions (L,) or (B, L), 0..L-1 unless given.
         Raises ValueError for more tokens than the context, or `at` of a causal model."""
         B, L = idx.shape
         if L > self.config.context:
             raise ValueError(f"{L} tokens, but the context is {self.config.context}")
         if at is not None and self.config.causal:
-            # is_causal compares rows by number, and picked rows are no positions
+            # is_causal lets row i of q see rows 0 to i of k; in q[at] row i is another one
             raise ValueError("a causal model's hidden computes all positions")
         if pos is None:
             pos = torch.arange(L, device=idx.device)
@@ -267,18 +271,6 @@ class Transformer(nn.Module):
             sees = sees_in_order(idx, rank, self.mask_id)            # (B, L, L)
         see = functools.partial(see_sequence, sees=sees, causal=self.config.causal)
         return self.run(idx, pos, [see] * len(self.blocks), at)
-
-    def cache(self, B, L, spare=0):
-        """An empty KVCache for B texts of at most L tokens, with `spare` more places, which
-        exact.py needs. Raises ValueError for more tokens than the context."""
-        if L > self.config.context:
-            raise ValueError(f"{L} tokens, but the context is {self.config.context}")
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return KVCache(self.config, B, L + spare, self.embed.weight.device, dtype)
-
-    def read(self, cache, new):
-        """States of some positions of texts with a KV cache, see read_cached."""
-        return read_cached(self, cache, new)
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
@@ -302,7 +294,26 @@ class Transformer(nn.Module):
             # even under no_grad HeadSum is told that parameters need gradients, and would
             # compute some that nobody uses
             W, b = W.detach(), b.detach()
-        return HeadSum.apply(f, h, W, b, *rows)
+        return HeadSum.apply(f, rows_at_a_time(len(W)), h, W, b, *rows)
+
+    # ---- with a KV cache (cache.py); SDTT needs none, so skip it at a first reading
+
+    def cache(self, B, L, spare=0):
+        """An empty KVCache for B texts of at most L tokens, with `spare` more places, which
+        exact.py needs. Raises ValueError for more tokens than the context."""
+        if L > self.config.context:
+            raise ValueError(f"{L} tokens, but the context is {self.config.context}")
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return KVCache(self.config, B, L + spare, self.embed.weight.device, dtype)
+
+    def read(self, cache, new):
+        """States of some positions of texts with a KV cache, see read_cached."""
+        return read_cached(self, cache, new)
+
+
+def rows_at_a_time(V):
+    """How many rows of V logits make a chunk."""
+    return max(1, CHUNK // V)
 
 
 # (n, V) logits, (n,) ids -> (n,)
@@ -318,77 +329,14 @@ def shifted(x, start_id):
 
 
 @torch.no_grad()
-def nll(model, x, start_id):
+def nll(model, x):
     """Negative log-likelihood of x (B, L) under a causal model, (B, L), in nats."""
     # states that have seen the tokens before each token, and not the token
-    h = model.hidden(shifted(x, start_id)).flatten(0, 1)             # (B L, C)
+    h = model.hidden(shifted(x, model.mask_id)).flatten(0, 1)        # (B L, C)
     # the head for a part of the tokens at a time: all logits would take much memory. (Not
     # by chunked_sum: each token's number is wanted)
-    size = max(1, CHUNK // model.config.vocab)
+    size = rows_at_a_time(model.config.vocab)
     nats = []
     for states, ids in zip(h.split(size), x.flatten().split(size)):
         nats.append(cross_entropy(model.head(states), ids))
     return torch.cat(nats).view(x.shape)
-
-
-# ---- faster, but no other results; skip it at a first reading
-
-class HeadSum(torch.autograd.Function):
-    """f(h W^T + b, *rows).sum() over all rows of h (N, C), see Transformer.chunked_sum.
-    A chunk's logits exist only for a moment. So the gradients of h, W and b are computed
-    then, in forward, and wait for backward, which only scales them: nothing is done
-    twice."""
-
-    @staticmethod
-    def forward(ctx, f, h, W, b, *rows):
-        size = max(1, CHUNK // len(W))                               # rows of a chunk
-        need_grad = any(ctx.needs_input_grad[1:4])                   # of h, W, b
-        dh = dW = db = None
-        if need_grad:
-            dh, dW, db = torch.zeros_like(h), torch.zeros_like(W), torch.zeros_like(b)
-        total = torch.zeros((), device=h.device)                     # a scalar
-        for i in range(0, len(h), size):
-            # this chunk's part of the sum
-            part = slice(i, i + size)
-            # autograd is off in here, so the graph begins at these logits (n, V)
-            logits = F.linear(h[part], W, b).requires_grad_(need_grad)
-            with torch.set_grad_enabled(need_grad):
-                value = f(logits, *[r[part] for r in rows]).sum()
-            total += value.detach()
-            # and of the gradient
-            if need_grad:
-                g, = torch.autograd.grad(value, logits)              # (n, V)
-                torch.mm(g, W, out=dh[part])
-                dW.addmm_(g.T, h[part])
-                db += g.sum(0)
-        ctx.grads = dh, dW, db
-        ctx.rest = [None] * len(rows)                    # rows have no gradient
-        return total
-
-    @staticmethod
-    def backward(ctx, scale):
-        # in place, which saves memory: backward can be called only once
-        grads, ctx.grads = ctx.grads, None
-        grads = [grad.mul_(scale) for grad in grads]
-        return None, *grads, *ctx.rest                   # None: f has no gradient
-
-
-def gelu(x):
-    """GELU in its tanh form, elementwise."""
-    if torch.compiler.is_compiling():
-        # the same, since (1 + tanh y) / 2 = sigmoid(2 y): it compiles to faster code
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x ** 3))
-    return F.gelu(x, approximate="tanh")
-
-
-class Linear(nn.Linear):
-    """nn.Linear that adds its bias in an operation of its own when it is compiled:
-    otherwise the bias is first copied to all rows, which on a CPU takes longer than the
-    addition."""
-
-    def forward(self, x):
-        if torch.compiler.is_compiling() and self.bias is not None:
-            y = F.linear(x, self.weight)
-            # under autocast y is bfloat16, the bias still float32
-            return y + self.bias.to(y.dtype)
-        return super().forward(x)

@@ -188,7 +188,7 @@ def new_model(config, data):
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
     # attention's linear layers have biases, as in GPT-2; a diffusion model with rope alone
     # has none, as in the published MDLM, so that tools.convert can export it
-    model_config.attention_bias = not model_config.relative
+    model_config.attention_bias = not model_config.masks_alike
     return Transformer(model_config)     # random weights
 
 

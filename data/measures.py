@@ -96,7 +96,7 @@ def make_judge(model, spec=None, tokenizer=None):
         place = torch.arange(width, device=x.device)
         counts = (place >= begin[:, None]) & (place < end[:, None])  # (n, W)
 
-        batches = [nll(model, batch, model.mask_id) for batch in y.split(JUDGE_BATCH)]
+        batches = [nll(model, batch) for batch in y.split(JUDGE_BATCH)]
         nats = torch.cat(batches)                                    # (n, W)
         nats = in_float64((nats * counts).sum(1))
         return nats, counts.sum(1).to(nats.device)

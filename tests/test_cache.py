@@ -113,7 +113,7 @@ def test_generated_texts_have_the_probabilities_that_nll_gives():
     Chi-square: one in a million with another seed (whose weights must leave each text a chance)."""
     model = model_of(attention="causal", vocab=3)
     model.lm_head.weight /= 3                                        # no text is too rare to count
-    p = (-nll(model, all_sequences(3, 3), 3).sum(1)).double().exp()
+    p = (-nll(model, all_sequences(3, 3)).sum(1)).double().exp()
     assert float(p.sum()) == pytest.approx(1, abs=CLOSE)
     x = generate(model, torch.empty(20_000, 0, dtype=torch.long), 3, categorical)
     assert chi_square(count(x, 3), p) > LIMIT

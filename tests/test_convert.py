@@ -249,7 +249,7 @@ def test_fixtures(name):
 def ours(tmp_path, words=tuple(f"w{i}" for i in range(10)), **options):
     """A checkpoint of this project with random weights, of the shape that train.py makes."""
     config = ModelConfig(**dict(vocab=10, context=12, layers=2, heads=2, width=16) | options)
-    config.attention_bias = not config.relative
+    config.attention_bias = not config.masks_alike
     model = Transformer(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)

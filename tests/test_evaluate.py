@@ -175,7 +175,7 @@ def test_likelihood_of_all_models_is_under_the_same_noise(made):
     assert rows[0] == rows[1] and rows[0]["bound"] > 0
     ar = random_model("causal")
     row = evaluate.likelihood_row("ar", ar, x, CPU)
-    truth = torch.cat([evaluate.likelihood.nll(ar, x[i:i + 1], 10) for i in range(40)]).mean()
+    truth = torch.cat([evaluate.likelihood.nll(ar, x[i:i + 1]) for i in range(40)]).mean()
     assert row["ppl"] == pytest.approx(math.exp(truth.item()), rel=1e-5)
 
 
@@ -226,7 +226,7 @@ def law_model(p):
     """The perfect model of a law, as draw_samples wants it."""
     model = toy.exact_model(p)
     model.config = type("C", (), dict(
-        causal=False, attention="full", relative=False, context=p.dim()))
+        causal=False, attention="full", masks_alike=False, context=p.dim()))
     model.mask_id, model.embed = p.shape[0], torch.nn.Identity()
     return model
 
@@ -275,7 +275,7 @@ def test_continuations_keep_the_prompt_and_are_judged_without_it(made):
     ar = random_model("causal")
     assert torch.equal(sample.draw_samples(ar, 5, Sampling(), CPU, prompts)[:, :8], prompts)
     nats, tokens = evaluate.make_judge(ar)(x, 8)
-    truth = evaluate.likelihood.nll(ar, x, 10)[:, 8:].sum(1)
+    truth = evaluate.likelihood.nll(ar, x)[:, 8:].sum(1)
     assert tokens.tolist() == [4] * 5 and torch.allclose(nats, truth.double(), atol=1e-4)
 
 
@@ -323,7 +323,7 @@ def test_until_end_a_continuation_counts_up_to_its_first_end():
     stop = ends_of(x, P, end)
     assert stop.tolist() == [6, 8, 5, 8]
     ar = random_model("causal")
-    whole = evaluate.likelihood.nll(ar, x, 10)                                # (4, 8)
+    whole = evaluate.likelihood.nll(ar, x)                                # (4, 8)
     nats, tokens = evaluate.make_judge(ar)(x, P, stop)
     for i in range(4):
         assert nats[i] == pytest.approx(whole[i, P:stop[i]].sum().item(), abs=1e-4)

@@ -229,7 +229,7 @@ def test_special_tokens_go_from_tokenizer_to_tokenizer_as_such():
     assert len(word) == 5 and retokenise(word, ours, other) == word
     model = judge(258, 8)
     nats, tokens = measures.make_judge(model, pairs, ours)(torch.tensor([row]), skip=3)
-    expected = nll(model, torch.tensor([[257, ab, 257, 257, b, ab]]), 258)[0, 2:].sum()
+    expected = nll(model, torch.tensor([[257, ab, 257, 257, b, ab]]))[0, 2:].sum()
     assert tokens.tolist() == [4] and nats.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -216,9 +216,9 @@ def test_where_all_is_masked_relative_positions_all_look_the_same():
     causal model. No false alarm: float32's rounding."""
     z = torch.full((1, 9), 11)
     model = model_of(positions="rope")
-    assert model.config.relative and far(model(z), model(z[:, :1])) < CLOSE
+    assert model.config.masks_alike and far(model(z), model(z[:, :1])) < CLOSE
     for options in (dict(positions="learned"), dict(positions="both"), dict(attention="causal")):
-        assert not model_of(**options).config.relative
+        assert not model_of(**options).config.masks_alike
     assert far(model_of(positions="both")(z), model_of(positions="both")(z[:, :1])) > VISIBLE
 
 
@@ -402,7 +402,7 @@ def test_nll_is_minus_the_log_probability_of_each_token_after_its_prefix():
     """By one forward of each prefix alone, the start symbol before it; nats, to CLOSE. No false
     alarm."""
     model, x = model_of(attention="causal"), torch.randint(11, (3, 7))
-    result = nll(model, x, 11)
+    result = nll(model, x)
     assert result.shape == (3, 7)
     for row in range(3):
         for i in range(7):

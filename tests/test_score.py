@@ -246,7 +246,7 @@ def test_each_line_has_its_score_in_the_order_of_the_file(made, capsys):
     model, expected = random_model("causal"), []
     for text, n in (([1, 2, 3, 4], 4), ([1, 2, 3, 4], 2), ([1, 2, 3, 4], 4), ([9, 8, 7], 3),
                     ([5, 5, 6, 0], 4)):
-        expected.append(-nll(model, torch.tensor([text]), 10)[0, -n:].double().sum().item())
+        expected.append(-nll(model, torch.tensor([text]))[0, -n:].double().sum().item())
     assert [row["log_p"] for row in rows] == pytest.approx(expected, abs=1e-5)
     assert rows[0] == rows[2] and rows[0]["log_p"] < rows[1]["log_p"]
     assert [row["tokens"] for row in rows] == [4, 2, 4, 3, 4]

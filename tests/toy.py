@@ -43,7 +43,7 @@ class Model:
     def __init__(self, f):
         self.f = f
 
-    config = types.SimpleNamespace(attention="full", relative=False, causal=False)
+    config = types.SimpleNamespace(attention="full", masks_alike=False, causal=False)
 
     def hidden(self, z, at=None, rank=None):
         """f is asked about all positions, and those that are not wanted are dropped."""
@@ -92,7 +92,7 @@ class Ordered:
 
     def __init__(self, V, causal=False, depends_on=lambda known: known):
         attention = "causal" if causal else "reveal"
-        self.config = types.SimpleNamespace(attention=attention, causal=causal, relative=False,
+        self.config = types.SimpleNamespace(attention=attention, causal=causal, masks_alike=False,
                                             vocab=V)
         self.V, self.mask_id, self.depends_on, self.table = V, V, depends_on, {}
 

@@ -1,5 +1,5 @@
 """What bench.py compares: its flags, what they are where they are not given; models,
-trained or random; the rows of its table, before they are measured; and how good texts are."""
+trained or random; the rows of its table, before they are measured; how good texts are."""
 import itertools
 import shutil
 from dataclasses import dataclass

@@ -96,7 +96,7 @@ def known_first(x, known, mask_id):
 def exact(model, x, mask_id):
     """Negative log-likelihood of each text of x (B, L) under an AR model, nats per token
     (B,)."""
-    return in_float64(nll(model, x, mask_id)).mean(1)
+    return in_float64(nll(model, x)).mean(1)
 
 
 # ---- the last word of a passage

@@ -36,7 +36,7 @@ class PrecisionConfig:
 
 class Law:
     """A model that knows one law of tokens (V,) and nothing else, for diffusion.sample."""
-    config = types.SimpleNamespace(attention="full", relative=False)
+    config = types.SimpleNamespace(attention="full", masks_alike=False)
 
     def __init__(self, log_p):
         self.log_p = log_p
