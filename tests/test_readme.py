@@ -17,7 +17,7 @@ import model
 import train
 from data import dataset, script
 from helpers import make_dataset
-from tools import machine, race
+from tools import bench_setup, machine, race
 
 ROOT = Path(common.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
@@ -150,6 +150,8 @@ def home(tmp_path_factory):
         patch.setattr(machine, "limits", lambda device, dtype: {
             "device": "CPU", "threads": 1, "torch": "2", "dtype": "float32", "load": 0.0,
             "bytes_per_s": 1e10, "flop_per_s": 1e11})    # of seconds' worth of measuring
+        # a vocabulary of 50,257 and every temperature would take most of the time
+        patch.setattr(bench_setup, "VOCAB", 50)
         patch.chdir(top)
         for pattern in ("*.py", "data/*.py", "data/*/*.py"):
             for path in ROOT.glob(pattern):
@@ -183,6 +185,7 @@ def run(words):
     others = "--out" in words or "pydoc" in words
     if name == "distill.py" and others and not SEVEN.intersection(words):
         flags += ["--rounds", "2"]
+    gc.freeze()                          # see conftest.modules_are_no_garbage
     start(words + flags, Path())
 
 
