@@ -11,9 +11,11 @@ depends on what a model has learned.
 Five engines, each as fast as this code can be:
 
     ar                 with a static KV cache and a compiled decoding step
-    diffusion          diffusion.py's sampler, with full attention; its blocks are compiled
+    diffusion          full attention; for few and short texts whole steps are compiled (see
+                       tools/static.py), else diffusion.py's sampler with compiled blocks
     diffusion-kv       the same with attention in the order of reveal, and its KV cache
-    ar-exact, diffusion-exact      the distribution of one token at a time, in few calls
+    ar-exact, diffusion-exact      the distribution of one token at a time, in few calls;
+                       diffusion's blocks are compiled
 
 Two more, to compare with what others' code takes, neither of them compiled:
 
@@ -22,16 +24,17 @@ Two more, to compare with what others' code takes, neither of them compiled:
 
 Your own is a function like those below, and a line in ENGINES.
 
-Warm-up does not count, runs of the engines alternate, and the median is shown. What the
-columns say:
+Warm-up does not count. After the first, runs of the engines alternate (but of
+diffusion-naive there is only one), and the median is shown. What the columns say:
 
-    vs AR      how many times faster than ar, at the same batch and length
+    vs AR      how many times faster than ar, at the same batch and length, and in the dtype
+               that suits ar best
     roofline   the share that an engine reaches of a limit of the hardware, measured at the
                start. Of ar and transformers: bytes of weights and cache that they must read
                / seconds / memory bandwidth. Of the others: operations for the positions
                that they compute / seconds / rate of large matrix products
     nfe        calls of the network
-    reads      positions that it computed, for each token of a text
+    reads      positions that they embedded, for each token of a text
     gen_ppl, entropy, of all     how good and diverse the texts are, see README; of trained
                weights only
 
@@ -46,6 +49,7 @@ cores):
     diffusion     round7        8     1     50   0.025  1.78      13%   8   8.0    1.52
     diffusion-kv  round7        8     1     50   0.026  1.73       4%   8   1.9    1.50
 """
+import contextlib
 import itertools
 import sys
 from dataclasses import dataclass
@@ -53,6 +57,7 @@ from dataclasses import dataclass
 import torch
 
 from cache import decode, generate
+from data.cost import counted_calls
 from data.files import UserError, write_json
 from data.processes import start
 from data.script import command, parse_flags
@@ -63,9 +68,10 @@ from tools.bench_setup import (BenchConfig, columns_of, fill_quality, models_of,
                                set_defaults)
 from tools.crossover import crossings, fill_vs_ar
 from tools.joint import naive_engine
-from tools.machine import (compiled_decode, describe, fill_times, first_run, header,
-                           least_memory, limits, line, roofline, seconds,
-                           transformers_engine, with_stance)
+from tools.machine import (OutOfMemory, compiled_decode, describe, fill_times, header,
+                           least_memory, limits, line, peak_bytes, room_for, roofline,
+                           seconds, transformers_engine, with_stance)
+from tools.static import StaticSampler, pays_for
 
 
 # ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
@@ -80,7 +86,7 @@ def ar_engine(model, B, L, steps, decode_step):
     cache = None                         # generate makes its own
     if decode_step is not decode:
         # compiled: all runs share one cache, as CUDA graphs need it at a fixed address. (It
-        # need not be emptied: a place is filled before it is seen)
+        # need not be emptied: places that are not filled yet are hidden)
         cache = model.cache(B, L)
         for stored in cache.k + cache.v:
             torch._dynamo.mark_static_address(stored)
@@ -97,6 +103,8 @@ def only_masks(model, B, L):
 
 def diffusion_engine(model, B, L, steps, decode_step):
     """Diffusion in steps, with the KV cache where the model has one."""
+    if decode_step is not decode and pays_for(B, L):     # compiled; few positions
+        return StaticSampler(model, B, L, steps)         # the same law
     z = only_masks(model, B, L)          # sample fills a copy
     return lambda: sample(model, z, steps, model.mask_id)
 
@@ -118,9 +126,9 @@ class Engine:
     """What is to be known of an engine."""
     make: object                 # a function as above
     models: str                  # the attention of the models it runs, or "transformers"
-    in_steps: bool = False       # run it at each of --steps
+    in_steps: bool = False       # run it at each of --steps; warmed up with two, unless:
     varying: bool = False        # shapes differ from run to run: compile none while timing
-    counted: bool = True         # count its calls; False: known, --steps or the length
+    counted: bool = True         # count its calls; False: they are --steps, or the length
     slow: bool = False           # time one run only, at the first batch size, of one model
 
 
@@ -139,8 +147,8 @@ ENGINES = {
 #         z = only_masks(model, B, L)
 #         return lambda: my_sampler(model, z, steps)
 #     "mine": Engine(my_engine, "full", in_steps=True)
-# Calls and positions are counted where the model embeds its tokens; of trained weights the
-# texts are scored, too.
+# my_sampler must not write into z, from which every run starts. Calls and positions are
+# counted where the model embeds its tokens. Of trained weights the texts are scored, too.
 
 
 # ---- the whole benchmark. A row is a dict: what is measured (engine, model, preset,
@@ -158,7 +166,8 @@ def bench(config, device, machines):
         models = models_of(config, device, preset, ENGINES)
         known = {}                       # quality, which is the same for any batch size
         for L, B in itertools.product(config.length, config.batch):
-            group = rows_of(config, models, preset, B, L, ENGINES)   # [(row, model)]
+            # [(row, model)], for each engine, dtype, model that it runs, and steps if any
+            group = rows_of(config, models, preset, B, L, ENGINES)
             # no model here for these engines; or only slow ones, timed at the first B
             if not group:
                 continue
@@ -182,10 +191,15 @@ def bench(config, device, machines):
     return rows
 
 
-# ---- the timing of a group of rows, of one batch size and length. What is compiled, with
-# --compile: AR's whole step, here; of diffusion's models all blocks but the last one, where
-# only some positions are wanted, a number that varies (see Transformer.run). models_of has
-# wrapped these; they compile when they are first called.
+# ---- the timing of a group of rows, of one batch size and length. What is compiled (unless
+# --no-compile, or where there is no C++ compiler), when it is first called:
+#
+#     ar                   the decoding step, by measure
+#     diffusion, -kv       of few positions the whole step, by tools/static.py; else the
+#                          blocks, but not the last where only some positions are wanted, a
+#                          number that varies. models_of wraps the blocks
+#     diffusion-exact      those blocks
+#     all others           nothing: ar-exact; diffusion-naive switches the compiler off
 
 @dataclass
 class Timing:
@@ -200,8 +214,8 @@ class Timing:
 def measure(config, group, B, device, machines):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
     # forget other batch sizes: having seen two, the compiler would compile for any size,
-    # which is slower. (The cached engines have other numbers of positions in each call, and
-    # are compiled for any size from the start)
+    # which is slower. (A batch of 1, such as the first step's one text for all, it always
+    # compiles on its own. Attention "reveal" is compiled for any size from the start)
     torch.compiler.reset()
     decode_step = decode                                             # plain PyTorch
     if config.compile:
@@ -227,30 +241,35 @@ def measure(config, group, B, device, machines):
 
 def begin(row, model, decode_step, device):
     """Warm up, then run once; returns a Timing, or None where the row does not fit in
-    memory: then first_run puts that into row["error"]."""
+    memory."""
     engine, B, L, steps = ENGINES[row["engine"]], row["batch"], row["length"], row["steps"]
     run = engine.make(model, B, L, steps, decode_step)
     warm_up = run                        # a whole run, which compiles what it meets
-    if engine.varying:
+    counting = counted_calls(model) if engine.counted else contextlib.nullcontext()
+    if isinstance(run, StaticSampler):   # which lists the positions of its calls itself
+        counting = contextlib.nullcontext(run.calls)
+    if engine.varying or isinstance(run, StaticSampler):
         # a timed run may meet a shape that warm_up did not. It then computes that
         # uncompiled, which is slower; but no compiling is timed
         run = with_stance("eager_on_recompile", run)
     elif engine.in_steps:
-        # two steps meet all shapes that are compiled: the first computes one text for all,
-        # or one mask (see diffusion.blank_states); the others compute whole texts
+        # two steps meet all shapes that are compiled: the first computes one text for all
+        # (see diffusion.blank_states), the others compute whole texts
         warm_up = engine.make(model, B, L, min(2, steps), decode_step)
 
-    # time one run, and list the positions computed in each of its calls. (Other runs may
-    # take a few calls more or fewer: nfe and reads are of this one)
     model_config = model.config
     if engine.models == "transformers":  # whose config is that package's
         model_config = model.shape
-    needed = least_memory(row, model_config)                         # bytes
-    first = first_run(row, run, warm_up, needed, device,
-                      count=model if engine.counted else None)
-    if first is None:
-        return None                                                  # it does not fit
-    time, calls = first
+    try:
+        with room_for(least_memory(row, model_config), device):      # bytes
+            warm_up()
+            # the clock; and a list of the positions that each call of the network computed.
+            # (Other runs may take a few calls more or fewer: nfe and reads are of this one)
+            with counting as calls:
+                time, row["peak_bytes"] = peak_bytes(lambda: seconds(run, device), device)
+    except OutOfMemory:
+        row["error"] = "does not fit in memory"
+        return None
     if engine.counted:
         row["nfe"], row["reads"] = len(calls), sum(calls) / (B * L)
     elif engine.in_steps:
@@ -263,7 +282,8 @@ def begin(row, model, decode_step, device):
 def main():
     config = parse_flags(BenchConfig, __doc__)
     device = start(config.device).device                             # one process
-    # raises UserError at flags that contradict
+    # fills in what no flag says: preset small if there are no checkpoints, all others in
+    # tools/bench_setup.py. Raises UserError at flags that contradict
     set_defaults(config, device, ENGINES)
 
     # what the hardware can do at this moment, for the roofline

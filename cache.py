@@ -3,24 +3,26 @@ the order of reveal (diffusion.py, exact.py).
 
 A token's key and value can be kept if nothing that the token sees will ever change. In AR
 it sees the tokens before it; with attention "reveal", those revealed before it. So both
-caches are exact, and each token is read once at most (in exact.py a guess that is replaced
-is read anew). With full attention each token sees all others: any reveal changes all keys
-beyond the first block, and no cache is exact.
+caches are exact, and each token is read once at most (in exact.py a guess is read again if
+it, or one before it, was replaced). With full attention each token sees all others: any
+reveal changes all keys beyond the first block, and no cache is exact.
 
     KVCache       storage for keys and values, by places
     Reading       what a call reads, tokens or masks, and what each of them sees
     read_cached   the call: stores their keys and values, returns their states
     generate      AR sampling: one call for the prompt, then decode, one token at a time
 
-A *place* is a slot of a text's cache, counted from 0. Tokens fill them in the order in
-which they come, wherever they stand in the text. In AR a token's place is also its position
-(the start symbol has 0); with attention "reveal" it is its number in the order of reveal.
+A *place* is an index into a text's part of the cache, from 0. Tokens fill places in the
+order in which they come, wherever they stand in the text. In AR a token's place is also its
+position (the start symbol has 0); with attention "reveal" it is its number in the order of
+reveal, from 0, which diffusion.py calls its slot. Masks borrow places, see Reading.
 
 Shapes: B texts, L positions, V tokens, C width, H heads, D = C / H; S places of each text's
 cache, of which attention is given the first `extent` (and `sees` says which of those each
 position looks at); M positions of each text that a call reads, N of all texts together, n
-some of them. A "model" is model.py's Transformer: its `run` takes who sees whom as a
-function for each block, here see_cache or see_step.
+of them wanted (a caller, who sees only these, calls their number N). A "model" is
+model.py's Transformer: its `run` takes who sees whom as a function for each block, here
+see_cache or see_step.
 """
 import functools
 import typing
@@ -48,24 +50,27 @@ class KVCache:
 
 
 class Reading(typing.NamedTuple):
-    """What one call reads, M positions of each text: tokens, then masks. Texts reveal other
-    numbers of tokens in a step, so those with fewer leave gaps in the rectangle (B, M),
-    also amid a row. All but idx is on the CPU, so that to look at it never waits for a GPU.
+    """What one call reads, M positions of each text: tokens, then masks. Texts have
+    different numbers of these to read, but in all rows of the rectangle (B, M) the masks
+    begin at the same column: so there are gaps, before a row's masks and at its end. All
+    but idx is on the CPU, so that to look at it never waits for a GPU.
 
     One rule serves all that use a cache: a position sees places 0 to limit - 1 of its
     text's cache, and its own place. In AR place = limit = position. With attention "reveal"
-    the i-th token of the order (from 0) has place = limit = i. A mask sees the tokens known
-    so far, those that this call reads included (all keys are stored before anyone looks):
-    limit = their number. To see itself, too, its own key must be stored somewhere. So it
-    borrows a place that nobody else in this call sees, a different one for each mask of a
-    text. What it leaves there is overwritten before any limit passes it: below, by the
-    token that the place is for.
+    the i-th token of the order (from 0) has place = limit = i. A mask's limit is up to the
+    sampler: in sample_cached the number of tokens known so far, those that this call reads
+    included (all keys of a block are stored before anyone looks); in exact.py at most its
+    own slot, as if later tokens were still masked. To see itself, too, a mask's own key
+    must be stored somewhere. So it borrows a place that nobody else in this call sees, a
+    different one for each mask of a text. What it leaves there must never be seen later: in
+    the example the token that the place is for overwrites it, in exact.py such places are
+    beyond every limit.
 
-    A call reads the first two tokens of a text (positions 3 and 0) and two of its masks, at
-    1 and 2, to predict them. They become "and" and "sad". In the order of reveal "sad" is
-    before "and". The next call reads both, and the last mask:
+    The text will be "tom was very sad .". A call reads the tokens "sad" (position 3) and
+    "tom" (0), and the masks at 2 and 1, which become "very" and "was"; the next call reads
+    these two and the last mask:
 
-        idx     "tom"  "the"  mask     mask        "sad"   "and"   mask
+        idx     "sad"  "tom"  mask     mask        "very"  "was"   mask
         pos     3      0      2        1           2       1       4
         place   0      1      2        3           2       3       4
         limit   0      1      2        2           2       3       4
@@ -82,6 +87,23 @@ class Reading(typing.NamedTuple):
 
 
 # ---- the call
+
+class Packed(typing.NamedTuple):
+    """Where the N valid positions of a Reading belong. The linear layers compute just
+    these, side by side, (N, C); their keys and values go straight into the cache. Only the
+    queries are spread over the rectangle (B, M) again, for attention."""
+    shape: torch.Size            # of the rectangle
+    text: torch.Tensor           # (N,) the text of each position
+    column: torch.Tensor         # (N,) where it stands in its text's row
+    place: torch.Tensor          # (N,) where in the cache its key and value are stored
+    sees: torch.Tensor           # (B, M, extent) bool: which places each sees
+
+    def spread(self, x):
+        """x (N, H, D) in the rectangle (B, M, H, D), with zeros in its gaps."""
+        rectangle = x.new_zeros(*self.shape, *x.shape[1:])
+        rectangle[self.text, self.column] = x
+        return rectangle
+
 
 def read_cached(model, cache, new):
     """What Transformer.read does: store keys and values of a Reading's positions in the
@@ -113,23 +135,6 @@ def read_cached(model, cache, new):
                                          packed=packed))
     pos = upload(new.pos, device)[text, column]                      # (N,)
     return model.run(new.idx[text, column], pos, attends, wanted)
-
-
-class Packed(typing.NamedTuple):
-    """Where the N valid positions of a Reading belong. The linear layers compute just
-    these, side by side, (N, C); their keys and values go straight into the cache. Only the
-    queries are spread over the rectangle (B, M) again, for attention."""
-    shape: torch.Size            # of the rectangle
-    text: torch.Tensor           # (N,) the text of each position
-    column: torch.Tensor         # (N,) where it stands in its text's row
-    place: torch.Tensor          # (N,) where in the cache its key and value are stored
-    sees: torch.Tensor           # (B, M, extent) bool: which places each sees
-
-    def spread(self, x):
-        """x (N, H, D) in the rectangle (B, M, H, D), with zeros in its gaps."""
-        rectangle = x.new_zeros(*self.shape, *x.shape[1:])
-        rectangle[self.text, self.column] = x
-        return rectangle
 
 
 def see_cache(q, k, v, keys, values, packed, at=None):

@@ -11,13 +11,12 @@ file uses its config and
     model.hidden(z, at=None, rank=None)    states (B, L, C); at = (row, pos): (B, M, C)
     model.head(h)                          logits (N, V): what it predicts from states
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
-(sample_cached needs two more, see there). rank (B, L) is for attention "reveal" alone: a
+(sample_cached needs three more, see there). rank (B, L) is for attention "reveal" alone: a
 lower number means revealed earlier. A token sees itself and the tokens revealed before it,
 a mask itself and all tokens. So where a mask stands in the order does not matter, and
 training can draw a random order without looking at which positions are masked.
 
-Bookkeeping, such as the order of reveal, is on the CPU, tokens and states on the model's
-device.
+The samplers' bookkeeping is on the CPU, tokens and states are on the model's device.
 Randomness comes from torch's global generators.
 """
 import typing
@@ -51,9 +50,9 @@ def mask_rate(t):
 
 def reveal_share(t, s):
     """The chance that a mask of z_t is revealed in the step from t to s < t, in the shape
-    of t. Noise only adds masks: what is masked at s still is at t. So a mask of z_t was one
-    at s already with probability mask_share(s) / mask_share(t), here s / t, and is revealed
-    with the rest, (t - s) / t (MDLM, eq. 7)."""
+    of t. Noise only adds masks: what is masked at s still is at t. So P(masked at s |
+    masked at t) = mask_share(s) / mask_share(t), here s / t. Otherwise it is revealed: with
+    probability 1 - s / t = (t - s) / t (MDLM, eq. 7)."""
     masked_t, masked_s = mask_share(t), mask_share(s)
     # where no token is masked, as at t = 0, there is nothing to reveal
     return torch.where(masked_t > 0, (masked_t - masked_s) / masked_t, 0.0)
@@ -88,11 +87,12 @@ def rank_prompt_first(keep):
     return torch.where(keep, rank - 1, rank)
 
 
-def states_at(model, z, at, rank=None):
-    """The states (N, C) at some positions of z (B, L), with `at` ids (N,) of texts and of
-    positions, as nonzero(as_tuple=True) gives them. (hidden(z, at) would compute less in
-    its last block, but that block would then run uncompiled, see Transformer.run.)"""
-    text, position = at
+def states_at(model, z, where, rank=None):
+    """The states (N, C) at some positions of z (B, L). where: two index tensors (N,), of
+    texts and of positions, as nonzero(as_tuple=True) gives them, any number of each text.
+    (hidden's `at` would save a part of the last block, but wants as many of each text, and
+    has that block run uncompiled.)"""
+    text, position = where
     # on a CPU skip sequences of which nothing is wanted (most, when distill.py takes very
     # short steps); on a GPU a batch that changes its size, and may be empty, costs more
     # than that saves
@@ -106,27 +106,36 @@ def states_at(model, z, at, rank=None):
 
 
 def nelbo(model, x, mask_id, keep=None):
-    """Negative evidence lower bound of x (B, L), a scalar in nats per token (MDLM, eq. 10):
+    """The training loss of a diffusion model: the negative evidence lower bound of a text,
+    in nats per token (MDLM, eq. 10),
 
-        1/L  E_t [ 1/t  sum over the masked tokens of  -log p(x_i | z_t) ]
+        1/L  E_{t, z_t} [ 1/t  sum over the masked tokens of  -log p(x_i | z_t) ]
 
-    averaged over the batch. Why 1/t: reveal the tokens one at a time in a random order; a
-    reveal costs -log p(token | those before it). At time t about t L masks are left, and
-    each may be the next. So 1/(t L) times the sum is about the cost of the next reveal.
-    On average it is exactly that. Let k masks be left. A given set of k has probability
-    t^k (1 - t)^(L - k) at time t; this times 1/t, integrated over t, is
-    1 / (k (L choose k)). There are (L choose k) sets of k, and 1/k makes a mean of a set's
-    sum. So each stage of the order, k = 1 to L masks left, counts once with the mean cost
-    of its reveal; 1/L averages the stages. (In general the weight is mask_rate(t) /
-    mask_share(t).)
+    averaged over the texts of x (B, L): a scalar.
+
+    Why 1/t: reveal the tokens one at a time in a random order; a reveal costs
+    -log p(token | those revealed before it). At time t about t L masks are left, and each
+    may be the next. So 1/(t L) times the sum is about the cost of the next reveal. On
+    average it is exactly that. Let k masks be left:
+
+        a given set of k masks has, at time t, the probability  t^k (1 - t)^(L - k)
+        this times 1/t, integrated over t, is                   1 / (k (L choose k))
+        so all (L choose k) sets together give                  the mean over sets of
+                                                                1/k x the set's sum
+
+    So each stage of the order, k = 1 to L masks left, counts once with the mean cost of its
+    reveal; 1/L averages the stages. (In general the weight is mask_rate(t)/mask_share(t).)
+
     Why a bound: in one order the costs add up to -log p(x | order), and their mean over
     orders is at least -log p(x) of the mixture of orders (Jensen's inequality).
+
     keep (B, L): tokens that are given, see q_sample. Then it is the bound of -log p(the
-    others | these), in nats per token of the others (as in LLaDA, arXiv 2502.09992)."""
+    others | these), in nats per token of the others, of all texts together (as in LLaDA,
+    arXiv 2502.09992)."""
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id, keep)
-    # the N masks, as ids of texts and of positions (N,). (On a GPU the CPU waits here, to
-    # learn N; a bool index would make it wait each time)
+    # the N masks, as indices of texts and of positions (N,). (On a GPU the CPU waits here,
+    # to learn N; a bool index would make it wait each time)
     masked = (z == mask_id).nonzero(as_tuple=True)
     text, _ = masked
     weight = (mask_rate(t) / mask_share(t))[text]                    # (N,), log-linear: 1/t
@@ -165,8 +174,8 @@ def categorical(logits, dtype=torch.float64):
 
 
 def draw_from(weights):
-    """One draw per row of weights (..., V), at least 0 and of any sum: ids (...). In place:
-    the weights are lost."""
+    """One draw per row of weights (..., V), at least 0 and of any sum: ids (...), V where
+    the sum is not finite. In place: the weights are lost."""
     V = weights.shape[-1]
     cdf = weights.cumsum_(-1)                                        # (..., V)
     total = cdf[..., -1:]                                            # (..., 1)
@@ -210,13 +219,13 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
     """One step of generation from z_t to z_s, with t and s (B,) per sequence (the papers'
     ancestral sampling from the reverse posterior; MDLM, eq. 7). Each mask is revealed with
     probability reveal_share(t, s), whatever the network says, and becomes a draw from its
-    prediction. So the former comes first, and the head is needed at those positions only.
+    prediction. So the positions are chosen first, and the head runs at these only.
     distill.py's teacher takes such steps; `sample` has the same distribution, but draws all
     reveals beforehand, see plan.
     rank (B, L): when the tokens of z were revealed, for attention "reveal"; before another
-    step the caller ranks those revealed here after them, as distill.py does.
-    Returns z_s (B, L), the revealed positions, as ids (N,) of texts and of positions, and
-    the states (N, C) there, from whose predictions the tokens were drawn."""
+    step the caller gives those revealed here higher numbers, as distill.py does.
+    Returns z_s (B, L), where tokens were revealed, as indices (N,) of texts and of
+    positions, and the states (N, C) there, from whose predictions the tokens were drawn."""
     # which masks are revealed
     share = reveal_share(t, s)[:, None]                              # (B, 1)
     chosen = torch.rand(z.shape, device=z.device) < share            # (B, L)
@@ -245,9 +254,9 @@ def sample_plain(model, z, steps, mask_id):
 #
 # The names of this part:
 #     position   where a token stands in its text
-#     slot       when it is revealed: slot i of text b is position order[b, i]
-#     order      (B, n), with n masks in each text: order[b, i] is revealed i-th
-#     when       (B, n): when[b, i] is the step in which that happens
+#     slot       its number in the order of reveal: slot i of text b is position order[b, i]
+#     order      (B, n), with n masks in each text
+#     when       (B, n): when[b, i] is the step that reveals slot i
 # An example, L = 4: positions 2 and 0 are revealed in step 0, then 3 and 1 in step 1:
 # order = [2, 0, 3, 1], when = [0, 0, 1, 1], and slot 1 is position 0.
 
@@ -324,6 +333,28 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
     return without_masks(z, mask_id)
 
 
+class Span(typing.NamedTuple):
+    """Some slots of each text, side by side. Texts with fewer have gaps, of slot 0."""
+    slot: torch.Tensor           # (B, M)
+    valid: torch.Tensor          # (B, M) bool: False in the gaps
+
+
+def span(begin, end):
+    """The Span of slots begin[b] to end[b] - 1 of each text b. begin, end: (B,). For
+    example begin = [0, 0], end = [2, 1]: slot = [[0, 1], [0, 0]], and valid[1, 1] is False.
+    """
+    slot = begin[:, None] + torch.arange(int((end - begin).max()))
+    valid = slot < end[:, None]
+    return Span(slot.where(valid, 0), valid)
+
+
+def steps_of(when):
+    """The number of steps that reveal something."""
+    if not when.numel():
+        return 0                                         # a text without masks
+    return int(when.max()) + 1
+
+
 def sample_full(model, z, order, when, draw, watch=None):
     """sample with full attention: each step computes whole sequences, the last block only
     where tokens are revealed. z (B, L) is filled in place; order, when: see plan."""
@@ -347,26 +378,6 @@ def sample_full(model, z, order, when, draw, watch=None):
         if watch:
             watch(z.clone())
     return z
-
-
-class Span(typing.NamedTuple):
-    """Some slots of each text, side by side. Texts with fewer have gaps, of slot 0."""
-    slot: torch.Tensor           # (B, M)
-    valid: torch.Tensor          # (B, M) bool: False in the gaps
-
-
-def span(begin, end):
-    """The Span of slots begin[b] to end[b] - 1 of each text b. begin, end: (B,)."""
-    slot = begin[:, None] + torch.arange(int((end - begin).max()))
-    valid = slot < end[:, None]
-    return Span(slot.where(valid, 0), valid)
-
-
-def steps_of(when):
-    """The number of steps that reveal something."""
-    if not when.numel():
-        return 0                                         # a text without masks
-    return int(when.max()) + 1
 
 
 def without_masks(z, mask_id):
@@ -398,9 +409,10 @@ def blank_state(model, z):
 
 
 # ---- attention in the order of reveal: the same sampler with a KV cache, which is exact.
-# Here slots include the prompt, first, and a token is kept in the place of its slot. Of two
-# tokens revealed in one step the later in the order sees the earlier; when they were drawn,
-# as masks, neither saw the other. The model has two more functions, and a mask_id:
+# Skip this at a first reading; it needs cache.py, which has an example. Here slots include
+# the prompt, first, and a token is kept in the place of its slot. Of two tokens revealed in
+# one step the later in the order sees the earlier; when they were drawn, as masks, neither
+# saw the other. The model has two more functions, and a mask_id:
 #
 #     model.cache(B, L, spare=0)         an empty KV cache of L + spare places a text
 #     model.read(cache, Reading(...))    puts keys and values of some positions in their
@@ -413,9 +425,9 @@ def sample_cached(model, z, order, when, draw, watch=None):
     """sample with attention in the order of reveal: a step reads the tokens revealed in the
     one before, whose keys and values stay in the cache, and the masks revealed now. So each
     position is read at most twice, whatever the number of steps. z (B, L) is what to fill;
-    order, when: see plan. In the example there, step 0 reads the masks of slots 0 and 1
-    (unless the shortcut serves); step 1 reads the tokens of slots 0 and 1, and the masks of
-    2 and 3."""
+    order, when: see plan. In the example above plan, step 0 reads the masks of slots 0 and
+    1 (unless the shortcut serves); step 1 reads the tokens of slots 0 and 1, and the masks
+    of 2 and 3."""
     B, L = z.shape
     n = order.shape[1]                                               # masks of a text
     cache = model.cache(B, L)

@@ -1,14 +1,14 @@
 """Exact sampling: the distribution of one token at a time, in a handful of calls. And the
-same call on a given text: its exact likelihood.
+same call on a given text: its exact likelihood in a given order.
 
 For attention in the order of reveal, and for AR models, whose order is left to right. Slot
-i of a text is the i-th place in its order of reveal: see diffusion.py, which has all other
-samplers.
+i of a text is the i-th in its order of reveal, from 0, with the prompt in the first slots:
+see diffusion.py, which has all other samplers.
 
 The first `final` slots of a text keep their tokens, those from there to `guessed` - 1 hold
 guesses, the rest nothing yet. A call asks for the slots from `final` to `end` - 1; c is the
-first of them that changes. One call, shown left to right (a diffusion model's order is
-shuffled):
+first of them that changes (a first guess counts as a change). One call, shown left to right
+(a diffusion model's order is shuffled):
 
     slot       0     1     2     3     4     5     6
     old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
@@ -19,25 +19,29 @@ from "one day tom lost", 5 from "one day tom lost his". Each guess becomes a dra
 prediction, one that equals the guess as often as possible (couple); a slot without a guess
 becomes a plain draw. Slots 2 and 3 stayed, so slot 4 was predicted from tokens that stand:
 2, 3 and 4 are final. Slot 5 was predicted from "his", which is gone: "bag" is a guess. The
-cached keys are right up to slot 3: the next call reads from slot 4 on (unread = 4). In the
-first call there are no guesses, and only the first slot becomes final; in each call at
+cached keys are right for slots 0 to 3: the next call reads from slot 4 on (unread = 4). In
+the first call there are no guesses, and only the first slot becomes final; in each call at
 least one does. Once the early slots settle the story, most later guesses stay: then one
 call makes many final.
 
-Why one call predicts all these slots: with attention "reveal" a token sees itself and the
-tokens in the slots before it, a mask sees itself and the same tokens, and nothing sees
-another mask. So a mask asked at each slot gives that slot's prediction from just the tokens
-before it. (In AR the token in the slot before predicts it.)
+Why one call predicts all these slots: with attention "reveal" a mask sees itself and
+whatever tokens there are. The mask of slot s is shown (by its `limit`, see cache.Reading)
+only those in the slots before s, as if the later ones were still masked: what it would see
+with one token at a time. As no mask sees another, and no token a mask or a later token, one
+call can ask all slots. (In AR the token in the slot before predicts a slot.)
 
-Why it is exact: fix the random numbers that all calls use at the slots before a slot s. As
-no slot sees a later one, they alone decide the tokens there, the predictions p1, p2, ... at
-s, and the call K that makes s final: the first in which no slot before s changes. The
-random numbers at s are independent of all this. So after any call k the token that couple
-has put at s is a draw from pk; after call K it is one from pK, and pK was made from final
-tokens. (If s were final once its own guess stayed, K would depend on the token, and tokens
-likely in two predictions would come too often.)
+Why it is exact: take a slot s, and fix the random numbers of all calls at the slots before
+it. As no slot sees a later one, these decide, whatever is drawn at s: the tokens before s
+after each call; the calls that ask s, and their predictions p1, p2, ... there; and the call
+K that makes s final, the first in which no slot before s changes (then c >= s). The random
+numbers at s are independent of all that. The first draw at s is from p1, and couple turns a
+draw from p(k - 1) into one from pk. So in the end the token is a draw from pK, which was
+predicted from tokens that did not change in call K, and so are final. (If s were final once
+its own guess stayed, K would depend on the token, and tokens likely in two predictions
+would come too often.)
 
-Fixed points: arXiv 2002.03629; the coupling: 2211.17192.
+To predict all slots again until none changes is a fixed-point iteration, as in arXiv
+2002.03629; the coupling is from 2211.17192.
 """
 import typing
 
@@ -81,8 +85,9 @@ def couple_rows(p, q, guess, mask_id):
 def sample_exact_plain(predict, L, mask_id):
     """sample_exact as a plain loop: one text, left to right, all slots asked in each call,
     and no cache. predict(x (L,)) -> probabilities (L, V): row s for slot s, given x[:s],
-    the tokens before it; while x[:s] still holds a mask, any probabilities will do. Returns
-    ids (L,) and the number of calls."""
+    the tokens before it; while x[:s] still holds a mask, any probabilities will do: they
+    make a poor guess, drawn from a known q, which couple_rows corrects. Returns ids (L,)
+    and the number of calls."""
     x = torch.full((L,), mask_id)
     q = None                             # what the guesses were drawn from
     final, calls = 0, 0
@@ -149,10 +154,11 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     # guessed - 1 hold guesses, and the rest masks
     final = (x != mask_id).sum(1).cpu()
     guessed = final
-    # the first slot whose present token the cache lacks: at first -1, where AR has its
-    # start symbol (see ask_tokens); other models begin at slot 0
+    # the first slot whose present token the cache lacks: at first -1, as an AR model must
+    # also read its start symbol, before slot 0 (see ask_tokens); ask_masks takes it as 0
     unread = torch.full_like(final, -1)
-    cache = model.cache(B, L, spare=L)   # a place for each slot's token, one for its mask
+    # a place for each slot's token and one for its mask (which AR does not use)
+    cache = model.cache(B, L, spare=L)
     # what each slot's token was drawn from, (B, L, C): the head makes q of it
     states = None
     calls = torch.zeros(B, dtype=torch.long)                         # of each text
@@ -176,7 +182,8 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
         x[at] = couple(model, h, states[at], old[at], mask_id, adjust)
         states[at] = h
         # c (B,): the first slot that changed; a mask that became a guess counts. If none
-        # did, c is `end`, and that is L: until then `end` grows in every call, over masks
+        # did, c is `end`, and `end` is L: below L it grows in every call, so the last slots
+        # asked were masks, which always change
         changed = (x != old).cpu()
         c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
         final = (c + 1).minimum(end)
@@ -203,8 +210,8 @@ class Call(typing.NamedTuple):
 
 def how_to_ask(model, z, mask_id):
     """What differs between models in sample_exact: (ask_masks or ask_tokens, order (B, L)).
-    Raises ValueError for full attention, if an AR model's z has gaps, and otherwise if the
-    rows of z differ in their number of masks."""
+    Raises ValueError for full attention, if an AR model's z has gaps, and for attention
+    "reveal" if the rows of z differ in their number of masks."""
     B, L = z.shape
     if model.config.causal:
         if bool(((z[:, 1:] != mask_id) & (z[:, :-1] == mask_id)).any()):
@@ -268,7 +275,7 @@ def nll_in_order(model, x, mask_id, order=None, known=0):
     The same reading as in sample_exact, with the text itself as the guess: a mask at each
     slot says what the token costs given those before it. The mean over orders is at least
     -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
-    are drawn, and every token counts."""
+    are drawn, only the order is, and every token counts."""
     B, L = x.shape
     if order is None:                    # all are shuffled, as if all were masks
         order = random_order(torch.full_like(x, mask_id), mask_id)   # (B, L)
@@ -287,9 +294,10 @@ def nll_in_order(model, x, mask_id, order=None, known=0):
 
 
 def order_loss(model, x, mask_id, keep=None):
-    """What nelbo estimates, a scalar in nats per token of x (B, L), with much less noise:
-    all tokens of each text (but those to keep) are scored, in one random order of reveal.
-    For validation only, and attention "reveal": no gradient flows through it."""
+    """An estimate of what nelbo estimates, a scalar in nats per token of x (B, L), with
+    much less noise: only the order of reveal is random, and all tokens of each text (but
+    those to keep) are scored in it. For validation only, and attention "reveal": no
+    gradient flows through it."""
     if keep is None:
         return nll_in_order(model, x, mask_id).mean() / x.shape[1]
     # here the prompt is first in the order, and its `known` tokens are not counted

@@ -9,20 +9,22 @@ real one, a "mask" a position whose id is V.
 
 How it is asked:
 
-    h = model.hidden(ids)            states (B, L, C) of whole sequences
+    h = model.hidden(ids)            states (B, L, C) of whole sequences, before the last
+                                     norm, which the head applies
     h = model.hidden(ids, at)        only those at some positions, (B, M, C)
     logits = model.head(h)           (..., V)
     model.chunked_sum(h, cross_entropy, targets)     head and loss of h (N, C), summed
 
 `at`: a sampler often needs some positions only, say those that it reveals next. The last
-block then makes keys and values of all, but states only of these. (Earlier blocks make all,
-as later ones look at them.) x[at] picks them:
+block then makes queries, keys and values of all, but states only of these. (Earlier blocks
+make all, as later ones look at them.) x[at] picks them:
 
     at = torch.arange(B)[:, None], positions         # positions (B, M): x[at] is (B, M, C)
 
-All texts have the same M; a sampler ignores the states that it did not need. Only attention
-mixes positions. *Who sees whom* is therefore an argument of the block: a function
-attend(q, k, v), here see_sequence, in cache.py (AR sampling, KV caches) others.
+M is the most that a text needs; others fill up with any position, and the caller drops
+those states. Only attention mixes positions. *Who sees whom* is therefore an argument of
+the block: a function attend(q, k, v), here see_sequence, in cache.py (AR sampling, KV
+caches) others.
 """
 import functools
 import math
@@ -98,8 +100,8 @@ class Block(nn.Module):
         super().__init__()
         C = config.width
         self.heads = config.heads
-        # attention: queries, keys and values come from one product. (Linear and gelu
-        # compute what PyTorch's do, but compile to faster code: see data/fast.py)
+        # attention: queries, keys and values come from one product. (Linear, a subclass of
+        # PyTorch's, and gelu compute what those do, but compile to faster code)
         self.norm1 = nn.LayerNorm(C)
         self.qkv = Linear(C, 3 * C, bias=config.attention_bias)
         self.attn_out = Linear(C, C, bias=config.attention_bias)
@@ -112,8 +114,8 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, at=None):
         """x (..., C) -> the same shape (unless `at`). rope: the tables of rotate, or None.
         attend(q, k, v), each (..., H, D), returns attention's output, of the same shape.
-        at: given to the last block only, which then returns the states at x[at], and whose
-        attend, given `at`, too, the outputs there."""
+        at: given to the last block only, and handed on to attend: what both return is then
+        at those positions alone."""
         qkv = self.qkv(self.norm1(x))                                # (..., 3 C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, D) each
         if rope is not None:
@@ -130,11 +132,10 @@ class Block(nn.Module):
 # ---- who sees whom
 
 def see_sequence(q, k, v, sees=None, causal=False, at=None):
-    """Attention within sequences: q, k, v (B, L, H, D) -> the same shape, or with `at`, of
-    the M positions of each text that look, (B, M, H, D); below M is L without `at`. sees
-    (B, L, L) bool: sees[b, i, j]
-    says whether position i of text b sees j. Without it each position sees all, or, if
-    causal, those not later."""
+    """Attention within sequences: q, k, v (B, L, H, D) -> the same shape. With `at` only
+    the M queries of each text at those positions look: (B, M, H, D). (Without it M is L.)
+    sees (B, L, L) bool: sees[b, i, j] says whether position i of text b sees j. Without it
+    each position sees all, or, if causal, those not later."""
     if at is not None:
         q = q[at]                                                    # (B, M, H, D)
         if sees is not None:
@@ -172,9 +173,9 @@ class Transformer(nn.Module):
     from long texts; "learned" sees where a token stands; "both" is for data in which each
     row begins a text.
     attention: "full", all see all; "causal"; or "reveal": every position sees itself, a
-    revealed token also those revealed before it, a mask all revealed tokens, and nobody
-    another's mask. So what a revealed token sees never changes, nor do its keys and values
-    in any block: a KV cache of diffusion is exact."""
+    revealed token also those revealed before it, a mask all revealed tokens, and no
+    position sees a mask but its own. So what a revealed token sees never changes, nor do
+    its keys and values in any block: a KV cache of diffusion is exact."""
 
     def __init__(self, config):
         super().__init__()
@@ -189,7 +190,8 @@ class Transformer(nn.Module):
         # how it is run; not saved. bf16, True: the blocks' matrix products in bfloat16
         # (autocast); weights and the stream x stay float32
         self.bf16 = False
-        self.recompute = False           # True: run the blocks again in backward, see run
+        # recompute, True: gradient checkpointing: less memory, one more pass of each block
+        self.recompute = False
 
         # the tensors
         self.embed = nn.Embedding(config.vocab + 1, config.width)    # row V: mask or start
@@ -249,13 +251,13 @@ class Transformer(nn.Module):
         return x
 
     def hidden(self, idx, at=None, rank=None, pos=None):
-        """States of whole sequences: ids (B, L) in 0..V -> (B, L, C); with `at`, texts
-        (B, 1) and positions (B, M), only the states there, (B, M, C).
+        """States of whole sequences: ids (B, L) in 0..V -> (B, L, C); with `at`, two index
+        tensors, of texts (B, 1) and positions (B, M), only the states there, (B, M, C).
         rank (B, L): for attention "reveal" alone, when each token was revealed (only the
         order of the numbers counts, and at masks they do not). A training text was revealed
         in no order: without rank one is drawn at random, anew in every call.
-        pos: positions (L,) or (B, L), 0..L-1 unless given.
-        Raises ValueError for more tokens than the context, or `at` of a causal model."""
+        pos: positions (L,) or (B, L), 0..L-1 unless given (only tests do).
+        Raises ValueError for more positions than the context, or `at` of a causal model."""
         B, L = idx.shape
         if L > self.config.context:
             raise ValueError(f"{L} tokens, but the context is {self.config.context}")
@@ -279,8 +281,10 @@ class Transformer(nn.Module):
         h = self.norm(h.float()).to(self.lm_head.weight.dtype)
         return self.lm_head(h).float()
 
+    # all at once, for a few texts: in the losses and samplers V times as many numbers as
+    # tokens would be too many
     def forward(self, idx, rank=None):
-        """Logits (B, L, V) of ids (B, L)."""
+        """Logits (B, L, V) of ids (B, L). rank: see hidden."""
         return self.head(self.hidden(idx, rank=rank))
 
     def chunked_sum(self, h, f, *rows):
@@ -291,8 +295,7 @@ class Transformer(nn.Module):
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
         if not torch.is_grad_enabled():
-            # even under no_grad HeadSum is told that parameters need gradients, and would
-            # compute some that nobody uses
+            # HeadSum computes gradients in its forward, and would do so under no_grad, too
             W, b = W.detach(), b.detach()
         return HeadSum.apply(f, rows_at_a_time(len(W)), h, W, b, *rows)
 

@@ -25,8 +25,8 @@ from diffusion import (categorical, mask_rate, mask_share, nelbo, q_sample, reve
                        sample_t)
 from distill import divergence, sdtt_loss
 from model import PRESETS, ModelConfig, Transformer, shifted
-from tools.machine import (describe, fill_times, first_run, header, in_new_process,
-                           keep_blocks_below, limits, line, peak_bytes, seconds,
+from tools.machine import (OutOfMemory, describe, fill_times, header, in_new_process,
+                           keep_blocks_below, limits, line, peak_bytes, room_for, seconds,
                            training_flop, warn_of_emulation)
 from train import ar_loss
 
@@ -166,10 +166,13 @@ def measure(config, machine, device, preset, L, B):
         least = 0
         if form == "plain":              # eight float32 arrays (B, L, V)
             least = 8 * 4 * B * L * VOCAB
-        first = first_run(row, run, run, least, device)
-        if first is None:
+        try:
+            with room_for(least, device):
+                run()                    # warm up
+                time, row["peak_bytes"] = peak_bytes(lambda: seconds(run, device), device)
+        except OutOfMemory:
+            row["error"] = "does not fit in memory"
             continue
-        time, _ = first
         running.append((row, run, [time]))
         if device.type == "cpu":
             row["peak_bytes"] = in_new_process(peak_alone, (objective, form), *sizes)

@@ -19,7 +19,6 @@ from time import perf_counter
 import torch
 
 from cache import decode
-from data.cost import counted_calls
 
 
 def seconds(run, device):
@@ -134,25 +133,6 @@ def room_for(size, device):
         if "memory" not in str(e) + type(e).__name__:
             raise
         raise OutOfMemory from e
-
-
-def first_run(row, run, warm_up, least, device, count=None):
-    """Warm up, then run once, for which `least` bytes must be there. Returns the seconds of
-    that run and, of each call of the model `count` in it, the positions that it computed;
-    its peak_bytes go into the row. Where memory is short, returns None and the row says
-    so."""
-    counting = contextlib.nullcontext([])
-    if count is not None:
-        counting = counted_calls(count)
-    try:
-        with room_for(least, device), counting as calls:
-            warm_up()
-            calls.clear()
-            time, row["peak_bytes"] = peak_bytes(lambda: seconds(run, device), device)
-        return time, calls
-    except OutOfMemory:
-        row["error"] = "does not fit in memory"
-        return None
 
 
 def fill_times(row, times):

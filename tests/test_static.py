@@ -1,0 +1,88 @@
+"""Samplers of compiled steps of one shape draw the texts of diffusion.sample. The compiler's front
+end alone traces them here, which needs no C++ compiler; the arithmetic is PyTorch's own."""
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from diffusion import categorical, sample
+from tools import static
+from toy import network as model_of
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+
+
+def greedy(logits):
+    return logits.argmax(-1)
+
+
+@pytest.mark.parametrize("attention", ["full", "reveal"])
+@pytest.mark.parametrize("positions", ["rope", "both"])
+@pytest.mark.parametrize("B, L, steps", [(1, 12, 3), (3, 12, 5), (2, 7, 40), (2, 9, 1)])
+def test_texts_are_those_of_sample(attention, positions, B, L, steps):
+    """With the likeliest token drawn, from the same plans: as many masks in a step as there are, and
+    steps that reveal one at most. Large random weights, so no ties within float32's rounding; no
+    chance involved."""
+    model = model_of(attention=attention, positions=positions)
+    sampler = static.StaticSampler(model, B, L, steps, draw=greedy, backend="eager")
+    z = torch.full((B, L), model.mask_id)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        texts = sampler()
+        torch.manual_seed(seed)
+        assert torch.equal(texts, sample(model, z, steps, model.mask_id, draw=greedy))
+
+
+def test_tokens_are_drawn_as_by_categorical():
+    """The same numbers for the same seed, also where a token is unlikely. No chance involved."""
+    logits = torch.randn(2000, 7) * 5
+    torch.manual_seed(1)
+    drawn = static.draw(logits)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, categorical(logits)) and len(drawn.unique()) == 7
+
+
+@pytest.mark.parametrize("attention", ["full", "reveal"])
+def test_a_sampler_is_one_graph_that_is_compiled_once(attention):
+    """In 20 runs, whose plans differ. No chance involved: the seed is fixed."""
+    counter = CompileCounter()
+    model = model_of(attention=attention)
+    sampler = static.StaticSampler(model, 2, 12, 4, backend=counter)
+    texts = [sampler() for _ in range(20)]
+    assert counter.frame_count == 1
+    assert len({tuple(x.flatten().tolist()) for x in texts}) == 20
+
+
+@pytest.mark.parametrize("attention", ["full", "reveal"])
+def test_gaps_count_among_the_positions_of_a_call(attention):
+    """Full attention computes every position; the cached step M tokens and M masks of each text. No
+    chance involved."""
+    model = model_of(attention=attention)
+    sampler = static.StaticSampler(model, 2, 12, 4, draw=greedy, backend="eager")
+    sampler()
+    computed = 2 * 12 if attention == "full" else 2 * 2 * sampler.M
+    assert sampler.calls == [computed] * len(sampler.calls) and 2 <= len(sampler.calls) <= 4
+    assert sampler.M % static.GRAIN == 0 and sampler.M >= 3
+
+
+def test_more_reveals_than_planned_for_are_possible():
+    """A plan in which a step reveals more than in all plans before. No chance involved."""
+    model = model_of(attention="reveal")
+    sampler = static.StaticSampler(model, 2, 12, 4, draw=greedy, backend="eager")
+    sampler.M = 1
+    torch.manual_seed(3)
+    texts = sampler()
+    torch.manual_seed(3)
+    z = torch.full((2, 12), model.mask_id)
+    assert torch.equal(texts, sample(model, z, 4, model.mask_id, draw=greedy))
+
+
+def test_predictions_that_are_no_numbers_are_refused():
+    """As in sample. No chance involved."""
+    model = model_of(attention="full")
+    model.lm_head.bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        static.StaticSampler(model, 1, 8, 2, backend="eager")()

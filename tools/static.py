@@ -1,0 +1,178 @@
+"""Diffusion samplers whose every step is one compiled call, and always of one shape.
+
+diffusion.sample computes just the positions that a step needs, a number that differs from
+step to step; what is around the blocks is plain PyTorch. For few and short texts most of
+its time goes into starting operations. Here, instead, a step reads M places in each text,
+M being the most that any text reveals in one step; those with fewer fill up with a spare
+position behind the text. So the whole step (blocks, head, draw, what is drawn into the
+text) has one shape and is compiled as one piece, as AR's is. The law is the same; the
+padding is wasted work, so that for many positions diffusion.sample is faster.
+
+bench.py times this in place of diffusion.sample where pays_for says so.
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from data.devices import upload
+from diffusion import draw_from, plan, prompt_first, span, steps_of, without_masks
+
+FEW = 512                # positions of all texts, up to which this is faster on a CPU
+GRAIN = 4                # M is a multiple of this
+PLANS = 64               # plans that are drawn to find M
+
+
+def pays_for(B, L):
+    """Whether B texts of L tokens are few enough for padding to be worth its work."""
+    return B * L <= FEW
+
+
+def draw(logits):
+    """diffusion.categorical, without what a compiler cannot see through: logits (..., V) ->
+    ids (...)."""
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    return draw_from(weights.double())
+
+
+# ---- one step, of full attention and with a KV cache. z (B, L + 1): ids, the last column
+# is the spare one. Everything is written in place
+
+def full_step(model, z, pos, draw):
+    """Reveal positions pos (B, M); L in the gaps."""
+    text = torch.arange(len(z), device=z.device)[:, None]            # (B, 1)
+    L = z.shape[1] - 1
+    # a gap looks at the last token, and what it says goes into the spare column
+    h = model.hidden(z[:, :L], at=(text, pos.clamp(max=L - 1)))      # (B, M, C)
+    z.scatter_(1, pos, draw(model.head(h)))
+
+
+def cached_step(model, z, cache, pos, place, limit, draw):
+    """Read the tokens at the first half of pos (B, 2 M), which the step before revealed,
+    and reveal the positions of the second half. place, limit (B, 2 M): see cache.Reading;
+    the gaps have the spare place L."""
+    M = pos.shape[1] // 2
+    L = z.shape[1] - 1
+    idx = z.gather(1, pos)
+    idx[:, M:] = model.mask_id
+    # who sees whom
+    places = torch.arange(cache.places, device=z.device)
+    sees = (places < limit[..., None]) | (places == place[..., None])    # (B, 2 M, L + 1)
+    attends = []
+    for keys, values in zip(cache.k, cache.v):
+        attends.append(functools.partial(see_places, keys=keys, values=values, place=place,
+                                         sees=sees))
+    # the states of the masks alone
+    at = slice(None), slice(M, None)
+    h = model.run(idx, pos.clamp(max=L - 1), attends, at)            # (B, M, C)
+    z.scatter_(1, pos[:, M:], draw(model.head(h)))
+
+
+def see_places(q, k, v, keys, values, place, sees, at=None):
+    """cache.see_cache without gaps: q, k, v (B, W, H, D), place (B, W), sees (B, W, S) ->
+    (B, W, H, D), or those at `at`."""
+    where = place[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
+    keys.scatter_(2, where, k.transpose(1, 2))                       # (B, H, S, D)
+    values.scatter_(2, where, v.transpose(1, 2))
+    if at is not None:
+        q, sees = q[at], sees[at]
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, sees[:, None])
+    return y.transpose(1, 2)
+
+
+# ---- the samplers
+
+class StaticSampler:
+    """diffusion.sample for B texts of L masks, as a function without arguments. calls: of
+    its last run, how many positions each call computed, the gaps included."""
+
+    def __init__(self, model, B, L, steps, draw=draw, backend="inductor"):
+        device = model.embed.weight.device
+        self.model, self.steps, self.draw = model, steps, draw
+        self.blank = torch.full((B, L), model.mask_id)               # on the CPU
+        self.z = torch.full((B, L + 1), model.mask_id, device=device)
+        self.M = self.most()
+        self.calls = []
+        self.cache = None
+        step = full_step
+        if model.config.attention == "reveal":
+            self.cache = model.cache(B, L, spare=1)
+            step = cached_step
+            # CUDA graphs need them at fixed addresses
+            for stored in self.cache.k + self.cache.v:
+                torch._dynamo.mark_static_address(stored)
+        torch._dynamo.mark_static_address(self.z)
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        self.step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode,
+                                  backend=backend)
+
+    def most(self):
+        """M: the most positions that a text reveals in one step, in PLANS plans."""
+        most = 0
+        with torch.random.fork_rng(devices=[]):
+            for _ in range(PLANS):
+                _, when = plan(self.blank, self.steps, self.model.mask_id)
+                most = max(most, largest(when))
+        return -(-most // GRAIN) * GRAIN                             # rounded up
+
+    @torch.no_grad()
+    def __call__(self):
+        order, when = plan(self.blank, self.steps, self.model.mask_id)
+        M = max(self.M, largest(when))   # more than ever before: compiled anew
+        self.z.fill_(self.model.mask_id)
+        self.calls.clear()
+        if self.cache is None:
+            self.run_full(order, when, M)
+        else:
+            self.run_cached(order, when, M)
+        return without_masks(self.z[:, :-1].clone(), self.model.mask_id)
+
+    def run_full(self, order, when, M):
+        """Fill self.z by the plan of reveals, M at most in a step."""
+        B, L = order.shape
+        all_pos = []
+        for i in range(steps_of(when)):
+            slots = padded(span((when < i).sum(1), (when <= i).sum(1)), M, L)
+            all_pos.append(with_spare(order).gather(1, slots))       # (B, M)
+        for pos in upload(torch.stack(all_pos), self.z.device):
+            self.step(self.model, self.z, pos, self.draw)
+            self.calls.append(B * L)
+
+    def run_cached(self, order, when, M):
+        """run_full for attention in the order of reveal."""
+        B, L = order.shape
+        order = prompt_first(order, L)   # nothing is given, but this draws as sample does
+        everything = []
+        cached = torch.zeros(B, dtype=torch.long)
+        for i in range(steps_of(when)):
+            known, end = (when < i).sum(1), (when <= i).sum(1)       # (B,)
+            tokens = padded(span(cached, known), M, L)
+            masks = padded(span(known, end), M, L)
+            place = torch.cat((tokens, masks), 1)                    # (B, 2 M)
+            pos = with_spare(order).gather(1, place)
+            # a token sees the places before its own, a mask all tokens
+            limit = torch.cat((tokens, known[:, None].expand(B, M)), 1)
+            everything.append(torch.stack((pos, place, limit)))
+            cached = known
+        for pos, place, limit in upload(torch.stack(everything), self.z.device):
+            self.step(self.model, self.z, self.cache, pos, place, limit, self.draw)
+            self.calls.append(pos.numel())
+
+
+def largest(when):
+    """The most positions that a text reveals in one step; when: see diffusion.plan."""
+    most = 0
+    for i in range(steps_of(when)):
+        most = max(most, int((when == i).sum(1).max()))
+    return most
+
+
+def padded(slots, M, spare):
+    """The slots of a Span, (B, M), with `spare` in the gaps."""
+    slot = slots.slot.masked_fill(~slots.valid, spare)
+    return F.pad(slot, (0, M - slot.shape[1]), value=spare)
+
+
+def with_spare(order):
+    """order (B, L) with the spare position L behind it: (B, L + 1)."""
+    return F.pad(order, (0, 1), value=order.shape[1])
