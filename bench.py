@@ -11,8 +11,8 @@ depends on what a model has learned.
 Five engines, each as fast as this code can be:
 
     ar                 with a static KV cache and a compiled decoding step
-    diffusion          full attention; for few and short texts whole steps are compiled (see
-                       tools/static.py), else diffusion.py's sampler with compiled blocks
+    diffusion          full attention; where there is little to compute whole steps are
+                       compiled (tools/static.py), else diffusion.py's sampler's blocks
     diffusion-kv       the same with attention in the order of reveal, and its KV cache
     ar-exact, diffusion-exact      the distribution of one token at a time, in few calls;
                        diffusion's blocks are compiled
@@ -40,9 +40,8 @@ diffusion-naive there is only one), and the median is shown. What the columns sa
 
 Large models can come near those limits if AR has few texts, and diffusion many positions a
 call. There a low roofline says that the code is slow, and to beat such an engine proves
-little. A model as small as nano never does: its time goes into starting many small
-operations, so its "vs AR" says nothing about larger ones. Part of a table (nano, two
-cores):
+little. nano stays far below both limits: its time goes into starting many small operations,
+so its "vs AR" does not carry over to larger models. Part of a table (nano, two cores):
 
     engine        model     steps batch length seconds vs AR roofline nfe reads gen_ppl
     ar            ar                  1     50   0.045  1.00      16%  50   1.0    1.39
@@ -103,7 +102,7 @@ def only_masks(model, B, L):
 
 def diffusion_engine(model, B, L, steps, decode_step):
     """Diffusion in steps, with the KV cache where the model has one."""
-    if decode_step is not decode and pays_for(B, L):     # compiled; few positions
+    if decode_step is not decode and pays_for(model, B, L):      # compiled; little work
         return StaticSampler(model, B, L, steps)         # the same law
     z = only_masks(model, B, L)          # sample fills a copy
     return lambda: sample(model, z, steps, model.mask_id)
@@ -217,6 +216,8 @@ def measure(config, group, B, device, machines):
     # which is slower. (A batch of 1, such as the first step's one text for all, it always
     # compiles on its own. Attention "reveal" is compiled for any size from the start)
     torch.compiler.reset()
+    # models, dtypes and shapes share one function's compiled forms: 8 may be too few
+    torch._dynamo.config.recompile_limit = 64
     decode_step = decode                                             # plain PyTorch
     if config.compile:
         decode_step = compiled_decode(device, B)
@@ -243,25 +244,25 @@ def begin(row, model, decode_step, device):
     """Warm up, then run once; returns a Timing, or None where the row does not fit in
     memory."""
     engine, B, L, steps = ENGINES[row["engine"]], row["batch"], row["length"], row["steps"]
-    run = engine.make(model, B, L, steps, decode_step)
-    warm_up = run                        # a whole run, which compiles what it meets
-    counting = counted_calls(model) if engine.counted else contextlib.nullcontext()
-    if isinstance(run, StaticSampler):   # which lists the positions of its calls itself
-        counting = contextlib.nullcontext(run.calls)
-    if engine.varying or isinstance(run, StaticSampler):
-        # a timed run may meet a shape that warm_up did not. It then computes that
-        # uncompiled, which is slower; but no compiling is timed
-        run = with_stance("eager_on_recompile", run)
-    elif engine.in_steps:
-        # two steps meet all shapes that are compiled: the first computes one text for all
-        # (see diffusion.blank_states), the others compute whole texts
-        warm_up = engine.make(model, B, L, min(2, steps), decode_step)
-
     model_config = model.config
     if engine.models == "transformers":  # whose config is that package's
         model_config = model.shape
     try:
         with room_for(least_memory(row, model_config), device):      # bytes
+            run = engine.make(model, B, L, steps, decode_step)
+            warm_up = run                # a whole run, which compiles what it meets
+            counting = counted_calls(model) if engine.counted else contextlib.nullcontext()
+            static = isinstance(run, StaticSampler)
+            if static:                   # it lists the positions of its calls itself
+                counting = contextlib.nullcontext(run.calls)
+            if engine.varying or static:
+                # a timed run may meet a shape that warm_up did not. It then computes that
+                # uncompiled, which is slower; but no compiling is timed
+                run = with_stance("eager_on_recompile", run)
+            elif engine.in_steps:
+                # two steps meet all shapes that are compiled: the first computes one text
+                # for all (see diffusion.blank_states), the others compute whole texts
+                warm_up = engine.make(model, B, L, min(2, steps), decode_step)
             warm_up()
             # the clock; and a list of the positions that each call of the network computed.
             # (Other runs may take a few calls more or fewer: nfe and reads are of this one)

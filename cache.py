@@ -19,10 +19,10 @@ reveal, from 0, which diffusion.py calls its slot. Masks borrow places, see Read
 
 Shapes: B texts, L positions, V tokens, C width, H heads, D = C / H; S places of each text's
 cache, of which attention is given the first `extent` (and `sees` says which of those each
-position looks at); M positions of each text that a call reads, N of all texts together, n
-of them wanted (a caller, who sees only these, calls their number N). A "model" is
-model.py's Transformer: its `run` takes who sees whom as a function for each block, here
-see_cache or see_step.
+position looks at); M positions of each text that a call reads, N of all texts together, of
+which n need states (diffusion.py and exact.py, which get only those, call them N). A
+"model" is model.py's Transformer: its `run` takes who sees whom as a function for each
+block, here see_cache or see_step.
 """
 import functools
 import typing
@@ -212,16 +212,21 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     out[:, 1:P + 1] = prompt
     cache = cache or model.cache(B, length)
 
-    # prefill: the start symbol and the prompt, all texts at once
-    place = torch.arange(P + 1).expand(B, -1)                        # (B, P + 1)
-    new = Reading(idx=out[:, :P + 1], pos=place, place=place, limit=place,
-                  valid=torch.ones_like(place, dtype=torch.bool), wanted_from=P)
-    h = model.read(cache, new)                                       # (B, C), of the last
-    logits = model.head(h)                                           # (B, V)
-
-    # one token a step. (Its place is a tensor, as for an int a compiled step would be
-    # compiled anew; `extent` is an int, as it is a shape)
+    # (a place is a tensor below, as for an int a compiled step would be compiled anew;
+    # `extent` is an int, as it is a shape)
     places = torch.arange(length, device=device)
+    if P == 0:
+        # the start symbol, like any other token
+        logits = step(model, out[:, 0], places[:1], cache, min(length, grain))
+    else:
+        # prefill: the start symbol and the prompt, of all texts, in one call
+        place = torch.arange(P + 1).expand(B, -1)                    # (B, P + 1)
+        new = Reading(idx=out[:, :P + 1], pos=place, place=place, limit=place,
+                      valid=torch.ones_like(place, dtype=torch.bool), wanted_from=P)
+        h = model.read(cache, new)                                   # (B, C), of the last
+        logits = model.head(h)                                       # (B, V)
+
+    # one token a step
     for i in range(P + 1, length + 1):
         out[:, i] = draw(logits)
         if i < length:                   # nothing follows the last token

@@ -173,15 +173,17 @@ def categorical(logits, dtype=torch.float64):
     return draw_from(weights).to(logits.device)
 
 
-def draw_from(weights):
+def draw_from(weights, u=None):
     """One draw per row of weights (..., V), at least 0 and of any sum: ids (...), V where
-    the sum is not finite. In place: the weights are lost."""
+    the sum is not finite. In place: the weights are lost. u (..., 1): uniform random
+    numbers, drawn here unless given."""
     V = weights.shape[-1]
     cdf = weights.cumsum_(-1)                                        # (..., V)
     total = cdf[..., -1:]                                            # (..., 1)
-    # the first entry above a uniform draw
-    u = torch.rand(total.shape, dtype=cdf.dtype, device=cdf.device) * total
-    ids = torch.searchsorted(cdf, u, right=True)[..., 0]             # (...)
+    if u is None:
+        u = torch.rand(total.shape, dtype=cdf.dtype, device=cdf.device)
+    # the first entry above u, a share of the total
+    ids = torch.searchsorted(cdf, u * total, right=True)[..., 0]     # (...)
     ids = ids.clamp(max=V - 1)           # a safeguard, should rounding take u up to total
     return torch.where(total[..., 0].isfinite(), ids, V)
 
@@ -415,11 +417,11 @@ def blank_state(model, z):
 # saw the other. The model has two more functions, and a mask_id:
 #
 #     model.cache(B, L, spare=0)         an empty KV cache of L + spare places a text
-#     model.read(cache, Reading(...))    puts keys and values of some positions in their
-#                                        places; then each sees the places before its limit,
-#                                        and its own: the states (N, C) of those that are
-#                                        valid, from column wanted_from on, text by text,
-#                                        which is the order of `listed`
+#     model.read(cache, Reading(...))    stores keys and values of some positions, each in
+#                                        its place; then each sees the places before its
+#                                        limit, and its own. Returns the states (N, C) of
+#                                        the valid positions from column wanted_from on,
+#                                        text by text, as `listed` lists them
 
 def sample_cached(model, z, order, when, draw, watch=None):
     """sample with attention in the order of reveal: a step reads the tokens revealed in the

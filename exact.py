@@ -31,14 +31,14 @@ with one token at a time. As no mask sees another, and no token a mask or a late
 call can ask all slots. (In AR the token in the slot before predicts a slot.)
 
 Why it is exact: take a slot s, and fix the random numbers of all calls at the slots before
-it. As no slot sees a later one, these decide, whatever is drawn at s: the tokens before s
-after each call; the calls that ask s, and their predictions p1, p2, ... there; and the call
-K that makes s final, the first in which no slot before s changes (then c >= s). The random
-numbers at s are independent of all that. The first draw at s is from p1, and couple turns a
-draw from p(k - 1) into one from pk. So in the end the token is a draw from pK, which was
-predicted from tokens that did not change in call K, and so are final. (If s were final once
-its own guess stayed, K would depend on the token, and tokens likely in two predictions
-would come too often.)
+it. No slot sees a later one. So these numbers alone fix three things, whatever is drawn at
+s: the tokens before s after each call; which calls ask s, and their predictions p1, p2, ...
+there; and K, the first of these calls in which no slot before s changes (then c >= s: K
+makes s final). The random numbers at s are independent of all that. The first draw at s is
+from p1, and couple turns a draw from p(k - 1) into one from pk. So in the end the token is
+a draw from pK, which was predicted from tokens that did not change in call K, and so are
+final. (If s were final once its own guess stayed, K would depend on the token, and tokens
+likely in two predictions would come too often.)
 
 To predict all slots again until none changes is a fixed-point iteration, as in arXiv
 2002.03629; the coupling is from 2211.17192.

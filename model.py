@@ -294,9 +294,10 @@ class Transformer(nn.Module):
         CHUNK logits; f maps a chunk's logits (n, V) and rows (n, ...) to (n,)."""
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
+        # HeadSum: f(F.linear(h, W, b), *rows).sum(), by chunks, of which it computes the
+        # gradients, too, in its forward, so that no logits are kept
         if not torch.is_grad_enabled():
-            # HeadSum computes gradients in its forward, and would do so under no_grad, too
-            W, b = W.detach(), b.detach()
+            W, b = W.detach(), b.detach()        # or it would compute some in vain
         return HeadSum.apply(f, rows_at_a_time(len(W)), h, W, b, *rows)
 
     # ---- with a KV cache (cache.py); SDTT needs none, so skip it at a first reading

@@ -2,7 +2,7 @@
 
     python sample.py             # watch the student in weights/ write a story in 8 steps
     python sample.py out/stories-nano/round7.pt --steps 8 --num_samples 4
-    python sample.py out/stories-nano/round7.pt --prompt "one sunny day tom went to"
+    python sample.py out/stories-nano/round7.pt --steps 8 --prompt "one sunny day tom"
     python sample.py out/stories-nano/teacher.pt --infill "one sunny day _ went to the _ ."
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
     python sample.py out/stories-nano-reveal/teacher.pt --steps exact

@@ -140,8 +140,8 @@ class TrainConfig(LoopConfig):
 #           (its averaged copy, in eval mode) and .optimizers; .content, what else the file
 #           says; .micro, see micro_batches; .updates_before, updates of ema in earlier
 #           rounds, 0 in train.py
-# loss      f(model, x, keep=keep) -> scalar, a mean in nats per token (in distill.py per
-#           masked token). It draws its own noise: t and the masks
+# loss      f(model, x, keep=keep) -> scalar, a mean over tokens (in distill.py over masked
+#           ones), in nats but for tvd and mse. It draws its own noise: t and the masks
 # data      the dataset: data.batch draws x and keep; data.texts: each row begins a text
 # x         a batch of clean tokens (B, L)
 # keep      bool (B, L): True for a prompt's tokens, which are never masked and have no
@@ -289,9 +289,10 @@ def fit(config, procs, data, run, loss, val_loss=None):
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
-            # validation: 4 batches for the log, else 1 before a save: guard.check_losses
-            # ran before this step, so only here can a NaN show that the step itself made.
-            # (All processes get the same value, and so stop together)
+            # validation: 4 batches for a log line, 1 before a save. guard.check_losses
+            # looked before this step was taken; should the step make the weights NaN, only
+            # this loss shows it, before they are saved. (All processes get the same value,
+            # and so stop together)
             if log_now or save_now:
                 batches = 4 if log_now else 1
                 value = validate(run.ema, val_loss or loss, data, config, batches)

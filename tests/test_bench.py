@@ -3,6 +3,7 @@ That something is fast is not tested: see results/.
 """
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import distill
 from cache import decode
-from data import checkpoints
+from data import checkpoints, measures
 from diffusion import sample
 from helpers import call, refused, start_server
 from model import PRESETS, ModelConfig, Transformer
 from toy import ancestral_law, chi_square, count, exact_model, joint
-from tools import bench_setup, bench_train, crossover, machine
+from tools import bench_setup, bench_train, crossover, machine, static
 from tools.joint import sample_joint
 
 LIMIT = 1e-6                     # a chi-square test fails below this chance
@@ -119,13 +120,14 @@ def test_operations_of_diffusion_are_those_that_pytorch_counts(B, steps):
     step's one position has less to attend to. In a batch within 10 %: where others open more, the
     last block is computed at a few positions in vain. No false alarm."""
     model, calls = model_of(vocab=300, width=64), []
-    model.embed.register_forward_hook(lambda *_: calls.append(1))
+    model.embed.register_forward_hook(lambda _, ids, out: calls.append(ids[0].numel()))
     for name, run in (("diffusion", sample), ("diffusion-naive", sample_joint)):
         calls.clear()
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             with FlopCounterMode(display=False) as counter:
                 run(model, torch.full((B, 16), 300), steps, 300)
-        row = dict(engine=name, batch=B, length=16, nfe=len(calls), seconds=2.0)
+        row = dict(engine=name, batch=B, length=16, nfe=len(calls), seconds=2.0,
+                   reads=sum(calls) / (B * 16))
         share = machine.roofline(row, model.config, {"flop_per_s": 1e9})
         assert share * 2e9 == pytest.approx(counter.get_total_flops(),
                                               rel=0.02 if B == 1 else 0.1)
@@ -250,9 +252,9 @@ def folder(tmp_path, monkeypatch, small_nano):
     return tmp_path / "out" / "tiny"
 
 
-def save(path, vocab, names=("ar", "teacher", "round1", "round2")):
+def save(path, vocab, names=("ar", "teacher", "round1", "round2"), attention="full"):
     for name in names:
-        model = model_of(vocab=vocab, attention="causal" if name == "ar" else "full")
+        model = model_of(vocab=vocab, attention="causal" if name == "ar" else attention)
         checkpoints.save_checkpoint(
             path / f"{name}.pt", kind={"ar": "ar", "teacher": "mdlm"}.get(name, "sdtt"),
             model_config=dataclasses.asdict(model.config), model=model.state_dict(),
@@ -320,6 +322,33 @@ def test_one_dtype_may_be_chosen_where_both_would_be_timed(folder, monkeypatch):
          "--json", "rows.json", "--dtype", "float32", "float32")
     rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
     assert [r["dtype"] for r in rows] == ["float32"]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_little_work_is_compiled_as_whole_steps(folder, monkeypatch):
+    """Rows of both engines and dtypes: their calls are counted with the gaps, and quality is judged
+    in float32 in any of them. No chance involved."""
+    save(folder, 29, ("round3",), attention="reveal")
+    judged = []
+    monkeypatch.setattr(bench_setup, "make_judge", lambda judge: judged.append(
+        {p.dtype for p in judge.parameters()}) or measures.make_judge(judge))
+    call(bench, "--batch", 2, "--steps", 4, "--samples", 4, "--repeats", 2, "--json", "rows.json",
+         "--checkpoint", *[folder / f"{name}.pt" for name in ("ar", "teacher", "round3")],
+         "--engine", "ar", "diffusion", "diffusion-kv", "--dtype", "bfloat16")
+    rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
+    of = {row["engine"]: row for row in rows}
+    assert of["diffusion"]["reads"] == of["diffusion"]["nfe"] <= 4
+    assert of["diffusion-kv"]["reads"] > 2               # twice, and gaps
+    assert set.union(*judged) == {torch.float32}
+
+
+def test_more_work_is_left_to_the_plain_sampler():
+    """nano's 8 texts of 50 tokens are compiled as whole steps, 16 and small's one text not. No
+    chance involved."""
+    sizes = dict(vocab=104, width=128, layers=3, heads=4)
+    nano = model_of(**sizes)
+    assert static.pays_for(nano, 8, 50) and not static.pays_for(nano, 16, 50)
+    assert not static.pays_for(model_of(**(sizes | dict(width=768, heads=12, layers=12))), 1, 50)
 
 
 def test_exact_engines_count_their_calls(folder, monkeypatch):

@@ -1,5 +1,8 @@
 """Samplers of compiled steps of one shape draw the texts of diffusion.sample. The compiler's front
 end alone traces them here, which needs no C++ compiler; the arithmetic is PyTorch's own."""
+import math
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -15,7 +18,7 @@ def fixed_seed():
     torch.compiler.reset()
 
 
-def greedy(logits):
+def greedy(logits, u=None):
     return logits.argmax(-1)
 
 
@@ -37,12 +40,22 @@ def test_texts_are_those_of_sample(attention, positions, B, L, steps):
 
 
 def test_tokens_are_drawn_as_by_categorical():
-    """The same numbers for the same seed, also where a token is unlikely. No chance involved."""
+    """The same numbers for the same seed, compiled, too: in float64, where the compiler's own random
+    numbers would be float32's, in which no token below 6e-8 is drawn at the upper end. So here the
+    random numbers are that close to 1. No chance involved."""
     logits = torch.randn(2000, 7) * 5
     torch.manual_seed(1)
-    drawn = static.draw(logits)
+    u = torch.rand((2000, 1), dtype=torch.float64)
     torch.manual_seed(1)
+    drawn = static.draw(logits, u)
     assert torch.equal(drawn, categorical(logits)) and len(drawn.unique()) == 7
+    # 1e-9 of token 1, drawn where u is above 1 - 1e-9
+    rare = torch.tensor([[0.0, math.log(1e-9)]])
+    for below_1, token in ((2e-9, 0), (5e-10, 1)):
+        u = torch.tensor([[1 - below_1]], dtype=torch.float64)
+        assert static.draw(rare, u).item() == token
+        if shutil.which("g++"):
+            assert torch.compile(static.draw)(rare, u).item() == token
 
 
 @pytest.mark.parametrize("attention", ["full", "reveal"])

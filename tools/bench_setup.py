@@ -1,5 +1,6 @@
 """What bench.py compares: its flags, what they are where they are not given; models,
 trained or random; the rows of its table, before they are measured; how good texts are."""
+import copy
 import itertools
 import shutil
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ class BenchConfig:
         "bfloat16]", choices=["float32", "bfloat16"])
     threads: int | None = flag(None, "CPU threads [PyTorch's choice]", low=1)
     compile: bool | None = flag(
-        None, "torch.compile for AR's decoding step and diffusion's blocks [where there is "
-        "a C++ compiler]")
+        None, "torch.compile for AR's decoding step and diffusion's blocks or whole steps "
+        "[where there is a C++ compiler]")
     json: str | None = flag(None, "file for the rows")
     plot: str | None = flag(None, "picture of perplexity against latency (needs "
                                   "matplotlib)")
@@ -182,6 +183,9 @@ def checkpoints(config, device, dtype):
 
     found = {attention: {} for attention in CHOICES["attention"]}
     for label, model in models.items():
+        if model.config.causal and "judge" not in found:
+            # the first AR model, in float32 whatever is timed
+            found["judge"] = {label: copy.deepcopy(model).to(device).eval()}
         prepare(model, dtype, config.compile, device)
         found[model.config.attention][label] = model
     return found
@@ -234,7 +238,7 @@ def fill_quality(config, group, models, known, engines):
     """Perplexity and entropies of the texts that each row's engine writes, into the rows.
     The folder's AR model, if there is one, is the judge. known: what is measured already;
     at another batch size it is the same."""
-    judges = models[config.dtype[0]]["causal"]           # {label: model}
+    judges = models[config.dtype[0]].get("judge")        # {label: model}
     if not judges:
         return
     judge = next(iter(judges.values()))

@@ -308,11 +308,10 @@ def sampler_flop(row, config):
         # each position twice, half the others seen; as a token it needs no last MLP
         twice = 2 * layers * (24 * C * C + 2 * L * C)
         return B * L * (twice - 18 * C * C + head)
-    # the first step computes one row for all, or, with relative positions, one position
-    if config.positions == "rope":
-        tokens, once = (nfe - 1) * B * L + 1, B * L * (1 - 1 / nfe)
-    else:
-        tokens, once = (nfe - 1) * B * L + L, B * L
+    # the first step may compute one text for all, or one position: then reads has less
+    tokens, once = row["reads"] * B * L, B * L
+    if config.positions == "rope" and row["reads"] < nfe:
+        once = B * L * (1 - 1 / nfe)
     # the last block: its projections everywhere, all else once per position
     everywhere = tokens * ((layers - 1) * block + 6 * C * C)
     return everywhere + once * (18 * C * C + 4 * L * C) + B * L * head

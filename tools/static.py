@@ -1,56 +1,65 @@
 """Diffusion samplers whose every step is one compiled call, and always of one shape.
 
 diffusion.sample computes just the positions that a step needs, a number that differs from
-step to step; what is around the blocks is plain PyTorch. For few and short texts most of
-its time goes into starting operations. Here, instead, a step reads M places in each text,
-M being the most that any text reveals in one step; those with fewer fill up with a spare
-position behind the text. So the whole step (blocks, head, draw, what is drawn into the
-text) has one shape and is compiled as one piece, as AR's is. The law is the same; the
-padding is wasted work, so that for many positions diffusion.sample is faster.
+step to step; what is around the blocks is plain PyTorch. For few and short texts and a
+small model most of its time goes into starting operations. Here, instead, a step has M
+places in each text, about the most that any text reveals in one step (see `most`); the rest
+of them are gaps, which point to a spare position behind the text, where nothing is ever
+read for the result. So the whole step (blocks, head, draw, writing into the text) has one
+shape and is compiled as one piece. The law is that of diffusion.sample; the gaps are wasted
+work, so that for many positions diffusion.sample is faster.
 
-bench.py times this in place of diffusion.sample where pays_for says so.
+bench.py times this in place of diffusion.sample where pays_for says so. Slots, order and
+when: see diffusion.plan.
 """
 import functools
 
 import torch
 import torch.nn.functional as F
 
-from data.devices import upload
+from data.devices import float64_device, upload
 from diffusion import draw_from, plan, prompt_first, span, steps_of, without_masks
 
-FEW = 512                # positions of all texts, up to which this is faster on a CPU
+# multiplications of a call, up to which this is faster on two CPU cores: measured with nano
+# at 50 tokens, where 8 texts gain and 16 lose
+FEW = 3e8
 GRAIN = 4                # M is a multiple of this
-PLANS = 64               # plans that are drawn to find M
+PLANS = 64               # trial plans that are drawn to find M
 
 
-def pays_for(B, L):
-    """Whether B texts of L tokens are few enough for padding to be worth its work."""
-    return B * L <= FEW
+def pays_for(model, B, L):
+    """Whether B texts of L tokens are little enough work for gaps not to matter; and the
+    device has float64, which `draw` needs there."""
+    device, config = model.embed.weight.device, model.config
+    weights = 12 * config.layers * config.width ** 2     # of the blocks
+    return B * L * weights <= FEW and float64_device(device) == device
 
 
-def draw(logits):
-    """diffusion.categorical, without what a compiler cannot see through: logits (..., V) ->
-    ids (...)."""
+def draw(logits, u):
+    """diffusion.categorical in a form that compiles: logits (..., V) -> ids (...). u (...,
+    1): uniform random numbers in float64. (Compiled code would draw them itself in float32,
+    whatever it is asked for, and unlikely tokens would be too rare.)"""
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    return draw_from(weights.double())
+    return draw_from(weights.double(), u)
 
 
 # ---- one step, of full attention and with a KV cache. z (B, L + 1): ids, the last column
 # is the spare one. Everything is written in place
 
-def full_step(model, z, pos, draw):
-    """Reveal positions pos (B, M); L in the gaps."""
+def full_step(model, z, pos, u, draw):
+    """Reveal positions pos (B, M), L in the gaps, by random numbers u (B, M, 1)."""
     text = torch.arange(len(z), device=z.device)[:, None]            # (B, 1)
     L = z.shape[1] - 1
-    # a gap looks at the last token, and what it says goes into the spare column
+    # a gap asks for the last position, and its draw goes into the spare column
     h = model.hidden(z[:, :L], at=(text, pos.clamp(max=L - 1)))      # (B, M, C)
-    z.scatter_(1, pos, draw(model.head(h)))
+    z.scatter_(1, pos, draw(model.head(h), u))
 
 
-def cached_step(model, z, cache, pos, place, limit, draw):
+def cached_step(model, z, cache, pos, place, limit, u, draw):
     """Read the tokens at the first half of pos (B, 2 M), which the step before revealed,
-    and reveal the positions of the second half. place, limit (B, 2 M): see cache.Reading;
-    the gaps have the spare place L."""
+    and reveal the positions of the second half, by random numbers u (B, M, 1). place, limit
+    (B, 2 M): see cache.Reading. Gaps have the spare place L, which no limit lets a real
+    position see."""
     M = pos.shape[1] // 2
     L = z.shape[1] - 1
     idx = z.gather(1, pos)
@@ -65,7 +74,7 @@ def cached_step(model, z, cache, pos, place, limit, draw):
     # the states of the masks alone
     at = slice(None), slice(M, None)
     h = model.run(idx, pos.clamp(max=L - 1), attends, at)            # (B, M, C)
-    z.scatter_(1, pos[:, M:], draw(model.head(h)))
+    z.scatter_(1, pos[:, M:], draw(model.head(h), u))
 
 
 def see_places(q, k, v, keys, values, place, sees, at=None):
@@ -84,7 +93,9 @@ def see_places(q, k, v, keys, values, place, sees, at=None):
 
 class StaticSampler:
     """diffusion.sample for B texts of L masks, as a function without arguments. calls: of
-    its last run, how many positions each call computed, the gaps included."""
+    its last run, how many positions each call computed, the gaps included. (The cache is
+    not emptied between runs: a place is written before anyone but a gap sees it.) draw,
+    backend: other ones are for tests."""
 
     def __init__(self, model, B, L, steps, draw=draw, backend="inductor"):
         device = model.embed.weight.device
@@ -98,7 +109,7 @@ class StaticSampler:
         if model.config.attention == "reveal":
             self.cache = model.cache(B, L, spare=1)
             step = cached_step
-            # CUDA graphs need them at fixed addresses
+            # CUDA graphs need them, and z, at fixed addresses
             for stored in self.cache.k + self.cache.v:
                 torch._dynamo.mark_static_address(stored)
         torch._dynamo.mark_static_address(self.z)
@@ -107,18 +118,21 @@ class StaticSampler:
                                   backend=backend)
 
     def most(self):
-        """M: the most positions that a text reveals in one step, in PLANS plans."""
+        """M: the most positions that a text revealed in a step of PLANS trial plans, which
+        leave the random state as it was."""
         most = 0
         with torch.random.fork_rng(devices=[]):
             for _ in range(PLANS):
                 _, when = plan(self.blank, self.steps, self.model.mask_id)
                 most = max(most, largest(when))
-        return -(-most // GRAIN) * GRAIN                             # rounded up
+        rounded_up = -(-most // GRAIN) * GRAIN
+        return min(rounded_up, self.blank.shape[1])
 
     @torch.no_grad()
     def __call__(self):
         order, when = plan(self.blank, self.steps, self.model.mask_id)
-        M = max(self.M, largest(when))   # more than ever before: compiled anew
+        # a plan may need more: another shape, compiled anew (by bench.py run uncompiled)
+        M = max(self.M, largest(when))
         self.z.fill_(self.model.mask_id)
         self.calls.clear()
         if self.cache is None:
@@ -134,14 +148,22 @@ class StaticSampler:
         for i in range(steps_of(when)):
             slots = padded(span((when < i).sum(1), (when <= i).sum(1)), M, L)
             all_pos.append(with_spare(order).gather(1, slots))       # (B, M)
-        for pos in upload(torch.stack(all_pos), self.z.device):
-            self.step(self.model, self.z, pos, self.draw)
+        all_pos = upload(torch.stack(all_pos), self.z.device)
+        for pos, u in zip(all_pos, self.uniform(len(all_pos), M)):
+            self.step(self.model, self.z, pos, u, self.draw)
             self.calls.append(B * L)
+
+    def uniform(self, steps, M):
+        """The random numbers of all draws, (steps, B, M, 1)."""
+        return torch.rand((steps, len(self.z), M, 1), dtype=torch.float64,
+                          device=self.z.device)
 
     def run_cached(self, order, when, M):
         """run_full for attention in the order of reveal."""
         B, L = order.shape
-        order = prompt_first(order, L)   # nothing is given, but this draws as sample does
+        # order stays as it is; but sample_cached draws random numbers here, too, and the
+        # tests compare both from one seed
+        order = prompt_first(order, L)
         everything = []
         cached = torch.zeros(B, dtype=torch.long)
         for i in range(steps_of(when)):
@@ -150,21 +172,20 @@ class StaticSampler:
             masks = padded(span(known, end), M, L)
             place = torch.cat((tokens, masks), 1)                    # (B, 2 M)
             pos = with_spare(order).gather(1, place)
-            # a token sees the places before its own, a mask all tokens
-            limit = torch.cat((tokens, known[:, None].expand(B, M)), 1)
+            # a token sees the places before its own, a mask all tokens, a gap itself
+            limit = torch.cat((tokens.masked_fill(tokens == L, 0),
+                               known[:, None].expand(B, M)), 1)
             everything.append(torch.stack((pos, place, limit)))
             cached = known
-        for pos, place, limit in upload(torch.stack(everything), self.z.device):
-            self.step(self.model, self.z, self.cache, pos, place, limit, self.draw)
+        everything = upload(torch.stack(everything), self.z.device)  # (steps, 3, B, 2 M)
+        for (pos, place, limit), u in zip(everything, self.uniform(len(everything), M)):
+            self.step(self.model, self.z, self.cache, pos, place, limit, u, self.draw)
             self.calls.append(pos.numel())
 
 
 def largest(when):
     """The most positions that a text reveals in one step; when: see diffusion.plan."""
-    most = 0
-    for i in range(steps_of(when)):
-        most = max(most, int((when == i).sum(1).max()))
-    return most
+    return int(F.one_hot(when).sum(1).max())             # (B, n, steps) -> (B, steps)
 
 
 def padded(slots, M, spare):
