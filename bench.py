@@ -10,7 +10,7 @@ depends on what a model has learned.
 
 Five engines, each as fast as this code can be:
 
-    ar                 with a static KV cache and a compiled decoding step
+    ar                 with a static KV cache; decoding step and draw are compiled as one
     diffusion          full attention; where there is little to compute whole steps are
                        compiled (tools/static.py), else diffusion.py's sampler's blocks
     diffusion-kv       the same with attention in the order of reveal, and its KV cache
@@ -70,29 +70,20 @@ from tools.joint import naive_engine
 from tools.machine import (OutOfMemory, compiled_decode, describe, fill_times, header,
                            least_memory, limits, line, peak_bytes, room_for, roofline,
                            seconds, transformers_engine, with_stance)
-from tools.static import StaticSampler, pays_for
+from tools.static import StaticSampler, ar_sampler, can_draw, decode_and_draw, pays_for
 
 
 # ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
-# (None for an engine without steps) and AR's decoding step (cache.decode, or that
-# compiled). It returns a function without arguments; each call of that writes B texts and
-# returns their ids (B, L)
+# (None for an engine without steps) and AR's step (cache.decode, or, where engines are
+# compiled, tools/static.py's decode_and_draw). It returns a function without arguments;
+# each call of that writes B texts and returns their ids (B, L)
 
 def ar_engine(model, B, L, steps, decode_step):
-    """AR decoding."""
-    device = model.embed.weight.device
-    prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
-    cache = None                         # generate makes its own
-    if decode_step is not decode:
-        # compiled: all runs share one cache, as CUDA graphs need it at a fixed address. (It
-        # need not be emptied: places that are not filled yet are hidden)
-        cache = model.cache(B, L)
-        for stored in cache.k + cache.v:
-            torch._dynamo.mark_static_address(stored)
-    # attention reads the cache up to a multiple of grain: fewer shapes to compile
-    grain = 128 if device.type == "cuda" else 16
-    # tokens are drawn by categorical, in float64, as in diffusion
-    return lambda: generate(model, prompt, L, categorical, decode_step, grain, cache)
+    """AR decoding, of tokens drawn in float64, as in diffusion."""
+    if decode_step is not decode:        # compiled
+        return ar_sampler(model, B, L, decode_step)
+    prompt = torch.zeros((B, 0), dtype=torch.long, device=model.embed.weight.device)
+    return lambda: generate(model, prompt, L, categorical)           # nothing is given
 
 
 def only_masks(model, B, L):
@@ -193,7 +184,7 @@ def bench(config, device, machines):
 # ---- the timing of a group of rows, of one batch size and length. What is compiled (unless
 # --no-compile, or where there is no C++ compiler), when it is first called:
 #
-#     ar                   the decoding step, by measure
+#     ar                   the decoding step and its draw, by measure
 #     diffusion, -kv       of few positions the whole step, by tools/static.py; else the
 #                          blocks, but not the last where only some positions are wanted, a
 #                          number that varies. models_of wraps the blocks
@@ -219,8 +210,8 @@ def measure(config, group, B, device, machines):
     # models, dtypes and shapes share one function's compiled forms: 8 may be too few
     torch._dynamo.config.recompile_limit = 64
     decode_step = decode                                             # plain PyTorch
-    if config.compile:
-        decode_step = compiled_decode(device, B)
+    if config.compile and can_draw(device):
+        decode_step = compiled_decode(device, B, decode_and_draw)
     # the first run of each, after a warm-up
     running = []
     for row, model in group:

@@ -1,5 +1,6 @@
 """Samplers of compiled steps of one shape draw the texts of diffusion.sample. The compiler's front
 end alone traces them here, which needs no C++ compiler; the arithmetic is PyTorch's own."""
+import functools
 import math
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from cache import generate
 from diffusion import categorical, sample
 from tools import static
 from toy import network as model_of
@@ -56,6 +58,19 @@ def test_tokens_are_drawn_as_by_categorical():
         assert static.draw(rare, u).item() == token
         if shutil.which("g++"):
             assert torch.compile(static.draw)(rare, u).item() == token
+
+
+def test_ar_texts_are_those_of_generate():
+    """With decoding and draw in one step, and the same random numbers. No chance involved."""
+    model = model_of(attention="causal")
+    prompt = torch.zeros((3, 0), dtype=torch.long)
+    torch.manual_seed(1)
+    numbers = torch.stack([torch.rand((3, 1), dtype=torch.float64) for _ in range(12)])
+    step = functools.partial(torch.compile(static.decode_and_draw, fullgraph=True, backend="eager"),
+                             numbers=numbers)
+    texts = generate(model, prompt, 12, lambda ids: ids, step, 4)
+    torch.manual_seed(1)
+    assert torch.equal(texts, generate(model, prompt, 12, categorical))
 
 
 @pytest.mark.parametrize("attention", ["full", "reveal"])

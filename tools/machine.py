@@ -222,9 +222,9 @@ def prepare(model, dtype, compiled, device):
     return model
 
 
-def compiled_decode(device, B):
-    """cache.decode for B texts by torch.compile: as CUDA graphs on a GPU, one for each
-    value of `seen`; on a CPU, from 2 texts on, with weights packed anew (later changes are
+def compiled_decode(device, B, decode=decode):
+    """cache.decode (or static.decode_and_draw) for B texts by torch.compile: as CUDA graphs
+    on a GPU, one for each value of `extent`; on a CPU, from 2 texts on, with weights packed anew (later changes are
     not seen)."""
     if torch.device(device).type == "cuda":
         return torch.compile(decode, fullgraph=True, mode="reduce-overhead")

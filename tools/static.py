@@ -1,4 +1,5 @@
-"""Diffusion samplers whose every step is one compiled call, and always of one shape.
+"""Samplers whose every step is one compiled call, its draw included: AR's, and diffusion's,
+which is then always of one shape.
 
 diffusion.sample computes just the positions that a step needs, a number that differs from
 step to step; what is around the blocks is plain PyTorch. For few and short texts and a
@@ -17,6 +18,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from cache import decode, generate
 from data.devices import float64_device, upload
 from diffusion import draw_from, plan, prompt_first, span, steps_of, without_masks
 
@@ -28,11 +30,16 @@ PLANS = 64               # trial plans that are drawn to find M
 
 
 def pays_for(model, B, L):
-    """Whether B texts of L tokens are little enough work for gaps not to matter; and the
-    device has float64, which `draw` needs there."""
-    device, config = model.embed.weight.device, model.config
+    """Whether B texts of L tokens are little enough work for gaps not to matter (and the
+    device can draw)."""
+    config = model.config
     weights = 12 * config.layers * config.width ** 2     # of the blocks
-    return B * L * weights <= FEW and float64_device(device) == device
+    return B * L * weights <= FEW and can_draw(model.embed.weight.device)
+
+
+def can_draw(device):
+    """Whether `draw` can run on the device: it needs float64."""
+    return float64_device(device) == device
 
 
 def draw(logits, u):
@@ -41,6 +48,35 @@ def draw(logits, u):
     whatever it is asked for, and unlikely tokens would be too rare.)"""
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     return draw_from(weights.double(), u)
+
+
+def decode_and_draw(model, token, place, cache, extent, numbers):
+    """cache.decode, then a draw from its logits: ids (B,) of the next token. numbers (L, B,
+    1): uniform random numbers, those of this step in row `place`. For generate, whose own
+    draw then has nothing to do."""
+    logits = decode(model, token, place, cache, extent)
+    return draw(logits, numbers.index_select(0, place)[0])
+
+
+def ar_sampler(model, B, L, step):
+    """cache.generate for B texts of L tokens, as a function without arguments. step:
+    decode_and_draw, compiled."""
+    device = model.embed.weight.device
+    prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
+    # all runs share one cache, as CUDA graphs need it at a fixed address. (It need not be
+    # emptied: places that are not filled yet are hidden)
+    cache = model.cache(B, L)
+    for stored in cache.k + cache.v:
+        torch._dynamo.mark_static_address(stored)
+    # attention reads the cache up to a multiple of grain: fewer shapes to compile
+    grain = 128 if device.type == "cuda" else 16
+    numbers = torch.empty((L, B, 1), dtype=torch.float64, device=device)
+    step = functools.partial(step, numbers=numbers)
+
+    def run():
+        numbers.uniform_()
+        return generate(model, prompt, L, lambda ids: ids, step, grain, cache)
+    return run
 
 
 # ---- one step, of full attention and with a KV cache. z (B, L + 1): ids, the last column
