@@ -224,8 +224,8 @@ def prepare(model, dtype, compiled, device):
 
 def compiled_decode(device, B, decode=decode):
     """cache.decode (or static.decode_and_draw) for B texts by torch.compile: as CUDA graphs
-    on a GPU, one for each value of `extent`; on a CPU, from 2 texts on, with weights packed anew (later changes are
-    not seen)."""
+    on a GPU, one for each value of `extent`; on a CPU, from 2 texts on, with weights packed
+    anew (later changes are not seen)."""
     if torch.device(device).type == "cuda":
         return torch.compile(decode, fullgraph=True, mode="reduce-overhead")
     step = torch.compile(decode, fullgraph=True)
