@@ -34,9 +34,8 @@ diffusion-naive there is only one), and the median is shown. What the columns sa
                / seconds / memory bandwidth. Of the others: operations for the positions
                that they compute / seconds / rate of large matrix products
     nfe        calls of the network
-    reads      positions that they embedded, for each token of a text
-    gen_ppl, entropy, of all     how good and diverse the texts are, see README; of trained
-               weights only
+    reads      positions that they embedded, gaps (tools/static.py) included, for each token
+    gen_ppl, entropy (within a text), of all   see README; of trained weights only
 
 Large models can come near those limits if AR has few texts, and diffusion many positions a
 call. There a low roofline says that the code is slow, and to beat such an engine proves
@@ -55,7 +54,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cache import decode, generate
+from cache import generate
 from data.cost import counted_calls
 from data.files import UserError, write_json
 from data.processes import start
@@ -70,18 +69,18 @@ from tools.joint import naive_engine
 from tools.machine import (OutOfMemory, compiled_decode, describe, fill_times, header,
                            least_memory, limits, line, peak_bytes, room_for, roofline,
                            seconds, transformers_engine, with_stance)
-from tools.static import StaticSampler, ar_sampler, can_draw, decode_and_draw, pays_for
+from tools.static import StaticSampler, ar_sampler, decode_and_draw, pays_for
 
 
 # ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
-# (None for an engine without steps) and AR's step (cache.decode, or, where engines are
-# compiled, tools/static.py's decode_and_draw). It returns a function without arguments;
-# each call of that writes B texts and returns their ids (B, L)
+# (None for an engine without steps), and AR's step with its draw, compiled, or None where
+# nothing is compiled. It returns a function without arguments; each call of that writes B
+# texts and returns their ids (B, L)
 
-def ar_engine(model, B, L, steps, decode_step):
+def ar_engine(model, B, L, steps, compiled_step):
     """AR decoding, of tokens drawn in float64, as in diffusion."""
-    if decode_step is not decode:        # compiled
-        return ar_sampler(model, B, L, decode_step)
+    if compiled_step:
+        return ar_sampler(model, B, L, compiled_step)
     prompt = torch.zeros((B, 0), dtype=torch.long, device=model.embed.weight.device)
     return lambda: generate(model, prompt, L, categorical)           # nothing is given
 
@@ -91,15 +90,15 @@ def only_masks(model, B, L):
     return torch.full((B, L), model.mask_id, device=model.embed.weight.device)
 
 
-def diffusion_engine(model, B, L, steps, decode_step):
+def diffusion_engine(model, B, L, steps, compiled_step):
     """Diffusion in steps, with the KV cache where the model has one."""
-    if decode_step is not decode and pays_for(model, B, L):      # compiled; little work
+    if compiled_step and pays_for(model, B, L):          # little work: whole steps compiled
         return StaticSampler(model, B, L, steps)         # the same law
     z = only_masks(model, B, L)          # sample fills a copy
     return lambda: sample(model, z, steps, model.mask_id)
 
 
-def exact_engine(model, B, L, steps, decode_step):
+def exact_engine(model, B, L, steps, compiled_step):
     """Exact sampling, of AR or of diffusion in the order of reveal. All texts take as many
     calls as the slowest of them needs, a number that differs from run to run."""
     # exact.py takes masks as what is to be written, for AR, too, though AR never reads one
@@ -116,24 +115,24 @@ class Engine:
     """What is to be known of an engine."""
     make: object                 # a function as above
     models: str                  # the attention of the models it runs, or "transformers"
-    in_steps: bool = False       # run it at each of --steps; warmed up with two, unless:
-    varying: bool = False        # shapes differ from run to run: compile none while timing
+    in_steps: bool = False       # run it at each of --steps
+    two_steps: bool = False      # two meet all shapes that are compiled: warm up with those
     counted: bool = True         # count its calls; False: they are --steps, or the length
     slow: bool = False           # time one run only, at the first batch size, of one model
 
 
 ENGINES = {
     "ar": Engine(ar_engine, "causal", counted=False),
-    "ar-exact": Engine(exact_engine, "causal", varying=True),
-    "diffusion": Engine(diffusion_engine, "full", in_steps=True),
-    "diffusion-kv": Engine(diffusion_engine, "reveal", in_steps=True, varying=True),
-    "diffusion-exact": Engine(exact_engine, "reveal", varying=True),
-    "diffusion-naive": Engine(naive_engine, "full", in_steps=True, counted=False,
-                              slow=True),
+    "ar-exact": Engine(exact_engine, "causal"),
+    "diffusion": Engine(diffusion_engine, "full", in_steps=True, two_steps=True),
+    "diffusion-kv": Engine(diffusion_engine, "reveal", in_steps=True),
+    "diffusion-exact": Engine(exact_engine, "reveal"),
+    "diffusion-naive": Engine(naive_engine, "full", in_steps=True, two_steps=True,
+                              counted=False, slow=True),
     "transformers": Engine(transformers_engine, "transformers", counted=False)}
 
 # Your own, for models with full attention; then bench.py --engine ar mine:
-#     def my_engine(model, B, L, steps, decode_step):
+#     def my_engine(model, B, L, steps, compiled_step):
 #         z = only_masks(model, B, L)
 #         return lambda: my_sampler(model, z, steps)
 #     "mine": Engine(my_engine, "full", in_steps=True)
@@ -184,8 +183,8 @@ def bench(config, device, machines):
 # ---- the timing of a group of rows, of one batch size and length. What is compiled (unless
 # --no-compile, or where there is no C++ compiler), when it is first called:
 #
-#     ar                   the decoding step and its draw, by measure
-#     diffusion, -kv       of few positions the whole step, by tools/static.py; else the
+#     ar                   the decoding step with its draw (measure hands it to the engines)
+#     diffusion, -kv       of little work the whole step, by tools/static.py; else the
 #                          blocks, but not the last where only some positions are wanted, a
 #                          number that varies. models_of wraps the blocks
 #     diffusion-exact      those blocks
@@ -204,20 +203,20 @@ class Timing:
 def measure(config, group, B, device, machines):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
     # forget other batch sizes: having seen two, the compiler would compile for any size,
-    # which is slower. (A batch of 1, such as the first step's one text for all, it always
-    # compiles on its own. Attention "reveal" is compiled for any size from the start)
+    # which is slower. (1, as in the first diffusion step, always has a form of its own;
+    # blocks with attention "reveal" are compiled for any size from the start)
     torch.compiler.reset()
     # models, dtypes and shapes share one function's compiled forms: 8 may be too few
     torch._dynamo.config.recompile_limit = 64
-    decode_step = decode                                             # plain PyTorch
-    if config.compile and can_draw(device):
-        decode_step = compiled_decode(device, B, decode_and_draw)
+    compiled_step = None
+    if config.compile:
+        compiled_step = compiled_decode(device, B, decode_and_draw)
     # the first run of each, after a warm-up
     running = []
     for row, model in group:
         machine = machines[row["dtype"]]
         row.update(device=machine["device"], threads=machine["threads"])
-        timing = begin(row, model, decode_step, device)
+        timing = begin(row, model, compiled_step, device)
         if timing:
             running.append(timing)                                   # those that fit
     # the other runs in turn, so that a busy minute hits all engines alike
@@ -231,7 +230,7 @@ def measure(config, group, B, device, machines):
                                           machines[timing.row["dtype"]])
 
 
-def begin(row, model, decode_step, device):
+def begin(row, model, compiled_step, device):
     """Warm up, then run once; returns a Timing, or None where the row does not fit in
     memory."""
     engine, B, L, steps = ENGINES[row["engine"]], row["batch"], row["length"], row["steps"]
@@ -240,21 +239,19 @@ def begin(row, model, decode_step, device):
         model_config = model.shape
     try:
         with room_for(least_memory(row, model_config), device):      # bytes
-            run = engine.make(model, B, L, steps, decode_step)
-            warm_up = run                # a whole run, which compiles what it meets
+            run = engine.make(model, B, L, steps, compiled_step)
             counting = counted_calls(model) if engine.counted else contextlib.nullcontext()
-            static = isinstance(run, StaticSampler)
-            if static:                   # it lists the positions of its calls itself
-                counting = contextlib.nullcontext(run.calls)
-            if engine.varying or static:
-                # a timed run may meet a shape that warm_up did not. It then computes that
-                # uncompiled, which is slower; but no compiling is timed
-                run = with_stance("eager_on_recompile", run)
-            elif engine.in_steps:
-                # two steps meet all shapes that are compiled: the first computes one text
-                # for all (see diffusion.blank_states), the others compute whole texts
-                warm_up = engine.make(model, B, L, min(2, steps), decode_step)
+            # a whole run, which compiles what it meets
+            warm_up = run
+            if isinstance(run, StaticSampler):
+                warm_up = run.warm_up
+                counting = contextlib.nullcontext(run.calls)     # it counts by itself
+            elif engine.two_steps:
+                warm_up = engine.make(model, B, L, min(2, steps), compiled_step)
             warm_up()
+            # a timed run may meet a shape that warm_up did not. It then computes that
+            # uncompiled, which is slower; but no compiling is timed
+            run = with_stance("eager_on_recompile", run)
             # the clock; and a list of the positions that each call of the network computed.
             # (Other runs may take a few calls more or fewer: nfe and reads are of this one)
             with counting as calls:

@@ -65,7 +65,7 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     parts = []                           # of each step: where, and the states there
     for i in range(k - 1):
         # the times of step i. From a small t fewer than k steps fit: the one that is cut
-        # off at 0 reveals all masks that are left, and later steps find none
+        # off at 0 reveals all masks that are left, and later steps, from 0 to 0, find none
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
         # the step chooses what is revealed, runs the teacher, and draws it: n positions
@@ -75,9 +75,10 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
         if rank is not None:
             # what this step reveals comes after all that was revealed before: its rank
             # moves from [0, 1) to [i + 1, i + 2)
-            rank = rank.clone()          # the student gets the old one
+            rank = rank.clone()          # the caller's stays as it is
             rank[revealed] += i + 1
-    # the last step draws nothing: revealed in it or not, the rest takes its prediction
+    # the last step draws nothing, so it needs no times (no network is told t): the rest,
+    # revealed in it or not, takes its prediction
     rest = (z == mask_id).nonzero(as_tuple=True)
     h_rest = states_at(teacher, z, rest, rank)
     parts.append((rest, h_rest))
@@ -100,13 +101,12 @@ def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id, keep)    # (B, L), some tokens masked
     masked = (z == mask_id).nonzero(as_tuple=True)                   # N of them
-    # for attention "reveal": one order for teacher and student, a prompt first. (With a
-    # prompt full attention gets one, too, and ignores it)
+    # attention "reveal" needs an order: one for teacher and student, a prompt first
     rank = None
-    if keep is not None:
-        rank = rank_prompt_first(keep)
-    elif teacher.config.attention == "reveal":
+    if teacher.config.attention == "reveal":
         rank = torch.rand(z.shape, device=z.device)
+        if keep is not None:
+            rank = rank_prompt_first(keep)
 
     # the teacher takes k steps from z_t, the student predicts from z_t alone
     target_h = sdtt_targets(teacher, z, t, dt, k, mask_id, rank)     # (B, L, C)
@@ -256,7 +256,7 @@ def distill_round(config, procs, data, r, before, origin):
     teacher = copy.deepcopy(student).eval().requires_grad_(False)    # frozen
     run = open_round(config, data, r, before, teacher, origin)
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
-    # a copy is not compiled: compile it if the student is
+    # a copy is not compiled: prepare it like the student
     teacher = prepare_model(teacher, config, procs)
 
     # train.py's loop, which calls loss(student, x, keep=keep). Only the loss knows of the
@@ -279,7 +279,7 @@ def open_round(config, data, r, before, teacher, origin):
         optimizers = make_optimizers(student, config)
 
     # what the round's checkpoint stores beside the weights. The teacher is for resuming a
-    # round halfway: once the last step is done, None is stored instead
+    # round halfway: once the last step is done, data/checkpoints.py stores None instead
     steps_for = schedule(config.teacher_steps, config.rounds, config.k)[r + 1]
     content = dict(kind="sdtt", round=r + 1, sampling_steps=round(steps_for),
                    origin=origin, tokenizer=data.tokenizer.spec, data=data.fingerprint,
@@ -340,8 +340,8 @@ def get_judge(config, procs, data):
 
 
 def judge_and_teacher(config, procs, data):
-    """(judge, its checkpoint), (teacher, its checkpoint). Raises UserError if the judge
-    cannot read what the teacher writes."""
+    """(judge, its checkpoint), (teacher, its checkpoint). Raises UserError if the judge, of
+    the same tokens, has too short a context for the teacher's texts."""
     # what is given comes first: if it is wrong, that shows before the other is trained
     if config.teacher:
         teacher = get_teacher(config, procs, data)

@@ -7,10 +7,10 @@
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
     python sample.py out/stories-nano-reveal/teacher.pt --steps exact
 
-A checkpoint is all that is needed. Tokens are drawn in float64: with float32 unlikely ones
-would be too rare, as at a lower temperature. --temperature, --top_p and --order change the
-distribution on purpose, and are off unless given. Without arguments, in a terminal, this is
-an animation; python -m tools.animate has others, and a race.
+Give --steps: what a late student was distilled for, the default, is too few for good
+stories. Tokens are drawn in float64: with float32 unlikely ones would be too rare, as at a
+lower temperature. --temperature, --top_p and --order change the distribution on purpose.
+Without arguments, in a terminal, this is an animation; python -m tools.animate has others.
 """
 import runpy
 import sys
@@ -52,8 +52,9 @@ class SampleConfig:
         "token. exact: the distribution of one token at a time in few calls; not with "
         "full attention", type=steps_or_exact)
     ahead: int = flag(
-        8, "with exact: a call guesses this many tokens ahead, plus as many as are final "
-        "already. A larger number: fewer calls, each of more tokens", low=1)
+        8, "with exact: how many tokens a call guesses: this many, and one more for each "
+        "token that is final (with 20 final, 28). More: fewer calls, each of more tokens",
+        low=1)
     max_calls: int | None = flag(
         None, "with exact: stop after this many calls, with tokens that are not final; the "
         "texts are then approximate", low=1)
@@ -83,7 +84,7 @@ class SampleConfig:
 
 @dataclass
 class Sampling:
-    """How texts are drawn from a model; distill.py and tools/ use it, too."""
+    """How texts are drawn from a model; distill.py's table and tools/ use it, too."""
     steps: int | str | None = None       # of diffusion, or EXACT; AR needs none
     seed: int = 0
     temperature: float = 1.0     # 1: the model's own distribution
@@ -117,7 +118,7 @@ def draw_batch(model, known, sampling):
     dtype = DTYPES[sampling.precision]
 
     # a new flag that changes each token's distribution belongs in `adjust`, not in `draw`:
-    # exact sampling takes only adjust, as it draws its own, coupled tokens
+    # exact sampling takes only adjust, as it keeps or redraws each guess by itself
     def adjust(logits):
         """Apply temperature and top_p: logits (N, V) -> (N, V)."""
         return sharpen(logits, sampling.temperature, sampling.top_p)
@@ -126,26 +127,29 @@ def draw_batch(model, known, sampling):
         """One token from each row: logits (N, V) -> (N,)."""
         return categorical(adjust(logits), dtype)
 
-    # AR, one token a call, with its KV cache. (With EXACT AR goes on below, too: it then
-    # guesses several tokens a call, from left to right)
-    if model.config.causal and sampling.steps != EXACT:
-        return generate(model, known, length, draw), None
-    # mask_id wherever no token is known; also for AR, where it is the start symbol, too
+    # mask_id wherever no token is known yet, for AR, too
     z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
     z[:, :known.shape[1]] = known
+    calls = None
     if sampling.steps == EXACT:
-        return sample_exact(model, z, model.mask_id, adjust, sampling.ahead,
-                            sampling.max_calls)
-    if sampling.sampler:
-        return sampling.sampler(model, z, sampling), None            # such as tools.joint's
-    if sampling.order == "confidence":
-        return sample_confident(model, z, sampling.steps, model.mask_id, draw), None
-    # diffusion in steps, with a KV cache if the attention is "reveal". The texts of a batch
-    # need different numbers of calls, see diffusion.plan: after each call `count` looks at
-    # the texts, and adds one to the calls of every text that has changed
-    count = CallsOfTexts(z)
-    x = sample(model, z, sampling.steps, model.mask_id, draw, watch=count)
-    return x, count.calls.cpu()                                      # (B, L), (B,)
+        # diffusion in the order of reveal, or AR: several tokens a call
+        x, calls = sample_exact(model, z, model.mask_id, adjust, sampling.ahead,
+                                sampling.max_calls)
+    elif model.config.causal:
+        # AR: one token a call, with its KV cache
+        x = generate(model, known, length, draw)
+    elif sampling.sampler:
+        x = sampling.sampler(model, z, sampling)                     # such as tools.joint's
+    elif sampling.order == "confidence":
+        x = sample_confident(model, z, sampling.steps, model.mask_id, draw)
+    else:
+        # diffusion in steps, with a KV cache if the attention is "reveal". A text needs a
+        # call only in steps that reveal something of it: so after each call `count` adds
+        # one for every text that has changed
+        count = CallsOfTexts(z)
+        x = sample(model, z, sampling.steps, model.mask_id, draw, watch=count)
+        calls = count.calls.cpu()
+    return x, calls                                                  # (B, L), (B,) or None
 
 
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):

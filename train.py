@@ -55,7 +55,9 @@ class LoopConfig:
         None, "of diffusion models: full, or reveal: in the order of reveal, with an exact "
         "KV cache [full; of distill.py, that of --teacher, if given]",
         choices=["full", "reveal"])
-    out: str | None = flag(None, "folder of the results [out/DATASET-PRESET]")
+    out: str | None = flag(
+        None, "folder of the results [out/DATASET-PRESET, with --attention reveal "
+        "out/DATASET-PRESET-reveal]")
 
     # the batch. Each micro-batch draws texts and noise from a seed of its own, so to change
     # its size changes the run
@@ -170,7 +172,7 @@ def ar_loss(model, x, mask_id, keep=None):
     x = x.flatten()                                                  # (B L,)
     if keep is not None:
         h, x = h[~keep.flatten()], x[~keep.flatten()]
-    # the head sees some of the positions at a time: never all logits at once
+    # never all logits at once, not even for backward, see chunked_sum
     return model.chunked_sum(h, cross_entropy, x) / len(x)
 
 
@@ -186,8 +188,9 @@ def new_model(config, data):
     # if every row of the data begins a text, absolute positions carry information, too
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # attention's linear layers have biases, as in GPT-2; a diffusion model with rope alone
-    # has none, as in the published MDLM, so that tools.convert can export it
+    # attention's linear layers have biases, as in GPT-2; a diffusion model with rope alone,
+    # which masks_alike tells, has none, as in the published MDLM, so that tools.convert can
+    # export it
     model_config.attention_bias = not model_config.masks_alike
     return Transformer(model_config)     # random weights
 
@@ -225,7 +228,8 @@ def train(config, procs, as_saved=False):
     loss = functools.partial(nelbo, mask_id=model.mask_id)
     if config.causal:
         loss = functools.partial(ar_loss, mask_id=model.mask_id)
-    # and what is shown of validation text: the same; or the same bound, with less noise
+    # and what is shown of validation text: the same; but with attention "reveal" one pass
+    # scores all tokens in one order, which is the same bound with less noise
     val_loss = None
     if model.config.attention == "reveal":
         val_loss = functools.partial(order_loss, mask_id=model.mask_id)
@@ -276,8 +280,8 @@ def fit(config, procs, data, run, loss, val_loss=None):
             if procs.device.type == "cpu" or show_now or log_now or save_now:
                 guard.check_losses()
 
-            # the step; then the average, whose decay grows with the number of updates that
-            # it has had (those of earlier rounds included)
+            # the step; then the average, whose decay rises to config.ema with the number of
+            # updates (those of earlier rounds included): first weights are soon forgotten
             optimizer_step(config, run, step)
             ema_update(run.ema, run.model, config.ema, run.updates_before + step)
             run.step = step + 1          # steps done

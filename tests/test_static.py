@@ -74,13 +74,16 @@ def test_ar_texts_are_those_of_generate():
 
 
 @pytest.mark.parametrize("attention", ["full", "reveal"])
-def test_a_sampler_is_one_graph_that_is_compiled_once(attention):
-    """In 20 runs, whose plans differ. No chance involved: the seed is fixed."""
+def test_a_sampler_is_one_graph_that_is_compiled_once_for_each_size(attention):
+    """With each of its sizes, by warm_up; then 20 runs, whose plans differ, compile nothing. No
+    chance involved: the seed is fixed."""
     counter = CompileCounter()
     model = model_of(attention=attention)
     sampler = static.StaticSampler(model, 2, 12, 4, backend=counter)
+    sampler.warm_up()
+    assert counter.frame_count == len(sampler.sizes) <= 2
     texts = [sampler() for _ in range(20)]
-    assert counter.frame_count == 1
+    assert counter.frame_count == len(sampler.sizes)
     assert len({tuple(x.flatten().tolist()) for x in texts}) == 20
 
 
@@ -90,17 +93,21 @@ def test_gaps_count_among_the_positions_of_a_call(attention):
     chance involved."""
     model = model_of(attention=attention)
     sampler = static.StaticSampler(model, 2, 12, 4, draw=greedy, backend="eager")
-    sampler()
-    computed = 2 * 12 if attention == "full" else 2 * 2 * sampler.M
-    assert sampler.calls == [computed] * len(sampler.calls) and 2 <= len(sampler.calls) <= 4
-    assert sampler.M % static.GRAIN == 0 and sampler.M >= 3
+    for M in sampler.sizes:
+        order, when = sampler.plan()
+        while static.largest(when) > M:
+            order, when = sampler.plan()
+        sampler.run(order, when, M)
+        computed = 2 * 12 if attention == "full" else 2 * 2 * M
+        assert sampler.calls == [computed] * len(sampler.calls) and 2 <= len(sampler.calls) <= 4
+        assert M % static.GRAIN == 0 and M >= 3
 
 
 def test_more_reveals_than_planned_for_are_possible():
     """A plan in which a step reveals more than in all plans before. No chance involved."""
     model = model_of(attention="reveal")
     sampler = static.StaticSampler(model, 2, 12, 4, draw=greedy, backend="eager")
-    sampler.M = 1
+    sampler.sizes = [1]
     torch.manual_seed(3)
     texts = sampler()
     torch.manual_seed(3)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from cache import decode
 from common import seed_all
 from data.checkpoints import load_model
 from data.files import UserError
@@ -18,6 +17,7 @@ from data.script import device_flag, flag, package
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
 from tools.machine import bfloat16_gain, prepare, transformers_gpt2, warn_of_emulation
+from tools.static import can_draw
 
 VOCAB = 50257                            # of random weights: GPT-2's
 WRITTEN = 32                             # texts at a time, for quality
@@ -102,6 +102,8 @@ def set_defaults(config, device, known):
     warn_of_emulation(config.dtype, device)
     if config.compile is None:
         config.compile = bool(shutil.which("g++"))
+    # compiled steps draw in float64, where they run
+    config.compile = config.compile and can_draw(device)
     if config.threads:
         torch.set_num_threads(config.threads)
 
@@ -250,7 +252,7 @@ def fill_quality(config, group, models, known, engines):
         if key not in known:
             seed_all("quality", L, steps)
             # WRITTEN texts at a time, whatever the row's batch size: this is not timed
-            write = engine.make(model, WRITTEN, L, steps, decode)
+            write = engine.make(model, WRITTEN, L, steps, None)
             known[key] = quality(judge, write, config.samples)
         row.update(known[key])
 

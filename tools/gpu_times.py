@@ -11,7 +11,6 @@ import typing
 import torch
 
 import bench
-from cache import decode
 from common import ema_update, make_optimizers
 from data.cost import counted_calls
 from data.processes import Processes
@@ -227,7 +226,7 @@ def wait_counts(device, size):
         _, group = group_of(device, size, 1, name, compiled=False)
         row, model = group[0]
         engine = bench.ENGINES[row["engine"]]
-        run = engine.make(model, row["batch"], row["length"], row["steps"], decode)
+        run = engine.make(model, row["batch"], row["length"], row["steps"], None)
         run()                            # some things are done the first time only
         with counted_calls(model) as calls:
             places = host_waits(run, device)

@@ -245,7 +245,7 @@ def transformers_gpt2(shape, device, dtype):
     return model.to(device, getattr(torch, dtype)).eval()
 
 
-def transformers_engine(model, B, L, steps, decode_step):
+def transformers_engine(model, B, L, steps, compiled_step):
     """Greedy decoding of the transformers package: an engine of bench.py."""
     prompt = torch.zeros((B, 1), dtype=torch.long, device=model.device)  # it needs a token
     how = dict(max_new_tokens=L, min_new_tokens=L, do_sample=False, pad_token_id=0)

@@ -1,17 +1,27 @@
 """Samplers whose every step is one compiled call, its draw included: AR's, and diffusion's,
-which is then always of one shape.
+which then has few shapes.
 
 diffusion.sample computes just the positions that a step needs, a number that differs from
 step to step; what is around the blocks is plain PyTorch. For few and short texts and a
-small model most of its time goes into starting operations. Here, instead, a step has M
-places in each text, about the most that any text reveals in one step (see `most`); the rest
+small model most of its time goes into starting operations. Here, instead, each step of a
+run has M places in each text, at least the most that any text reveals in one step; the rest
 of them are gaps, which point to a spare position behind the text, where nothing is ever
 read for the result. So the whole step (blocks, head, draw, writing into the text) has one
-shape and is compiled as one piece. The law is that of diffusion.sample; the gaps are wasted
-work, so that for many positions diffusion.sample is faster.
+of two shapes, see `sizes`, and is compiled as one piece. The law is that of
+diffusion.sample; the gaps are wasted work, so that for many positions diffusion.sample is
+faster.
 
-bench.py times this in place of diffusion.sample where pays_for says so. Slots, order and
-when: see diffusion.plan.
+bench.py times this in place of diffusion.sample where pays_for says so.
+
+Names are those of diffusion.plan and cache.py: slot i of a text is the i-th position to be
+revealed, and its place in the KV cache; order (B, L) has the position of each slot, when
+(B, L) the step that reveals it. An example: L = 4, order 2 0 3 1, when 0 0 1 2, M = 2. (The
+spare place, and position, is L = 4.)
+
+    step     reads tokens of slots    reveals slots    at positions
+    0        4 4                      0 1              2 0
+    1        0 1                      2 4              3 4
+    2        2 4                      3 4              1 4
 """
 import functools
 
@@ -22,8 +32,9 @@ from cache import decode, generate
 from data.devices import float64_device, upload
 from diffusion import draw_from, plan, prompt_first, span, steps_of, without_masks
 
-# multiplications of a call, up to which this is faster on two CPU cores: measured with nano
-# at 50 tokens, where 8 texts gain and 16 lose
+# multiplications of a call that computes all positions, up to which this is faster on two
+# CPU cores: measured with nano at 50 tokens in 8 and 32 steps, where 8 texts gain (with the
+# KV cache at 8 steps nothing) and 16 lose with the cache. On a GPU it may be far too low
 FEW = 3e8
 GRAIN = 4                # M is a multiple of this
 PLANS = 64               # trial plans that are drawn to find M
@@ -51,9 +62,9 @@ def draw(logits, u):
 
 
 def decode_and_draw(model, token, place, cache, extent, numbers):
-    """cache.decode, then a draw from its logits: ids (B,) of the next token. numbers (L, B,
-    1): uniform random numbers, those of this step in row `place`. For generate, whose own
-    draw then has nothing to do."""
+    """cache.decode, then a draw from its logits: ids (B,) of the next token. place (1,): of
+    this token in the cache; extent: how many places attention is given. numbers (L, B, 1):
+    uniform random numbers, those of this step in row `place`."""
     logits = decode(model, token, place, cache, extent)
     return draw(logits, numbers.index_select(0, place)[0])
 
@@ -75,7 +86,9 @@ def ar_sampler(model, B, L, step):
 
     def run():
         numbers.uniform_()
-        return generate(model, prompt, L, lambda ids: ids, step, grain, cache)
+        # the step has drawn already: what generate takes for logits are ids
+        return generate(model, prompt, L, draw=lambda ids: ids, step=step, grain=grain,
+                        cache=cache)
     return run
 
 
@@ -130,7 +143,7 @@ def see_places(q, k, v, keys, values, place, sees, at=None):
 class StaticSampler:
     """diffusion.sample for B texts of L masks, as a function without arguments. calls: of
     its last run, how many positions each call computed, the gaps included. (The cache is
-    not emptied between runs: a place is written before anyone but a gap sees it.) draw,
+    not emptied between runs: each place that is seen was written in this run.) draw,
     backend: other ones are for tests."""
 
     def __init__(self, model, B, L, steps, draw=draw, backend="inductor"):
@@ -138,7 +151,7 @@ class StaticSampler:
         self.model, self.steps, self.draw = model, steps, draw
         self.blank = torch.full((B, L), model.mask_id)               # on the CPU
         self.z = torch.full((B, L + 1), model.mask_id, device=device)
-        self.M = self.most()
+        self.sizes = self.trial_sizes()
         self.calls = []
         self.cache = None
         step = full_step
@@ -153,28 +166,47 @@ class StaticSampler:
         self.step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode,
                                   backend=backend)
 
-    def most(self):
-        """M: the most positions that a text revealed in a step of PLANS trial plans, which
-        leave the random state as it was."""
-        most = 0
+    def plan(self):
+        """diffusion.plan for these texts."""
+        return plan(self.blank, self.steps, self.model.mask_id)
+
+    def trial_sizes(self):
+        """The values of M: one that three quarters of PLANS trial plans can do with, and one
+        for all of them. They leave the random state as it was."""
         with torch.random.fork_rng(devices=[]):
-            for _ in range(PLANS):
-                _, when = plan(self.blank, self.steps, self.model.mask_id)
-                most = max(most, largest(when))
-        rounded_up = -(-most // GRAIN) * GRAIN
-        return min(rounded_up, self.blank.shape[1])
+            needed = sorted(largest(self.plan()[1]) for _ in range(PLANS))
+        sizes = set()
+        for most in needed[3 * PLANS // 4], needed[-1]:
+            rounded_up = -(-most // GRAIN) * GRAIN
+            sizes.add(min(rounded_up, self.blank.shape[1]))
+        return sorted(sizes)
+
+    def warm_up(self):
+        """Run once with each value of M, which compiles it."""
+        for M in self.sizes:
+            order, when = self.plan()
+            while largest(when) > M:
+                order, when = self.plan()
+            self.run(order, when, M)
+
+    def __call__(self):
+        order, when = self.plan()
+        # a plan may need more than the largest M: another shape, compiled anew (by bench.py
+        # run uncompiled)
+        needed = largest(when)
+        enough = [M for M in self.sizes if M >= needed] or [needed]
+        return self.run(order, when, enough[0])
 
     @torch.no_grad()
-    def __call__(self):
-        order, when = plan(self.blank, self.steps, self.model.mask_id)
-        # a plan may need more: another shape, compiled anew (by bench.py run uncompiled)
-        M = max(self.M, largest(when))
+    def run(self, order, when, M):
+        """The texts (B, L) of a plan, in steps of M places."""
         self.z.fill_(self.model.mask_id)
         self.calls.clear()
         if self.cache is None:
             self.run_full(order, when, M)
         else:
             self.run_cached(order, when, M)
+        # raises FloatingPointError if a mask is left
         return without_masks(self.z[:, :-1].clone(), self.model.mask_id)
 
     def run_full(self, order, when, M):
@@ -208,7 +240,8 @@ class StaticSampler:
             masks = padded(span(known, end), M, L)
             place = torch.cat((tokens, masks), 1)                    # (B, 2 M)
             pos = with_spare(order).gather(1, place)
-            # a token sees the places before its own, a mask all tokens, a gap itself
+            # a token sees the places before its own, a mask all tokens; a gap among the
+            # tokens itself alone, one among the masks whatever masks see
             limit = torch.cat((tokens.masked_fill(tokens == L, 0),
                                known[:, None].expand(B, M)), 1)
             everything.append(torch.stack((pos, place, limit)))
