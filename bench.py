@@ -43,9 +43,9 @@ little. nano stays far below both limits: its time goes into starting many small
 so its "vs AR" does not carry over to larger models. Part of a table (nano, two cores):
 
     engine        model     steps batch length seconds vs AR roofline nfe reads gen_ppl
-    ar            ar                  1     50   0.045  1.00      16%  50   1.0    1.39
-    diffusion     round7        8     1     50   0.025  1.78      13%   8   8.0    1.52
-    diffusion-kv  round7        8     1     50   0.026  1.73       4%   8   1.9    1.50
+    ar            ar                  1     50   0.038  1.00      25%  50   1.0    1.39
+    diffusion     round7        8     1     50   0.019  1.98      18%   8   8.0    1.52
+    diffusion-kv  round7        8     1     50   0.018  2.15       5%   8   3.8    1.50
 """
 import contextlib
 import itertools

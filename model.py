@@ -281,8 +281,7 @@ class Transformer(nn.Module):
         h = self.norm(h.float()).to(self.lm_head.weight.dtype)
         return self.lm_head(h).float()
 
-    # all at once, for a few texts: in the losses and samplers V times as many numbers as
-    # tokens would be too many
+    # all logits at once: only for a few texts
     def forward(self, idx, rank=None):
         """Logits (B, L, V) of ids (B, L). rank: see hidden."""
         return self.head(self.hidden(idx, rank=rank))

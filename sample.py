@@ -8,9 +8,9 @@
     python sample.py out/stories-nano-reveal/teacher.pt --steps exact
 
 Give --steps: what a late student was distilled for, the default, is too few for good
-stories. Tokens are drawn in float64: with float32 unlikely ones would be too rare, as at a
-lower temperature. --temperature, --top_p and --order change the distribution on purpose.
-Without arguments, in a terminal, this is an animation; python -m tools.animate has others.
+stories. Tokens are drawn in float64, as in float32 unlikely ones would be too rare.
+--temperature, --top_p and --order change the distribution on purpose. Without arguments, in
+a terminal, this is an animation; python -m tools.animate has others.
 """
 import runpy
 import sys

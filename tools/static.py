@@ -171,8 +171,8 @@ class StaticSampler:
         return plan(self.blank, self.steps, self.model.mask_id)
 
     def trial_sizes(self):
-        """The values of M: one that three quarters of PLANS trial plans can do with, and one
-        for all of them. They leave the random state as it was."""
+        """The values of M: one that is enough for three quarters of PLANS trial plans, and
+        one for all. These plans leave the random state as it was."""
         with torch.random.fork_rng(devices=[]):
             needed = sorted(largest(self.plan()[1]) for _ in range(PLANS))
         sizes = set()
