@@ -42,7 +42,7 @@ from exact import nll_in_order, sample_exact
 from helpers import NANO, call, make_dataset
 from model import ModelConfig, Transformer, nll, sees_in_order, see_sequence, shifted
 from test_processes import distil_on_the_way, together
-from tools import machine
+from tools import machine, static
 from toy import Model, Ordered, all_sequences, ancestral_law, chi_square, count, exact_model, joint
 
 SAME = 1e-4
@@ -328,37 +328,41 @@ def waits_of(run, device):
     return sum(machine.host_waits(run, device).values())
 
 
-def decoding_step(device):
-    """cache.decode, compiled as bench.py has it on a GPU."""
+def compiled_as_in_bench(device, step):
+    """cache.decode or static.decode_and_draw, as bench.py compiles it on a GPU."""
     if device.type == "cuda":
-        return machine.compiled_decode(device, BATCH)
-    return torch.compile(decode, fullgraph=True, backend="eager")
+        return machine.compiled_decode(device, BATCH, step)
+    return torch.compile(step, fullgraph=True, backend="eager")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cpu_does_not_wait_while_ar_decodes(device, monkeypatch, compiled):
     """From the first draw to the last: only before, when masks are sent, and at the end, where NaN
-    is looked for, it may. Compiled: in the third run, when all is recorded. On a CPU nothing waits,
-    and the number of draws alone is checked."""
-    step, runs = decode, [True]          # whether it must not wait
+    is looked for, it may. Compiled, where a step draws: in the third run, when all is recorded. On
+    a CPU nothing waits, and the number of draws alone is checked."""
+    usual, runs, compiled_step = categorical, [True], None           # whether it must not wait
     if compiled:
         compiler_for(device, enough=False)
-        step, runs = decoding_step(device), [False, False, True]
+        usual = compiled_as_in_bench(device, static.decode_and_draw)
+        runs = [False, False, True]
     model = at_work(model_of(device, attention="causal"), device)
     L, drawn = model.config.context, []
     for last in runs:
-        def draw(logits):
+        def draw(*args, **more):
             drawn.append(1)
             if len(drawn) == 1:
                 forbid_waits(device, last)
-            ids = categorical(logits)
+            ids = usual(*args, **more)
             if len(drawn) == L:
                 forbid_waits(device, False)
             return ids
         drawn.clear()
-        monkeypatch.setattr(bench, "categorical", draw)
+        if compiled:
+            compiled_step = draw
+        else:
+            monkeypatch.setattr(bench, "categorical", draw)
         try:
-            bench.ar_engine(model, BATCH, L, None, step)()
+            bench.ar_engine(model, BATCH, L, None, compiled_step)()
         finally:
             forbid_waits(device, False)
         assert len(drawn) == L
@@ -411,9 +415,9 @@ FORMS = ["float32", "bfloat16 blocks", "bfloat16 weights"]
 
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_decoding_gives_the_logits_of_whole_sequences(device, monkeypatch, form):
-    """bench.py's AR engine, plain and compiled, made to draw given texts: the logits of each step,
-    in the third run, are those of one forward pass on the CPU. On a GPU the steps are CUDA graphs,
-    none of which is skipped."""
+    """AR decoding, plain and compiled, made to draw given texts: the logits of each step, in the
+    third run, are those of one forward pass on the CPU. On a GPU the steps are CUDA graphs, none of
+    which is skipped."""
     compiler_for(device, form == "bfloat16 blocks")
     plain, cpu = model_of(device, attention="causal"), torch.device("cpu")
     x, start = texts(plain), plain.mask_id
@@ -434,14 +438,37 @@ def test_compiled_decoding_gives_the_logits_of_whole_sequences(device, monkeypat
     def draw(one):
         logits.append(one.cpu())
         return x[:, len(logits) - 1].to(device)
-    monkeypatch.setattr(bench, "categorical", draw)
-    for step in (decode, decoding_step(device)):
-        run = bench.ar_engine(model, BATCH, x.shape[1], None, step)
+    L, cache = x.shape[1], model.cache(BATCH, x.shape[1])
+    for stored in cache.k + cache.v:
+        torch._dynamo.mark_static_address(stored)
+    prompt = torch.zeros((BATCH, 0), dtype=torch.long, device=device)
+    for step in (decode, compiled_as_in_bench(device, decode)):
+        run = functools.partial(generate, model, prompt, L, draw, step, 16, cache)
         for _ in range(3):
             logits.clear()
             run()
         assert apart(torch.stack(logits, 1), expected) < near
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.parametrize("attention", ["full", "reveal"])
+def test_compiled_steps_of_one_shape_draw_the_texts_of_sample(device, attention):
+    """The likeliest tokens, in the third run (on a GPU a CUDA graph by then), against diffusion.sample
+    on the CPU from the same plans. Random weights, without ties. No chance involved."""
+    compiler_for(device)
+    plain = model_of(device, attention=attention)
+    model, L = at_work(plain, device), plain.config.context
+    backend = "inductor" if device.type == "cuda" else "eager"
+
+    def likeliest(logits, u=None):
+        return logits.argmax(-1)
+    sampler = static.StaticSampler(model, BATCH, L, 5, likeliest, backend)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        drawn = sampler().cpu()
+    torch.manual_seed(2)
+    z = torch.full((BATCH, L), plain.mask_id)
+    assert torch.equal(drawn, sample(plain.cpu(), z, 5, plain.mask_id, likeliest))
 
 
 def test_few_graphs_are_compiled_in_50_steps_of_sdtt(device):
