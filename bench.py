@@ -8,7 +8,7 @@ With random weights (--preset; where there are no checkpoints, small) the times 
 of a given number of steps are valid. The exact engines' are not: how many calls they need
 depends on what a model has learned.
 
-Five engines, each as fast as this code can be:
+Five engines, each as fast as this code makes it:
 
     ar                 with a static KV cache; decoding step and draw are compiled as one
     diffusion          full attention; where there is little to compute whole steps are
@@ -116,7 +116,7 @@ class Engine:
     make: object                 # a function as above
     models: str                  # the attention of the models it runs, or "transformers"
     in_steps: bool = False       # run it at each of --steps
-    two_steps: bool = False      # two meet all shapes that are compiled: warm up with those
+    two_steps: bool = False      # two steps meet every compiled shape: warm up with these
     counted: bool = True         # count its calls; False: they are --steps, or the length
     slow: bool = False           # time one run only, at the first batch size, of one model
 
@@ -203,7 +203,7 @@ class Timing:
 def measure(config, group, B, device, machines):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
     # forget other batch sizes: having seen two, the compiler would compile for any size,
-    # which is slower. (1, as in the first diffusion step, always has a form of its own;
+    # which is slower. (Size 1, as in the first diffusion step, always has its own form;
     # blocks with attention "reveal" are compiled for any size from the start)
     torch.compiler.reset()
     # models, dtypes and shapes share one function's compiled forms: 8 may be too few

@@ -13,9 +13,10 @@ reveal changes all keys beyond the first block, and no cache is exact.
     generate      AR sampling: one call for the prompt, then decode, one token at a time
 
 A *place* is an index into a text's part of the cache, from 0. Tokens fill places in the
-order in which they come, wherever they stand in the text. In AR a token's place is also its
-position (the start symbol has 0); with attention "reveal" it is its number in the order of
-reveal, from 0, which diffusion.py calls its slot. Masks borrow places, see Reading.
+order in which they come, wherever they stand in the text. In AR place and position are one
+number (the start symbol has 0, the text's token i has i + 1); with attention "reveal" it is
+its number in the order of reveal, from 0, which diffusion.py calls its slot. Masks borrow
+places, see Reading.
 
 Shapes: B texts, L positions, V tokens, C width, H heads, D = C / H; S places of each text's
 cache, of which attention is given the first `extent` (and `sees` says which of those each
@@ -152,7 +153,7 @@ def see_cache(q, k, v, keys, values, packed, at=None):
     y = F.scaled_dot_product_attention(q, k, v, packed.sees[:, None])
     y = y.transpose(1, 2)[packed.text, packed.column]                # (N, H, D)
     if at is not None:
-        y = y[at]        # only now, as the rectangle's columns are computed together anyway
+        y = y[at]        # only now: attention is computed for the whole rectangle anyway
     return y
 
 

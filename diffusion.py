@@ -115,8 +115,8 @@ def nelbo(model, x, mask_id, keep=None):
 
     Why 1/t: reveal the tokens one at a time in a random order; a reveal costs
     -log p(token | those revealed before it). At time t about t L masks are left, and each
-    may be the next. So 1/(t L) times the sum is about the cost of the next reveal. On
-    average it is exactly that. Let k masks be left:
+    may be the next. So 1/(t L) times the sum is about the cost of the next reveal. Averaged
+    over t and z_t it is exactly that. Take the stage with k masks left:
 
         a given set of k masks has, at time t, the probability  t^k (1 - t)^(L - k)
         this times 1/t, integrated over t, is                   1 / (k (L choose k))
@@ -163,8 +163,8 @@ def categorical(logits, dtype=torch.float64):
     """One exact draw per row: logits (..., V) -> ids (...).
     By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be
     out of reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The
-    exponentials may be float32: that is a relative error, 1e-7 of each probability. (dtype
-    is there to show what float32 does.)
+    exponentials may be float32: their error is relative, so an unlikely token's chance is
+    off by 1e-7 of itself. (dtype is there to show what float32 does.)
     A row that holds NaN gives V, the mask's id. `sample` checks for that once, at its end;
     a check here would make the CPU wait for a GPU."""
     # probabilities up to a factor (float64 from the start takes 7 times as long)

@@ -138,8 +138,8 @@ def reverse_kl(log_p, log_q):
     """KL(student || target), the paper's choice (section 3.2)."""
     # the teacher's first step is random, so the same masks get many targets. The best p is
     # their geometric mean, normalised: if 60 % of the targets give tom 99 %, sam 1 %, and
-    # 40 % the reverse, tom gets 71 %, where the plain mean has 60 %. A q near 0 is like a
-    # veto; the token with the fewest vetoes gains
+    # 40 % the reverse, tom gets 71 %, where the plain mean has 60 %. A target near
+    # 0 pulls p to near 0, like a veto: the token with the fewest vetoes gains
     return kl(log_p, log_q)
 
 

@@ -7,8 +7,8 @@ see diffusion.py, which has all other samplers.
 
 The first `final` slots of a text keep their tokens, those from there to `guessed` - 1 hold
 guesses, the rest nothing yet. A call asks for the slots from `final` to `end` - 1; c is the
-first of them that changes (a first guess counts as a change). One call, shown left to right
-(a diffusion model's order is shuffled):
+first of them that changes (a first guess counts as a change), `end` if none does. One call,
+shown left to right (a diffusion model's order is shuffled):
 
     slot       0     1     2     3     4     5     6
     old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
@@ -33,12 +33,12 @@ call can ask all slots. (In AR the token in the slot before predicts a slot.)
 Why it is exact: take a slot s, and fix the random numbers of all calls at the slots before
 it. No slot sees a later one. So these numbers alone fix three things, whatever is drawn at
 s: the tokens before s after each call; which calls ask s, and their predictions p1, p2, ...
-there; and K, the first of these calls in which no slot before s changes (then c >= s: K
-makes s final). The random numbers at s are independent of all that. The first draw at s is
-from p1, and couple turns a draw from p(k - 1) into one from pk. So in the end the token is
-a draw from pK, which was predicted from tokens that did not change in call K, and so are
-final. (If s were final once its own guess stayed, K would depend on the token, and tokens
-likely in two predictions would come too often.)
+there; and K, the first call that asks s and changes no slot before s (then c >= s: K makes
+s final, whether s itself changes or not). The random numbers at s are independent of all
+that. The first draw at s is from p1, and couple turns a draw from p(k - 1) into one from
+pk. So in the end the token is a draw from pK, which was predicted from tokens that did not
+change in call K, and so are final. (If s were final once its own guess stayed, K would
+depend on the token, and tokens likely in two predictions would come too often.)
 
 To predict all slots again until none changes is a fixed-point iteration, as in arXiv
 2002.03629; the coupling is from 2211.17192.
@@ -245,9 +245,9 @@ def ask_tokens(model, cache, order, x, call):
         what is there          start   one   day   tom       the token of slot place - 1
         what it predicts       slot 0  1     2     3
 
-    Slots after `guessed` cannot be predicted yet: the token before them is missing. Their
-    states are 0, so their first guesses are arbitrary draws, from head(0); couple corrects
-    them, as it does any."""
+    Slot `guessed` is the last that can be predicted: of later ones the token before is
+    missing. Their states are 0, so their first guesses are arbitrary draws, from head(0);
+    couple corrects them, as it does any."""
     B, L = x.shape
     by_place = shifted(x, model.mask_id)                             # (B, L)
     # from the place of slot `unread`'s token to the place that predicts the last slot

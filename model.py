@@ -174,7 +174,7 @@ class Transformer(nn.Module):
     row begins a text.
     attention: "full", all see all; "causal"; or "reveal": every position sees itself, a
     revealed token also those revealed before it, a mask all revealed tokens, and no
-    position sees a mask but its own. So what a revealed token sees never changes, nor do
+    position sees the mask of another. So what a revealed token sees never changes, nor do
     its keys and values in any block: a KV cache of diffusion is exact."""
 
     def __init__(self, config):
@@ -223,10 +223,10 @@ class Transformer(nn.Module):
 
     def run(self, idx, pos, attends, at=None):
         """Embedding and blocks: ids idx (...) -> states (..., C), before the last norm.
-        The shape of idx is (B, L) from hidden, (N,) or (B,) from cache.py; that of its
-        positions pos broadcasts to it.
+        The shape of idx is (B, L) from hidden, others from cache.py and tools/static.py;
+        that of its positions pos broadcasts to it.
         attends: a function attend(q, k, v) for each block. From hidden all are the same;
-        with a KV cache each block has keys of its own. at: see the top of this file."""
+        with a KV cache each block has keys of its own. at: see the top, or read_cached."""
         # what stands where
         x = self.embed(idx)                                          # (..., C)
         if self.config.positions != "rope":
@@ -293,8 +293,8 @@ class Transformer(nn.Module):
         CHUNK logits; f maps a chunk's logits (n, V) and rows (n, ...) to (n,)."""
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
-        # HeadSum: f(F.linear(h, W, b), *rows).sum(), by chunks, of which it computes the
-        # gradients, too, in its forward, so that no logits are kept
+        # HeadSum: f(F.linear(h, W, b), *rows).sum(), by chunks; its forward computes each
+        # chunk's gradients, too, then drops the logits
         if not torch.is_grad_enabled():
             W, b = W.detach(), b.detach()        # or it would compute some in vain
         return HeadSum.apply(f, rows_at_a_time(len(W)), h, W, b, *rows)

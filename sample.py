@@ -7,8 +7,8 @@
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
     python sample.py out/stories-nano-reveal/teacher.pt --steps exact
 
-Give --steps: what a late student was distilled for, the default, is too few for good
-stories. Tokens are drawn in float64, as in float32 unlikely ones would be too rare.
+Give --steps: a student's default is what it was distilled for (round 7: 2 steps), too few
+for good stories. Tokens are drawn in float64: in float32 unlikely ones would be too rare.
 --temperature, --top_p and --order change the distribution on purpose. Without arguments, in
 a terminal, this is an animation; python -m tools.animate has others.
 """
@@ -127,7 +127,7 @@ def draw_batch(model, known, sampling):
         """One token from each row: logits (N, V) -> (N,)."""
         return categorical(adjust(logits), dtype)
 
-    # mask_id wherever no token is known yet, for AR, too
+    # mask_id wherever no token is known yet, for AR, too (sample_exact needs z)
     z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
     z[:, :known.shape[1]] = known
     calls = None

@@ -188,8 +188,8 @@ def new_model(config, data):
     # if every row of the data begins a text, absolute positions carry information, too
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # attention's linear layers have biases, as in GPT-2; a diffusion model with rope alone,
-    # which masks_alike tells, has none, as in the published MDLM, so that tools.convert can
+    # attention's linear layers have biases, as in GPT-2; a diffusion model with rope alone
+    # (masks_alike is True) has none, as in the published MDLM, so that tools.convert can
     # export it
     model_config.attention_bias = not model_config.masks_alike
     return Transformer(model_config)     # random weights
@@ -224,7 +224,7 @@ def train(config, procs, as_saved=False):
     if saved and run.step == run.steps and procs.rank == 0:
         print(f"{config.path} is there: {run.steps} steps, {run.seconds:.0f} s")
 
-    # what is minimized: for diffusion the bound, for AR the next-token loss, which is exact
+    # what is minimized: for diffusion the bound, for AR the next-token loss, -log p itself
     loss = functools.partial(nelbo, mask_id=model.mask_id)
     if config.causal:
         loss = functools.partial(ar_loss, mask_id=model.mask_id)
@@ -280,8 +280,8 @@ def fit(config, procs, data, run, loss, val_loss=None):
             if procs.device.type == "cpu" or show_now or log_now or save_now:
                 guard.check_losses()
 
-            # the step; then the average, whose decay rises to config.ema with the number of
-            # updates (those of earlier rounds included): first weights are soon forgotten
+            # the step; then the average. Its decay begins low and rises to config.ema, so
+            # that it soon forgets the first weights (updates of earlier rounds count, too)
             optimizer_step(config, run, step)
             ema_update(run.ema, run.model, config.ema, run.updates_before + step)
             run.step = step + 1          # steps done

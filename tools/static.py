@@ -7,9 +7,9 @@ small model most of its time goes into starting operations. Here, instead, each 
 run has M places in each text, at least the most that any text reveals in one step; the rest
 of them are gaps, which point to a spare position behind the text, where nothing is ever
 read for the result. So the whole step (blocks, head, draw, writing into the text) has one
-of two shapes, see `sizes`, and is compiled as one piece. The law is that of
-diffusion.sample; the gaps are wasted work, so that for many positions diffusion.sample is
-faster.
+of two shapes (see trial_sizes; a rare plan needs another), and is compiled as one piece.
+The law is that of diffusion.sample; the gaps are wasted work, so that for many positions
+diffusion.sample is faster.
 
 bench.py times this in place of diffusion.sample where pays_for says so.
 
@@ -33,10 +33,10 @@ from data.devices import float64_device, upload
 from diffusion import draw_from, plan, prompt_first, span, steps_of, without_masks
 
 # multiplications of a call that computes all positions, up to which this is faster on two
-# CPU cores: measured with nano at 50 tokens in 8 and 32 steps, where 8 texts gain (with the
-# KV cache at 8 steps nothing) and 16 lose with the cache. On a GPU it may be far too low
+# CPU cores: measured with nano at 50 tokens. Without the cache 8 texts gain; with it 8 gain
+# in 32 steps, but not in 8, and 16 lose. On a GPU it may be far too low
 FEW = 3e8
-GRAIN = 4                # M is a multiple of this
+GRAIN = 4                # M is rounded up to a multiple of this, but to L at most
 PLANS = 64               # trial plans that are drawn to find M
 
 
@@ -127,8 +127,8 @@ def cached_step(model, z, cache, pos, place, limit, u, draw):
 
 
 def see_places(q, k, v, keys, values, place, sees, at=None):
-    """cache.see_cache without gaps: q, k, v (B, W, H, D), place (B, W), sees (B, W, S) ->
-    (B, W, H, D), or those at `at`."""
+    """cache.see_cache for a whole rectangle, whose gaps are computed, too: q, k, v (B, W,
+    H, D), place (B, W), sees (B, W, S) -> (B, W, H, D), or those at `at`."""
     where = place[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
     keys.scatter_(2, where, k.transpose(1, 2))                       # (B, H, S, D)
     values.scatter_(2, where, v.transpose(1, 2))
