@@ -69,7 +69,7 @@ from tools.joint import naive_engine
 from tools.machine import (OutOfMemory, compiled_decode, describe, fill_times, header,
                            least_memory, limits, line, peak_bytes, room_for, roofline,
                            seconds, transformers_engine, with_stance)
-from tools.static import StaticSampler, ar_sampler, decode_and_draw, pays_for
+from tools.static import StaticSampler, ar_sampler, can_draw, decode_and_draw, pays_for
 
 
 # ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
@@ -209,7 +209,7 @@ def measure(config, group, B, device, machines):
     # models, dtypes and shapes share one function's compiled forms: 8 may be too few
     torch._dynamo.config.recompile_limit = 64
     compiled_step = None
-    if config.compile:
+    if config.compile and can_draw(device):
         compiled_step = compiled_decode(device, B, decode_and_draw)
     # the first run of each, after a warm-up
     running = []

@@ -12,8 +12,8 @@ import torch
 from data.devices import in_float64
 from data.dataset import (choices, copies, copies_expected, make_tokenizer, oracle,
                           retokenise)
+from data.script import EXACT
 from model import nll
-from sample import EXACT
 
 JUDGE_BATCH = 32                         # texts that the judge reads at a time
 NO_VALUE = (None, None)                  # neither a mean nor an error

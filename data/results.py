@@ -15,7 +15,8 @@ from data.dataset import Data
 from data.files import write, write_json
 from data.measures import VERSION, in_steps, make_judge, measure, summary, table
 from data.processes import Processes, from_first
-from sample import EXACT, Sampling, draw_samples
+from data.script import EXACT
+from sample import Sampling, draw_samples
 
 
 def announce(config, data, sampling_steps):

@@ -16,7 +16,7 @@ from diffusion import sample
 from helpers import call, refused, start_server
 from model import PRESETS, ModelConfig, Transformer
 from toy import ancestral_law, chi_square, count, exact_model, joint
-from tools import bench_setup, bench_train, crossover, machine, static
+from tools import bench_setup, bench_train, crossover, figures, machine, static
 from tools.joint import sample_joint
 
 LIMIT = 1e-6                     # a chi-square test fails below this chance
@@ -297,9 +297,14 @@ def test_random_weights_are_named_by_preset(folder, monkeypatch, capsys):
 def test_both_dtypes_are_timed_where_the_cpu_gains_by_bfloat16(folder, monkeypatch, capsys):
     """Each engine has a row in each, but the naive one, which is slow; AR's best is what all are
     compared with, and both are judged. No chance involved."""
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(bench_setup, "bfloat16_gain", lambda: 3.0)
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
     call(bench, "--batch", 1, "--steps", 2, "--samples", 4, "--repeats", 1, "--no-compile",
-         "--json", "rows.json")
+         "--json", "rows.json", "--plot", "p.png")
+    # in the picture each engine is once, where it is fastest: teacher, student, AR's cross
+    assert [len(line.get_xdata()) for line in drawn[0].axes[0].lines] == [2, 2, 1, 1]
     saved = json.loads((folder.parent.parent / "rows.json").read_text())
     assert set(saved["machines"]) == {"float32", "bfloat16"}
     rows = saved["rows"]

@@ -414,7 +414,7 @@ FORMS = ["float32", "bfloat16 blocks", "bfloat16 weights"]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_compiled_decoding_gives_the_logits_of_whole_sequences(device, monkeypatch, form):
+def test_compiled_decoding_gives_the_logits_of_whole_sequences(device, form):
     """AR decoding, plain and compiled, made to draw given texts: the logits of each step, in the
     third run, are those of one forward pass on the CPU. On a GPU the steps are CUDA graphs, none of
     which is skipped."""
@@ -452,7 +452,7 @@ def test_compiled_decoding_gives_the_logits_of_whole_sequences(device, monkeypat
 
 
 @pytest.mark.parametrize("attention", ["full", "reveal"])
-def test_compiled_steps_of_one_shape_draw_the_texts_of_sample(device, attention):
+def test_compiled_steps_of_few_shapes_draw_the_texts_of_sample(device, attention):
     """The likeliest tokens, in the third run (on a GPU a CUDA graph by then), against diffusion.sample
     on the CPU from the same plans. Random weights, without ties. No chance involved."""
     compiler_for(device)

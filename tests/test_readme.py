@@ -150,7 +150,7 @@ def home(tmp_path_factory):
         patch.setattr(machine, "limits", lambda device, dtype: {
             "device": "CPU", "threads": 1, "torch": "2", "dtype": "float32", "load": 0.0,
             "bytes_per_s": 1e10, "flop_per_s": 1e11})    # of seconds' worth of measuring
-        # a vocabulary of 50,257 and every temperature would take most of the time
+        # a vocabulary of 50,257 would take most of the time
         patch.setattr(bench_setup, "VOCAB", 50)
         patch.chdir(top)
         for pattern in ("*.py", "data/*.py", "data/*/*.py"):

@@ -17,7 +17,6 @@ from data.script import device_flag, flag, package
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
 from tools.machine import bfloat16_gain, prepare, transformers_gpt2, warn_of_emulation
-from tools.static import can_draw
 
 VOCAB = 50257                            # of random weights: GPT-2's
 WRITTEN = 32                             # texts at a time, for quality
@@ -95,6 +94,8 @@ def set_defaults(config, device, known):
     config.batch = sorted(config.batch)
 
     # how it runs
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if config.dtype:
         config.dtype = list(dict.fromkeys(config.dtype))             # each once
     else:
@@ -102,10 +103,6 @@ def set_defaults(config, device, known):
     warn_of_emulation(config.dtype, device)
     if config.compile is None:
         config.compile = bool(shutil.which("g++"))
-    # compiled steps draw in float64, where they run
-    config.compile = config.compile and can_draw(device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
 
 
 def default_dtypes(device):

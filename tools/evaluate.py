@@ -118,7 +118,7 @@ def likelihood_row(name, model, x, procs, draws=8):
         seed_all("likelihood", i)
         part = x[i:i + BATCH].to(procs.device)                       # (B, L)
         if model.config.causal:
-            return {"nll": likelihood.exact(model, part, model.mask_id).cpu()}
+            return {"nll": likelihood.exact(model, part).cpu()}
         if model.config.attention == "reveal":
             orders, mixture = likelihood.in_orders(model, part, model.mask_id, draws)
             return {"any_order": orders.cpu(), "mixture": mixture.cpu()}

@@ -55,10 +55,9 @@ OTHERS = {("reads", None): 4.8, ("copies", None): 4.8,           # these from it
           ("SDTT head", "small"): 0.049, ("SDTT step", "xl"): 0.60,
           ("SDTT memory", "xl"): 80,
           # as counted on simulated devices, see tests/pretend.py
-          ("waits, full", "small"): 4 / 16, ("waits, cached", "small"): 2 / 16,
+          ("waits, full", "small"): 2 / 16, ("waits, cached", "small"): 2 / 16,
           ("waits, exact", "small"): 3.4, ("waits, AR", "small"): 0,
-          ("waits, SDTT", "small"): 8,
-          ("waits, bound", "small"): 4}
+          ("waits, SDTT", "small"): 3, ("waits, bound", "small"): 1}
 
 
 def predicted(row):

@@ -93,7 +93,7 @@ def known_first(x, known, mask_id):
     return prompt_first(random_order(z, mask_id), x.shape[1])
 
 
-def exact(model, x, mask_id):
+def exact(model, x):
     """Negative log-likelihood of each text of x (B, L) under an AR model, nats per token
     (B,)."""
     return in_float64(nll(model, x)).mean(1)

@@ -71,7 +71,7 @@ def score(model, x, known, orders):
     mixture of orders, it does not say."""
     n = x.shape[1] - known                                           # tokens that count
     if model.config.causal:
-        nats = nll(model, x)[:, known:]               # (B, n)
+        nats = nll(model, x)[:, known:]                              # (B, n)
         return {"log_p": -nats.double().sum(1)}
 
     draws = []                           # of log p, each (B,)

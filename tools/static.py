@@ -15,8 +15,8 @@ bench.py times this in place of diffusion.sample where pays_for says so.
 
 Names are those of diffusion.plan and cache.py: slot i of a text is the i-th position to be
 revealed, and its place in the KV cache; order (B, L) has the position of each slot, when
-(B, L) the step that reveals it. An example: L = 4, order 2 0 3 1, when 0 0 1 2, M = 2. (The
-spare place, and position, is L = 4.)
+(B, L) the step that reveals it. An example: L = 4, order 2 0 3 1, when 0 0 1 2, M = 2 (not
+rounded up). The spare place, and position, is L = 4:
 
     step     reads tokens of slots    reveals slots    at positions
     0        4 4                      0 1              2 0
