@@ -195,7 +195,7 @@ def test_scores_are_those_of_tools_likelihood():
     x = torch.randint(11, (20, 12))
     ar = toy.network(attention="causal")
     assert torch.allclose(score.score(ar, x, 0, 2)["log_p"],
-                          -12 * likelihood.exact(ar, x, 11), atol=1e-9)
+                          -12 * likelihood.exact(ar, x), atol=1e-9)
     reveal, full = toy.network(), toy.network(attention="full")
     for model, other in ((reveal, lambda: likelihood.in_orders(reveal, x, 11, 8)[0]),
                          (full, lambda: likelihood.bound(full, x, 11, 16))):
