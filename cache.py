@@ -129,11 +129,7 @@ def read_cached(model, cache, new):
     text, column = upload(text, device), upload(column, device)
     packed = Packed(shape=place.shape, text=text, column=column,
                     place=place[text, column], sees=before | itself)
-    # each block has its own part of the cache
-    attends = []
-    for keys, values in zip(cache.k, cache.v):
-        attends.append(functools.partial(see_cache, keys=keys, values=values,
-                                         packed=packed))
+    attends = for_each_block(see_cache, cache, packed=packed)
     pos = upload(new.pos, device)[text, column]                      # (N,)
     return model.run(new.idx[text, column], pos, attends, wanted)
 
@@ -157,6 +153,15 @@ def see_cache(q, k, v, keys, values, packed, at=None):
     return y
 
 
+def for_each_block(see, cache, **how):
+    """Who sees whom in each block, a list for Transformer.run: `see`, given that block's
+    own part of the cache, and what else it asks for."""
+    attends = []
+    for keys, values in zip(cache.k, cache.v):
+        attends.append(functools.partial(see, keys=keys, values=values, **how))
+    return attends
+
+
 # ---- AR sampling
 
 def see_step(q, k, v, keys, values, place, sees):
@@ -177,11 +182,7 @@ def decode(model, token, place, cache, extent):
     extent: how many places attention is given, place + 1 or more (see `grain` in generate);
     it looks at those up to `place` alone."""
     sees = torch.arange(extent, device=token.device) <= place        # (extent,)
-    # each block has its own part of the cache
-    attends = []
-    for keys, values in zip(cache.k, cache.v):
-        attends.append(functools.partial(see_step, keys=keys, values=values, place=place,
-                                         sees=sees[None]))
+    attends = for_each_block(see_step, cache, place=place, sees=sees[None])
     return model.head(model.run(token, place, attends))
 
 

@@ -1010,6 +1010,12 @@ def test_table_is_what_distill_prints_of_the_saved_results():
     assert f"```text\n{quick_table()}\n```" in (ROOT / "results/README.md").read_text()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.name)
+def test_results_name_no_folder_of_one_machine(path):
+    """Neither as the command's flags nor elsewhere."""
+    assert not re.search(r'"(/|~|[A-Za-z]:\\\\)', path.read_text())
+
+
 def test_table_in_bench_is_of_the_saved_rows():
     """That of its docstring: results/latency.json, one text."""
     shown = (ROOT / "bench.py").read_text()

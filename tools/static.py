@@ -24,11 +24,12 @@ rounded up). The spare place, and position, is L = 4:
     2        2 4                      3 4              1 4
 """
 import functools
+import typing
 
 import torch
 import torch.nn.functional as F
 
-from cache import decode, generate
+from cache import decode, for_each_block, generate
 from data.devices import float64_device, upload
 from diffusion import draw_from, plan, prompt_first, span, steps_of, without_masks
 
@@ -69,16 +70,22 @@ def decode_and_draw(model, token, place, cache, extent, numbers):
     return draw(logits, numbers.index_select(0, place)[0])
 
 
+def keep_in_place(*tensors):
+    """Tell the compiler that these stay where they are, as CUDA graphs need them at fixed
+    addresses."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)
+
+
 def ar_sampler(model, B, L, step):
     """cache.generate for B texts of L tokens, as a function without arguments. step:
     decode_and_draw, compiled."""
     device = model.embed.weight.device
     prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
-    # all runs share one cache, as CUDA graphs need it at a fixed address. (It need not be
-    # emptied: places that are not filled yet are hidden)
+    # all runs share one cache, which need not be emptied: places that are not filled yet
+    # are hidden
     cache = model.cache(B, L)
-    for stored in cache.k + cache.v:
-        torch._dynamo.mark_static_address(stored)
+    keep_in_place(*cache.k, *cache.v)
     # attention reads the cache up to a multiple of grain: fewer shapes to compile
     grain = 128 if device.type == "cuda" else 16
     numbers = torch.empty((L, B, 1), dtype=torch.float64, device=device)
@@ -104,38 +111,46 @@ def full_step(model, z, pos, u, draw):
     z.scatter_(1, pos, draw(model.head(h), u))
 
 
-def cached_step(model, z, cache, pos, place, limit, u, draw):
-    """Read the tokens at the first half of pos (B, 2 M), which the step before revealed,
-    and reveal the positions of the second half, by random numbers u (B, M, 1). place, limit
-    (B, 2 M): see cache.Reading. Gaps have the spare place L, which no limit lets a real
-    position see."""
+def cached_step(model, z, cache, reading, u, draw):
+    """reading (3, B, 2 M): pos, place and limit of cache.Reading. Read the tokens at the
+    first half of pos, which the step before revealed, and reveal the positions of the
+    second half, by random numbers u (B, M, 1). Gaps have the spare place L, which no limit
+    lets a real position see."""
+    pos, place, limit = reading                                      # (B, 2 M) each
     M = pos.shape[1] // 2
     L = z.shape[1] - 1
-    idx = z.gather(1, pos)
+    idx = z.gather(1, pos)                                           # (B, 2 M)
     idx[:, M:] = model.mask_id
     # who sees whom
     places = torch.arange(cache.places, device=z.device)
     sees = (places < limit[..., None]) | (places == place[..., None])    # (B, 2 M, L + 1)
-    attends = []
-    for keys, values in zip(cache.k, cache.v):
-        attends.append(functools.partial(see_places, keys=keys, values=values, place=place,
-                                         sees=sees))
+    attends = for_each_block(see_places, cache, where=Where(place, sees))
     # the states of the masks alone
     at = slice(None), slice(M, None)
     h = model.run(idx, pos.clamp(max=L - 1), attends, at)            # (B, M, C)
     z.scatter_(1, pos[:, M:], draw(model.head(h), u))
 
 
-def see_places(q, k, v, keys, values, place, sees, at=None):
+class Where(typing.NamedTuple):
+    """Places of W positions of each text."""
+    place: torch.Tensor          # (B, W) where key and value are stored
+    sees: torch.Tensor           # (B, W, S) bool: which places each sees
+
+
+def see_places(q, k, v, keys, values, where, at=None):
     """cache.see_cache for a whole rectangle, whose gaps are computed, too: q, k, v (B, W,
-    H, D), place (B, W), sees (B, W, S) -> (B, W, H, D), or those at `at`."""
-    where = place[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
-    keys.scatter_(2, where, k.transpose(1, 2))                       # (B, H, S, D)
-    values.scatter_(2, where, v.transpose(1, 2))
+    H, D) -> the same shape, or only the outputs at `at`. keys, values (B, H, S, D)."""
+    place, sees = where
+    # store the new ones; scatter_ wants an index for each number of k: (B, H, W, D)
+    index = place[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
+    keys.scatter_(2, index, k.transpose(1, 2))
+    values.scatter_(2, index, v.transpose(1, 2))
+    # and look at the places that are seen
     if at is not None:
         q, sees = q[at], sees[at]
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, sees[:, None])
-    return y.transpose(1, 2)
+    q = q.transpose(1, 2)                                            # (B, H, W, D)
+    y = F.scaled_dot_product_attention(q, keys, values, sees[:, None])
+    return y.transpose(1, 2)                                         # (B, W, H, D)
 
 
 # ---- the samplers
@@ -158,10 +173,8 @@ class StaticSampler:
         if model.config.attention == "reveal":
             self.cache = model.cache(B, L, spare=1)
             step = cached_step
-            # CUDA graphs need them, and z, at fixed addresses
-            for stored in self.cache.k + self.cache.v:
-                torch._dynamo.mark_static_address(stored)
-        torch._dynamo.mark_static_address(self.z)
+            keep_in_place(*self.cache.k, *self.cache.v)
+        keep_in_place(self.z)
         mode = "reduce-overhead" if device.type == "cuda" else None
         self.step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode,
                                   backend=backend)
@@ -247,9 +260,9 @@ class StaticSampler:
             everything.append(torch.stack((pos, place, limit)))
             cached = known
         everything = upload(torch.stack(everything), self.z.device)  # (steps, 3, B, 2 M)
-        for (pos, place, limit), u in zip(everything, self.uniform(len(everything), M)):
-            self.step(self.model, self.z, self.cache, pos, place, limit, u, self.draw)
-            self.calls.append(pos.numel())
+        for reading, u in zip(everything, self.uniform(len(everything), M)):
+            self.step(self.model, self.z, self.cache, reading, u, self.draw)
+            self.calls.append(B * 2 * M)
 
 
 def largest(when):
