@@ -12,10 +12,10 @@ Five engines, each as fast as this code makes it:
 
     ar                 with a static KV cache; decoding step and draw are compiled as one
     diffusion          full attention; where there is little to compute whole steps are
-                       compiled (tools/static.py), else diffusion.py's sampler's blocks
+                       compiled (tools/static.py), else the network in diffusion.py's steps
     diffusion-kv       the same with attention in the order of reveal, and its KV cache
     ar-exact, diffusion-exact      the distribution of one token at a time, in few calls;
-                       diffusion's blocks are compiled
+                       diffusion's network is compiled
 
 Two more, to compare with what others' code takes, neither of them compiled:
 
@@ -34,7 +34,7 @@ diffusion-naive there is only one), and the median is shown. What the columns sa
                / seconds / memory bandwidth. Of the others: operations for the positions
                that they compute / seconds / rate of large matrix products
     nfe        calls of the network
-    reads      positions that they embedded, gaps (tools/static.py) included, for each token
+    reads      positions that it read, gaps (tools/static.py) included, for each token
     gen_ppl, entropy (within a text), of all   see README; of trained weights only
 
 Large models can come near those limits if AR has few texts, and diffusion many positions a
@@ -137,7 +137,7 @@ ENGINES = {
 #         return lambda: my_sampler(model, z, steps)
 #     "mine": Engine(my_engine, "full", in_steps=True)
 # my_sampler must not write into z, from which every run starts. Calls and positions are
-# counted where the model embeds its tokens. Of trained weights the texts are scored, too.
+# counted where the model's `run` is called. Of trained weights the texts are scored, too.
 
 
 # ---- the whole benchmark. A row is a dict: what is measured (engine, model, preset,
@@ -185,9 +185,10 @@ def bench(config, device, machines):
 #
 #     ar                   the decoding step with its draw (measure hands it to the engines)
 #     diffusion, -kv       of little work the whole step, by tools/static.py; else the
-#                          blocks, but not the last where only some positions are wanted, a
-#                          number that varies. models_of wraps the blocks
-#     diffusion-exact      those blocks
+#                          network without its head, or, of a large model, its blocks, but
+#                          not the last where only some positions are wanted, a number that
+#                          varies (tools/machine.py, compile_network)
+#     diffusion-exact      the same network or blocks
 #     all others           nothing: ar-exact; diffusion-naive switches the compiler off
 
 @dataclass
@@ -206,8 +207,10 @@ def measure(config, group, B, device, machines):
     # which is slower. (Size 1, as in the first diffusion step, always has its own form;
     # blocks with attention "reveal" are compiled for any size from the start)
     torch.compiler.reset()
-    # models, dtypes and shapes share one function's compiled forms: 8 may be too few
+    # models, dtypes and shapes share one function's compiled forms: 8 may be too few. And
+    # two sizes that happen to be equal once are no reason to compile for that
     torch._dynamo.config.recompile_limit = 64
+    torch.fx.experimental._config.use_duck_shape = False
     compiled_step = None
     if config.compile and can_draw(device):
         compiled_step = compiled_decode(device, B, decode_and_draw)

@@ -17,16 +17,20 @@ def counted_calls(model):
     """Yields a list, to which each call of the network inside the `with` appends the number
     of positions that it read."""
     reads = []
+    # every call of the network is one of these (perhaps a compiled one, of this model's own)
+    run, own = model.run, "run" in vars(model)
 
-    # every call embeds its tokens exactly once
-    def on_embed(module, args, output):
-        reads.append(args[0].numel())    # ids of all positions that this call reads
+    def counted_run(idx, *args, **kw):
+        reads.append(idx.numel())        # ids of all positions that this call reads
+        return run(idx, *args, **kw)
 
-    hook = model.embed.register_forward_hook(on_embed)
+    model.run = counted_run
     try:
         yield reads
     finally:
-        hook.remove()                                                # also after an error
+        del model.run                                                # also after an error
+        if own:
+            model.run = run
 
 
 def cost_of(sizes, calls, B):

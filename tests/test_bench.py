@@ -1,17 +1,21 @@
 """The benchmark: that its sides do the same thing, that its yardsticks are right, what it refuses.
 That something is fast is not tested: see results/.
 """
+import copy
 import dataclasses
+import functools
 import json
 import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import distill
 from data import checkpoints, measures
+from data.cost import counted_calls
 from diffusion import sample
 from helpers import call, refused, start_server
 from model import PRESETS, ModelConfig, Transformer
@@ -344,6 +348,32 @@ def test_little_work_is_compiled_as_whole_steps(folder, monkeypatch):
     assert of["diffusion"]["reads"] == of["diffusion"]["nfe"] <= 4
     assert of["diffusion-kv"]["reads"] > 2               # twice, and gaps
     assert set.union(*judged) == {torch.float32}
+
+
+@pytest.mark.parametrize("attention", ["full", "reveal"])
+def test_a_small_network_is_compiled_whole_a_large_one_block_by_block(monkeypatch, attention):
+    """By the compiler's front end alone, whose arithmetic is PyTorch's own: the same texts, calls and
+    positions as uncompiled, in few graphs for all numbers of positions. No chance involved."""
+    counter, any_sizes = CompileCounter(), torch.fx.experimental._config.patch     # as in measure
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    compiled_blocks = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic: compiled_blocks.append(block))
+    torch.compiler.reset()
+    plain = model_of(attention=attention, layers=1)
+    small = machine.prepare(copy.deepcopy(plain), "float32", True, CPU)
+    written = []
+    for model in plain, small:
+        torch.manual_seed(0)
+        z = torch.full((2, 12), model.mask_id)
+        with counted_calls(model) as calls, any_sizes(use_duck_shape=False):
+            texts = [sample(model, z, steps, model.mask_id) for steps in (3, 4)]
+        written.append((torch.stack(texts).tolist(), calls))
+    assert written[0] == written[1]
+    # one of many texts and positions, and at most one each for one position and one token
+    assert 1 <= counter.frame_count <= 3 and not compiled_blocks
+    monkeypatch.setattr(machine, "SMALL_MODEL", 0)
+    large = machine.prepare(copy.deepcopy(plain), "float32", True, CPU)
+    assert compiled_blocks == list(large.blocks) and "run" not in vars(large)
 
 
 def test_more_work_is_left_to_the_plain_sampler():

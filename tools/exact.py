@@ -11,7 +11,9 @@ equal diversity.
 """
 import dataclasses
 import json
+import math
 import sys
+import time
 from pathlib import Path
 
 from data.checkpoints import fingerprint, load_model
@@ -270,17 +272,22 @@ def main():
     if config.json and Path(config.json).exists():
         rows = read_rows(config.json)                    # what an earlier run has measured
 
-    def save():
-        """Write the rows, if they are wanted."""
-        if config.json:
+    saved = -math.inf                    # when
+
+    def save(at_last=False):
+        """Write the rows, if they are wanted; unless at_last once in a second at most, as
+        to write hundreds of them may take longer than to measure the next."""
+        nonlocal saved
+        if config.json and (at_last or time.monotonic() - saved > 1):
             write_json(config.json, {"argv": sys.argv[1:], "rows": rows})
+            saved = time.monotonic()
 
     judge_path = config.judge or Path(config.folders[0]) / "ar.pt"
     judge_file = load_model(judge_path, procs.device, ("ar",))
     for path in config.folders:
         folder = open_folder(Path(path), procs)
         measure_folder(config, folder, judge_file, procs, rows, save)
-    save()
+    save(at_last=True)
     if config.plot:
         figures.draw_exact(rows, config.plot)
 

@@ -116,6 +116,9 @@ def free_bytes(device):
         return None
 
 
+SMALL_MODEL = 1e7                        # weights of all blocks, see compile_network
+
+
 class OutOfMemory(Exception):
     """What was to be measured does not fit."""
 
@@ -204,7 +207,7 @@ def warn_of_emulation(dtypes, device):
 
 def prepare(model, dtype, compiled, device):
     """A model as it is timed, on a GPU and on a CPU: its matrices in dtype (autocast does
-    the rest: norms and the residual stream stay float32), diffusion's blocks compiled if
+    the rest: norms and the residual stream stay float32), diffusion's network compiled if
     asked for."""
     model = model.to(device).eval().requires_grad_(False)
     if dtype == "bfloat16":
@@ -214,12 +217,23 @@ def prepare(model, dtype, compiled, device):
                 module.bfloat16()
     # of AR generate's decoding step is compiled instead
     if compiled and not model.config.causal:
-        dynamic = None                   # the compiler decides
-        if model.config.attention == "reveal":
-            dynamic = True               # each cached step has another number of tokens
-        for block in model.blocks:
-            block.compile(dynamic=dynamic)
+        compile_network(model)
     return model
+
+
+def compile_network(model):
+    """Compile what computes most: of a small model embedding and blocks together, for any
+    number of positions (nano then takes 5 to 35 % less time than with each block by itself);
+    of a large one each block, as to compile all of them together would take minutes."""
+    config = model.config
+    if 12 * config.layers * config.width ** 2 < SMALL_MODEL:
+        model.run = torch.compile(model.run, dynamic=True)
+        return
+    dynamic = None                       # the compiler decides
+    if config.attention == "reveal":
+        dynamic = True                   # each cached step has another number of tokens
+    for block in model.blocks:
+        block.compile(dynamic=dynamic)
 
 
 def compiled_decode(device, B, decode=decode):
