@@ -256,7 +256,7 @@ def folder(tmp_path, monkeypatch, small_nano):
 
 def save(path, vocab, names=("ar", "teacher", "round1", "round2"), attention="full"):
     for name in names:
-        model = model_of(vocab=vocab, attention="causal" if name == "ar" else attention)
+        model = model_of(vocab=vocab, layers=1, attention="causal" if name == "ar" else attention)
         checkpoints.save_checkpoint(
             path / f"{name}.pt", kind={"ar": "ar", "teacher": "mdlm"}.get(name, "sdtt"),
             model_config=dataclasses.asdict(model.config), model=model.state_dict(),

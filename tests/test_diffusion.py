@@ -530,19 +530,19 @@ def chances_of_steps(n, steps):
 
 
 def test_the_network_is_called_as_often_as_the_longest_text_has_steps_that_open_something():
-    """The mean of 400 runs, against that of the largest of 3 independent texts with 8 masks each.
+    """The mean of 200 runs, against that of the largest of 3 independent texts with 8 masks each.
     Within 5 standard errors for five cases: three in a million with another seed."""
     model, z = constant(torch.tensor([0.5, 0.5])), torch.full((3, 8), 2)
     for steps in (3, 8, 9, 16, 100):
         numbers = []
-        for _ in range(400):
+        for _ in range(200):
             calls = []
             sample(watched(model, calls, 3), z, steps, 2)
             numbers.append(len(calls))
         numbers = torch.tensor(numbers).double()
         # P(largest > k), added up over k
         expected = float((1 - chances_of_steps(8, steps).cumsum(0) ** 3).sum())
-        error = float(numbers.std()) / math.sqrt(400)
+        error = float(numbers.std()) / math.sqrt(200)
         assert abs(float(numbers.mean()) - expected) <= 5 * error + 1e-3, steps
 
 

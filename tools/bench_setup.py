@@ -16,7 +16,8 @@ from data.results import round_files
 from data.script import device_flag, flag, package
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
-from tools.machine import bfloat16_gain, prepare, transformers_gpt2, warn_of_emulation
+from tools.machine import (bfloat16_gain, prepare, transformers_gpt2, warn_of_emulation,
+                           with_stance)
 
 VOCAB = 50257                            # of random weights: GPT-2's
 WRITTEN = 32                             # texts at a time, for quality
@@ -248,8 +249,9 @@ def fill_quality(config, group, models, known, engines):
         key = row["engine"], row["model"], row["dtype"], L, steps
         if key not in known:
             seed_all("quality", L, steps)
-            # WRITTEN texts at a time, whatever the row's batch size: this is not timed
-            write = engine.make(model, WRITTEN, L, steps, None)
+            # WRITTEN texts at a time, whatever the row's batch size: this is not timed, and
+            # to compile for another size would take longer than to write them
+            write = with_stance("force_eager", engine.make(model, WRITTEN, L, steps, None))
             known[key] = quality(judge, write, config.samples)
         row.update(known[key])
 
