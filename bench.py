@@ -4,52 +4,52 @@ wins.
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
-With random weights (--preset; where there are no checkpoints, small) the times of AR and
-of a given number of steps are valid. The exact engines' are not: how many calls they need
+Random weights (--preset; small, where there are no checkpoints) give valid times of AR and
+of a given number of steps. The exact engines' are not valid: how many calls they need
 depends on what a model has learned.
 
-Five engines, each as fast as this code makes it:
+Five engines, all but ar-exact compiled:
 
-    ar                 with a static KV cache; decoding step and draw are compiled as one
-    diffusion          full attention; where there is little to compute whole steps are
-                       compiled (tools/static.py), else the network in diffusion.py's steps
-    diffusion-kv       the same with attention in the order of reveal, and its KV cache
-    ar-exact, diffusion-exact      the distribution of one token at a time, in few calls;
-                       diffusion's network is compiled
+    ar                 with a static KV cache
+    diffusion          full attention
+    diffusion-kv       attention in the order of reveal, with its KV cache
+    ar-exact, diffusion-exact      the distribution of one token at a time, in few calls
 
-Two more, to compare with what others' code takes, neither of them compiled:
+A sixth shows what they gain, and is not compiled:
 
     diffusion-naive    the sampler of MDLM and SDTT, as the papers write it
-    transformers       greedy decoding of that package's GPT-2, with its KV cache
 
-Your own is a function like those below, and a line in ENGINES.
+Your own is a function like those below, and a line in ENGINES. (tools/others.py compares
+AR with other packages'.)
 
-Warm-up does not count. After the first, runs of the engines alternate (but of
-diffusion-naive there is only one), and the median is shown. What the columns say:
+Each engine is warmed up and timed once; then further runs of all alternate (none of
+diffusion-naive). The median is shown. What the columns say:
 
     vs AR      how many times faster than ar, at the same batch and length, and in the dtype
                that suits ar best
     roofline   the share that an engine reaches of a limit of the hardware, measured at the
-               start. Of ar and transformers: bytes of weights and cache that they must read
-               / seconds / memory bandwidth. Of the others: operations for the positions
-               that they compute / seconds / rate of large matrix products
-    nfe        calls of the network
-    reads      positions that it read, gaps (tools/static.py) included, for each token
+               start. Of ar: bytes of weights and cache that it must read / seconds / memory
+               bandwidth. Of the others: operations that the texts need (none for gaps) /
+               seconds / rate of large matrix products
+    nfe        calls of the network (number of function evaluations)
+    reads      positions that these computed for each token. With the cache two would do;
+               compiled steps have gaps as well (tools/static.py)
     gen_ppl, entropy (within a text), of all   see README; of trained weights only
 
-Large models can come near those limits if AR has few texts, and diffusion many positions a
+Large models come near those limits: AR with few texts, diffusion with many positions a
 call. There a low roofline says that the code is slow, and to beat such an engine proves
-little. nano stays far below both limits: its time goes into starting many small operations,
-so its "vs AR" does not carry over to larger models. Part of a table (nano, two cores):
+little. nano stays far below both: its time goes into starting many small operations, so its
+"vs AR" does not carry over to larger models. Part of a table (nano, two cores):
 
-    engine        model     steps batch length seconds vs AR roofline nfe reads gen_ppl
-    ar            ar                  1     50   0.038  1.00      25%  50   1.0    1.39
-    diffusion     round7        8     1     50   0.019  1.98      18%   8   8.0    1.52
-    diffusion-kv  round7        8     1     50   0.018  2.15       5%   8   3.8    1.50
+    engine        model     steps batch length seconds vs AR roofline nfe reads
+    ar            ar                  1     50   0.038  1.00      25%  50   1.0
+    diffusion     round7        8     1     50   0.019  1.98      18%   8   8.0
+    diffusion-kv  round7        8     1     50   0.018  2.15       5%   8   3.8
 """
 import contextlib
 import itertools
 import sys
+import typing
 from dataclasses import dataclass
 
 import torch
@@ -66,23 +66,22 @@ from tools.bench_setup import (BenchConfig, columns_of, fill_quality, models_of,
                                set_defaults)
 from tools.crossover import crossings, fill_vs_ar
 from tools.joint import naive_engine
-from tools.machine import (OutOfMemory, compiled_decode, describe, fill_times, header,
-                           least_memory, limits, line, peak_bytes, room_for, roofline,
-                           seconds, transformers_engine, with_stance)
-from tools.static import StaticSampler, ar_sampler, can_draw, decode_and_draw, pays_for
+from tools.machine import (OutOfMemory, describe, fill_times, forget_compiled, header,
+                           least_memory, limits, line, roofline, room_for, seconds,
+                           with_peak_bytes, with_stance)
+from tools.static import StaticSampler, ar_sampler, can_draw, pays_for
 
 
 # ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
-# (None for an engine without steps), and AR's step with its draw, compiled, or None where
-# nothing is compiled. It returns a function without arguments; each call of that writes B
-# texts and returns their ids (B, L)
+# (None for an engine without steps), and whether steps may be compiled. It returns a
+# function without arguments; each call of that writes B texts and returns their ids (B, L)
 
-def ar_engine(model, B, L, steps, compiled_step):
-    """AR decoding, of tokens drawn in float64, as in diffusion."""
-    if compiled_step:
-        return ar_sampler(model, B, L, compiled_step)
+def ar_engine(model, B, L, steps, compiled):
+    """AR decoding; it draws as diffusion does, from float64."""
+    if compiled:
+        return ar_sampler(model, B, L)               # decoding step and draw in one
     prompt = torch.zeros((B, 0), dtype=torch.long, device=model.embed.weight.device)
-    return lambda: generate(model, prompt, L, categorical)           # nothing is given
+    return lambda: generate(model, prompt, L, draw=categorical)      # nothing is given
 
 
 def only_masks(model, B, L):
@@ -90,34 +89,31 @@ def only_masks(model, B, L):
     return torch.full((B, L), model.mask_id, device=model.embed.weight.device)
 
 
-def diffusion_engine(model, B, L, steps, compiled_step):
-    """Diffusion in steps, with the KV cache where the model has one."""
-    if compiled_step and pays_for(model, B, L):          # little work: whole steps compiled
-        return StaticSampler(model, B, L, steps)         # the same law
-    z = only_masks(model, B, L)          # sample fills a copy
+def diffusion_engine(model, B, L, steps, compiled):
+    """Diffusion in steps, with the KV cache where the model has one. Where there is little
+    to compute whole steps are compiled; elsewhere the model is, already (models_of)."""
+    if compiled and pays_for(model, B, L):
+        return StaticSampler(model, B, L, steps)     # the same distribution
+    z = only_masks(model, B, L)                      # sample fills a copy
     return lambda: sample(model, z, steps, model.mask_id)
 
 
-def exact_engine(model, B, L, steps, compiled_step):
+def exact_engine(model, B, L, steps, compiled):
     """Exact sampling, of AR or of diffusion in the order of reveal. All texts take as many
     calls as the slowest of them needs, a number that differs from run to run."""
-    # exact.py takes masks as what is to be written, for AR, too, though AR never reads one
+    # (of AR, too, masks are what is to be written, though AR never reads one)
     z = only_masks(model, B, L)
-
-    def run():
-        x, _ = sample_exact(model, z, model.mask_id)
-        return x
-    return run
+    return lambda: sample_exact(model, z, model.mask_id)[0]          # without the calls
 
 
 @dataclass
 class Engine:
-    """What is to be known of an engine."""
-    make: object                 # a function as above
-    models: str                  # the attention of the models it runs, or "transformers"
+    """How an engine is run."""
+    make: typing.Callable        # a function as above
+    attention: str               # of the models that it runs
     in_steps: bool = False       # run it at each of --steps
     two_steps: bool = False      # two steps meet every compiled shape: warm up with these
-    counted: bool = True         # count its calls; False: they are --steps, or the length
+    counted: bool = True         # count its calls; False: one for each token
     slow: bool = False           # time one run only, at the first batch size, of one model
 
 
@@ -128,22 +124,20 @@ ENGINES = {
     "diffusion-kv": Engine(diffusion_engine, "reveal", in_steps=True),
     "diffusion-exact": Engine(exact_engine, "reveal"),
     "diffusion-naive": Engine(naive_engine, "full", in_steps=True, two_steps=True,
-                              counted=False, slow=True),
-    "transformers": Engine(transformers_engine, "transformers", counted=False)}
+                              slow=True)}
 
 # Your own, for models with full attention; then bench.py --engine ar mine:
-#     def my_engine(model, B, L, steps, compiled_step):
+#     def my_engine(model, B, L, steps, compiled):
 #         z = only_masks(model, B, L)
 #         return lambda: my_sampler(model, z, steps)
 #     "mine": Engine(my_engine, "full", in_steps=True)
 # my_sampler must not write into z, from which every run starts. Calls and positions are
-# counted where the model's `run` is called. Of trained weights the texts are scored, too.
+# counted in model.run, which the model's other methods use. Of trained weights the texts
+# are scored, too.
 
 
-# ---- the whole benchmark. A row is a dict: what is measured (engine, model, preset,
-# params, steps, batch, length), where (dtype, device, threads), and what came out: nfe and
-# reads; seconds, their median, least and most, and from them roofline and vs_ar; quality;
-# or "error"
+# ---- the whole benchmark. A row is a dict: what is measured, where, and what came out, or
+# "error"
 
 def bench(config, device, machines):
     """Measure, save and print everything that the flags ask for; returns the rows.
@@ -160,7 +154,7 @@ def bench(config, device, machines):
             # no model here for these engines; or only slow ones, timed at the first B
             if not group:
                 continue
-            measure(config, group, B, device, machines)
+            measure(config, group, device, machines)
             new = [row for row, _ in group]                          # now filled
             if not preset:
                 fill_quality(config, group, models, known, ENGINES)
@@ -171,57 +165,41 @@ def bench(config, device, machines):
                 write_json(config.json, results)
             print("\n".join(line(row, columns) for row in new), flush=True)
     if not rows:
-        raise UserError(f"no checkpoint here is for --engine {' '.join(config.engine)}")
+        raise UserError(f"no model here is for --engine {' '.join(config.engine)}")
     # where AR overtakes, over all batch sizes
     print("\n".join(crossings(rows)))
-    if any(row["steps"] and row["steps"] > row["length"] for row in rows):
-        print("more steps than tokens: a step that reveals nothing calls no network (nfe), "
-              "except in diffusion-naive")
+    # rows that did not fit in memory are results, too; but one must have fitted
+    if all("error" in row for row in rows):
+        raise UserError("nothing fits in memory; choose a smaller --batch, --length or "
+                        "--preset")
     return rows
 
 
-# ---- the timing of a group of rows, of one batch size and length. What is compiled (unless
-# --no-compile, or where there is no C++ compiler), when it is first called:
-#
-#     ar                   the decoding step with its draw (measure hands it to the engines)
-#     diffusion, -kv       of little work the whole step, by tools/static.py; else the
-#                          network without its head, or, of a large model, its blocks, but
-#                          not the last where only some positions are wanted, a number that
-#                          varies (tools/machine.py, compile_network)
-#     diffusion-exact      the same network or blocks
-#     all others           nothing: ar-exact; diffusion-naive switches the compiler off
+# ---- the timing of a group of rows, of one batch size and length
 
 @dataclass
 class Timing:
     """A row that is being measured."""
     row: dict
-    model_config: object         # a ModelConfig, for roofline
-    run: object                  # call it to write the texts once
+    model: object
+    run: typing.Callable         # call it to write the texts once
     times: list                  # seconds of each run
 
 
 @torch.no_grad()
-def measure(config, group, B, device, machines):
+def measure(config, group, device, machines):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
-    # forget other batch sizes: having seen two, the compiler would compile for any size,
-    # which is slower. (Size 1, as in the first diffusion step, always has its own form;
-    # blocks with attention "reveal" are compiled for any size from the start)
-    torch.compiler.reset()
-    # models, dtypes and shapes share one function's compiled forms: 8 may be too few. And
-    # two sizes that happen to be equal once are no reason to compile for that
-    torch._dynamo.config.recompile_limit = 64
-    torch.fx.experimental._config.use_duck_shape = False
-    compiled_step = None
-    if config.compile and can_draw(device):
-        compiled_step = compiled_decode(device, B, decode_and_draw)
-    # the first run of each, after a warm-up
+    # a compiler that has seen other batch sizes would compile for any, which is slower
+    forget_compiled()
+    # warm-up and first run of each, which all stay in memory
     running = []
     for row, model in group:
         machine = machines[row["dtype"]]
         row.update(device=machine["device"], threads=machine["threads"])
-        timing = begin(row, model, compiled_step, device)
+        compiled = config.compile and can_draw(device)
+        timing = begin(row, model, compiled, device)
         if timing:
-            running.append(timing)                                   # those that fit
+            running.append(timing)                   # those that fit beside the others
     # the other runs in turn, so that a busy minute hits all engines alike
     for _ in range(config.repeats - 1):
         for timing in running:
@@ -229,51 +207,43 @@ def measure(config, group, B, device, machines):
                 timing.times.append(seconds(timing.run, device))     # waits for a GPU's end
     for timing in running:
         fill_times(timing.row, timing.times)                         # median, least, most
-        timing.row["roofline"] = roofline(timing.row, timing.model_config,
+        timing.row["roofline"] = roofline(timing.row, timing.model.config,
                                           machines[timing.row["dtype"]])
 
 
-def begin(row, model, compiled_step, device):
+def begin(row, model, compiled, device):
     """Warm up, then run once; returns a Timing, or None where the row does not fit in
     memory."""
     engine, B, L, steps = ENGINES[row["engine"]], row["batch"], row["length"], row["steps"]
-    model_config = model.config
-    if engine.models == "transformers":  # whose config is that package's
-        model_config = model.shape
     try:
-        with room_for(least_memory(row, model_config), device):      # bytes
-            run = engine.make(model, B, L, steps, compiled_step)
-            counting = counted_calls(model) if engine.counted else contextlib.nullcontext()
-            # a whole run, which compiles what it meets
-            warm_up = run
+        with room_for(least_memory(row, model.config), device):
+            run = engine.make(model, B, L, steps, compiled)
+            # what to warm up with, and who lists the positions of each call of a run
+            warm_up, counting = run, counted_calls(model)
             if isinstance(run, StaticSampler):
-                warm_up = run.warm_up
-                counting = contextlib.nullcontext(run.calls)     # it counts by itself
+                warm_up, counting = run.warm_up, contextlib.nullcontext(run.calls)
             elif engine.two_steps:
-                warm_up = engine.make(model, B, L, min(2, steps), compiled_step)
-            warm_up()
+                warm_up = engine.make(model, B, L, min(2, steps), compiled)
+            elif not engine.counted:
+                counting = contextlib.nullcontext([B] * L)           # a token of each text
+            warm_up()                                # compiles what it meets
             # a timed run may meet a shape that warm_up did not. It then computes that
             # uncompiled, which is slower; but no compiling is timed
             run = with_stance("eager_on_recompile", run)
-            # the clock; and a list of the positions that each call of the network computed.
-            # (Other runs may take a few calls more or fewer: nfe and reads are of this one)
             with counting as calls:
-                time, row["peak_bytes"] = peak_bytes(lambda: seconds(run, device), device)
+                time, row["peak_bytes"] = with_peak_bytes(lambda: seconds(run, device),
+                                                          device)
     except OutOfMemory:
         row["error"] = "does not fit in memory"
         return None
-    if engine.counted:
-        row["nfe"], row["reads"] = len(calls), sum(calls) / (B * L)
-    elif engine.in_steps:
-        row["nfe"] = row["reads"] = steps            # each step computes every position
-    else:
-        row["nfe"], row["reads"] = L, 1              # one token of each text per call
-    return Timing(row, model_config, run, [time])
+    # of this run; others may take a few calls more or fewer
+    row["nfe"], row["reads"] = len(calls), sum(calls) / (B * L)
+    return Timing(row, model, run, [time])
 
 
 def main():
     config = parse_flags(BenchConfig, __doc__)
-    device = start(config.device).device                             # one process
+    device = start(config.device).device
     # fills in what no flag says: preset small if there are no checkpoints, all others in
     # tools/bench_setup.py. Raises UserError at flags that contradict
     set_defaults(config, device, ENGINES)
@@ -284,10 +254,6 @@ def main():
         machines[dtype] = limits(device, getattr(torch, dtype))
         print(describe(machines[dtype]), flush=True)
     rows = bench(config, device, machines)
-    # rows that did not fit in memory are results, too; but one must have fitted
-    if all("error" in row for row in rows):
-        raise UserError("nothing fits in memory; choose a smaller --batch, --length or "
-                        "--preset")
     if config.plot:
         figures.draw_latency(rows, config.plot)                      # as the paper's figure
 

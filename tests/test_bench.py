@@ -20,7 +20,7 @@ from diffusion import sample
 from helpers import call, refused, start_server
 from model import PRESETS, ModelConfig, Transformer
 from toy import ancestral_law, chi_square, count, exact_model, joint
-from tools import bench_setup, bench_train, crossover, figures, machine, static
+from tools import bench_setup, bench_train, crossover, figures, machine, others, static
 from tools.joint import sample_joint
 
 LIMIT = 1e-6                     # a chi-square test fails below this chance
@@ -169,7 +169,7 @@ def test_peak_memory_is_what_a_run_adds():
     """A run that holds 200 MB and gives them back, beside 100 MB that were there before. Within
     10 %. Skipped where the system does not tell. No false alarm known."""
     before = torch.ones(25_000_000)
-    result, peak = machine.peak_bytes(lambda: float(torch.ones(50_000_000)[0]), CPU)
+    result, peak = machine.with_peak_bytes(lambda: float(torch.ones(50_000_000)[0]), CPU)
     if peak is None:
         pytest.skip("no /proc/self/clear_refs")
     assert result == 1 and peak == pytest.approx(200e6, rel=0.1) and len(before)
@@ -450,7 +450,6 @@ def test_pytorchs_own_memory_errors_are_told_from_others():
 
 @pytest.mark.parametrize("flags, words", [
     (["--preset", "nano", "--plot", "p.png"], ["--plot", "--out"]),
-    (["--engine", "transformers", "--out", "out/tiny"], ["transformers"]),
     (["--out", "nowhere"], ["nowhere", "ar.pt"]),
     (["--length", "17"], ["--length 17", "16"]), (["--device", "cuda"], ["--device cuda"])])
 def test_flags_that_cannot_be_are_refused_in_one_sentence(folder, capsys, flags, words):
@@ -469,15 +468,45 @@ def test_unknown_names_and_empty_lists_end_in_usage(folder, capsys, flags):
     assert flags[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", [name for name in bench.ENGINES if name != "transformers"])
+@pytest.mark.parametrize("name", bench.ENGINES)
 def test_an_engine_writes_the_texts_that_it_is_asked_for(name):
     """Two of 8 tokens, real ones. No chance involved."""
     engine = bench.ENGINES[name]
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(10, 8, 1, 2, 16, attention=engine.models)).eval()
+    model = Transformer(ModelConfig(10, 8, 1, 2, 16, attention=engine.attention)).eval()
     with torch.no_grad():
-        x = engine.make(model, 2, 8, 4 if engine.in_steps else None, None)()
+        x = engine.make(model, 2, 8, 4 if engine.in_steps else None, False)()
     assert x.shape == (2, 8) and 0 <= x.min() and x.max() < 10
+
+
+@pytest.mark.parametrize("name, dtype", [("ours", "float32"), ("transformers", "float32"),
+                                         ("ctranslate2", "float32"), ("ctranslate2", "int8")])
+def test_ar_of_other_packages_writes_as_many_tokens(name, dtype):
+    """Three texts of 8 tokens by each engine of tools.others, whose packages are optional. No chance
+    involved."""
+    if name != "ours":
+        pytest.importorskip(name)
+    shape = ModelConfig(20, 8, 1, 2, 16, attention="causal")
+    with torch.no_grad():
+        x = getattr(others, name)(shape, 8, dtype)(3)()
+    assert x.shape == (3, 8) and 0 <= x.min() and x.max() < 20
+
+
+def test_other_packages_stand_beside_ours(folder, monkeypatch, capsys):
+    """With what our own takes as 1, in its better dtype; the file holds what is shown. Engines that take
+    a given time. No chance involved."""
+    times = {"float32": 0.3, "bfloat16": 0.2, "int8": 0.4}
+    engines = [("ours", "float32"), ("ours", "bfloat16"), ("ctranslate2", "int8")]
+    monkeypatch.setattr(others, "engines_of", lambda config: [
+        (name, dtype, lambda B, dtype=dtype: lambda: dtype) for name, dtype in engines])
+    monkeypatch.setattr(others, "seconds", lambda run, device: times[run()])
+    monkeypatch.setattr(others, "limits", bench.limits)
+    monkeypatch.setattr(others, "package", lambda name: None)
+    call(others, "--batch", 1, 2, "--length", 10, "--json", "rows.json")
+    rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
+    assert [row["ours / it"] for row in rows] == pytest.approx(2 * [2 / 3, 1.0, 0.5])
+    assert [row["ms a token"] for row in rows] == pytest.approx(2 * [30.0, 20.0, 40.0])
+    assert capsys.readouterr().out.count("int8") == 2
 
 
 @pytest.mark.parametrize("gain, said", [(0.25, "emulates bfloat16: its products take 4.0 times"),
@@ -495,22 +524,22 @@ def test_emulated_bfloat16_is_allowed_and_said(monkeypatch, capsys, gain, said):
 
 def test_missing_packages_are_named(folder, capsys, monkeypatch):
     """Before anything is measured. No chance involved."""
-    for name in ("matplotlib", "transformers"):
+    for name in ("matplotlib", "transformers", "ctranslate2"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install matplotlib" in refused(capsys, bench, "--plot", "p.png")
-    assert "pip install transformers" in refused(capsys, bench, "--preset", "nano", "--engine",
-                                                 "transformers")
+    for name in ("transformers", "ctranslate2"):
+        assert f"pip install {name}" in refused(capsys, others, "--engine", name)
 
 
 def test_rows_are_in_the_file_after_each_group(folder, monkeypatch):
     """An end in the middle, as of a terminal that is closed, leaves those of the first batch."""
     measured = []
 
-    def measure(c, group, B, device, machine, usual=bench.measure):
+    def measure(c, group, device, machine, usual=bench.measure):
         measured.append(1)
         if len(measured) == 2:
             raise KeyboardInterrupt
-        usual(c, group, B, device, machine)
+        usual(c, group, device, machine)
     monkeypatch.setattr(bench, "measure", measure)
     with pytest.raises(SystemExit) as stop:
         call(bench, "--batch", 1, 2, "--steps", 2, "--samples", 4, "--repeats", 1, "--no-compile",

@@ -340,7 +340,7 @@ def test_cpu_does_not_wait_while_ar_decodes(device, monkeypatch, compiled):
     """From the first draw to the last: only before, when masks are sent, and at the end, where NaN
     is looked for, it may. Compiled, where a step draws: in the third run, when all is recorded. On
     a CPU nothing waits, and the number of draws alone is checked."""
-    usual, runs, compiled_step = categorical, [True], None           # whether it must not wait
+    usual, runs = categorical, [True]                    # whether it must not wait
     if compiled:
         compiler_for(device, enough=False)
         usual = compiled_as_in_bench(device, static.decode_and_draw)
@@ -357,12 +357,10 @@ def test_cpu_does_not_wait_while_ar_decodes(device, monkeypatch, compiled):
                 forbid_waits(device, False)
             return ids
         drawn.clear()
-        if compiled:
-            compiled_step = draw
-        else:
-            monkeypatch.setattr(bench, "categorical", draw)
+        monkeypatch.setattr(static, "compiled_decode", lambda *args: draw)
+        monkeypatch.setattr(bench, "categorical", draw)
         try:
-            bench.ar_engine(model, BATCH, L, None, compiled_step)()
+            bench.ar_engine(model, BATCH, L, None, compiled)()
         finally:
             forbid_waits(device, False)
         assert len(drawn) == L

@@ -13,11 +13,10 @@ from data.checkpoints import load_model
 from data.files import UserError
 from data.measures import entropy, gen_ppl, make_judge, pooled_entropy
 from data.results import round_files
-from data.script import device_flag, flag, package
+from data.script import device_flag, flag
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
-from tools.machine import (bfloat16_gain, prepare, transformers_gpt2, warn_of_emulation,
-                           with_stance)
+from tools.machine import bfloat16_gain, prepare, warn_of_emulation, with_stance
 
 VOCAB = 50257                            # of random weights: GPT-2's
 WRITTEN = 32                             # texts at a time, for quality
@@ -41,8 +40,8 @@ class BenchConfig:
         None, "files to compare, such as tools.convert's [see --out]")
     out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
     engine: list[str] | None = flag(
-        None, "[ar diffusion diffusion-kv, diffusion-naive at the first batch]; "
-        "transformers is its GPT-2, greedy; ar-exact, diffusion-exact: see above")
+        None, "[ar diffusion diffusion-kv, diffusion-naive at the first batch]; the others "
+        "are ar-exact and diffusion-exact")
     # in which shapes
     batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4]", low=1)
     length: list[int] | None = flag(
@@ -73,19 +72,13 @@ def set_defaults(config, device, known):
     # trained weights, where there are some and no others are asked for
     found = any(Path("out").glob("*/ar.pt"))
     trained = not config.preset and bool(config.checkpoint or config.out or found)
-    engines = config.engine or ["ar", "diffusion", "diffusion-kv", "diffusion-naive"]
-    not_trained = config.plot and not trained
-    not_random = "transformers" in engines and trained
-    if not_trained or not_random:
-        raise UserError("--plot is of trained weights (give --out), --engine transformers "
-                        "of random ones (give --preset)")
-    # packages that are needed only at the end
-    figures.check_picture(config.plot)
-    if "transformers" in engines:
-        package("transformers")
+    if config.plot and not trained:
+        raise UserError("--plot is of trained weights: give --out or --checkpoint, and no "
+                        "--preset")
+    figures.check_picture(config.plot)               # a package that is needed at the end
 
     # what is measured
-    config.engine = engines
+    config.engine = config.engine or ["ar", "diffusion", "diffusion-kv", "diffusion-naive"]
     if trained:
         defaults = dict(preset=[], batch=[1, 8, 32], length=None, steps=[4, 8, 16, 32, 64])
     else:
@@ -136,7 +129,7 @@ def models_of(config, device, preset, engines):
         if preset is None:
             models[dtype] = checkpoints(config, device, dtype)
         else:
-            needed = {engines[name].models for name in config.engine}
+            needed = {engines[name].attention for name in config.engine}
             models[dtype] = random_weights(config, device, preset, needed, dtype)
     return models
 
@@ -193,7 +186,7 @@ def checkpoints(config, device, dtype):
 
 def random_weights(config, device, preset, needed, dtype):
     """Models of random weights in the size of a preset, {attention: {"random": model}}, of
-    each attention that is `needed`; among these may be "transformers", that package's."""
+    each attention that is `needed`."""
     sizes = dict(PRESETS[preset])
     sizes["context"] = max(*config.length, sizes["context"])
     seed_all("bench", preset)
@@ -203,9 +196,6 @@ def random_weights(config, device, preset, needed, dtype):
             model = Transformer(ModelConfig(VOCAB, attention=attention, **sizes))
             prepare(model, dtype, config.compile, device)
             models[attention] = {"random": model}
-    if "transformers" in needed:
-        shape = ModelConfig(VOCAB, attention="causal", **sizes)
-        models["transformers"] = {"random": transformers_gpt2(shape, device, dtype)}
     return models
 
 
@@ -217,7 +207,7 @@ def rows_of(config, models, preset, B, L, engines):
     rows = []
     for name, dtype in itertools.product(config.engine, config.dtype):
         engine = engines[name]
-        chosen = list(models[dtype].get(engine.models, {}).items())
+        chosen = list(models[dtype].get(engine.attention, {}).items())
         if engine.slow:
             # beside others it is timed once: at the first batch size, in one dtype, of the
             # last student
@@ -251,7 +241,7 @@ def fill_quality(config, group, models, known, engines):
             seed_all("quality", L, steps)
             # WRITTEN texts at a time, whatever the row's batch size: this is not timed, and
             # to compile for another size would take longer than to write them
-            write = with_stance("force_eager", engine.make(model, WRITTEN, L, steps, None))
+            write = with_stance("force_eager", engine.make(model, WRITTEN, L, steps, False))
             known[key] = quality(judge, write, config.samples)
         row.update(known[key])
 

@@ -26,8 +26,8 @@ from diffusion import (categorical, mask_rate, mask_share, nelbo, q_sample, reve
 from distill import divergence, sdtt_loss
 from model import PRESETS, ModelConfig, Transformer, shifted
 from tools.machine import (OutOfMemory, describe, fill_times, header, in_new_process,
-                           keep_blocks_below, limits, line, peak_bytes, room_for, seconds,
-                           training_flop, warn_of_emulation)
+                           keep_blocks_below, limits, line, room_for, seconds,
+                           training_flop, warn_of_emulation, with_peak_bytes)
 from train import ar_loss
 
 COLUMNS = (("objective", "<10"), ("form", "<10"), ("preset", "<8"), ("batch", ">5"),
@@ -141,13 +141,13 @@ def runs(preset, L, B, vocab, dtype, device):
 
 
 def peak_alone(of, *sizes):
-    """peak_bytes of a step in a process in which no other form has run: what the C library
+    """The peak bytes of a step in a process in which no other form has run: what the C library
     keeps of one's memory would hide how much the next needs."""
     keep_blocks_below(2 ** 20)
     _, steps = runs(*sizes)
     run = steps[of]
     run()                                # makes AdamW's averages
-    _, peak = peak_bytes(run, sizes[-1])
+    _, peak = with_peak_bytes(run, sizes[-1])
     return peak
 
 
@@ -169,7 +169,8 @@ def measure(config, machine, device, preset, L, B):
         try:
             with room_for(least, device):
                 run()                    # warm up
-                time, row["peak_bytes"] = peak_bytes(lambda: seconds(run, device), device)
+                time, row["peak_bytes"] = with_peak_bytes(lambda: seconds(run, device),
+                                                          device)
         except OutOfMemory:
             row["error"] = "does not fit in memory"
             continue

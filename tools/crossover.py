@@ -39,8 +39,9 @@ def fill_vs_ar(rows):
 
 
 def crossings(rows):
-    """Where AR overtakes each of diffusion's engines and models: sentences. rows: those of
-    all batch sizes, in their order, which fill_vs_ar has seen."""
+    """Where AR overtakes each of diffusion's engines and models, and what is to be known of
+    the steps: sentences. rows: those of all batch sizes, in their order, which fill_vs_ar
+    has seen."""
     # a curve over batch sizes for each engine, model and number of steps: {batch: ratio},
     # in the dtype that is faster there
     curves = {}
@@ -58,4 +59,7 @@ def crossings(rows):
         if steps:
             line += f" at {steps} steps"
         lines.append(line)
+    if any(row["steps"] and row["steps"] > row["length"] for row in rows):
+        lines.append("more steps than tokens: a step that reveals nothing calls no network "
+                     "(nfe), except in diffusion-naive")
     return lines

@@ -18,7 +18,7 @@ from diffusion import categorical, nelbo
 from distill import sdtt_loss
 from model import PRESETS, ModelConfig, Transformer
 from tools.bench_setup import VOCAB, BenchConfig, models_of, rows_of, set_defaults
-from tools.machine import host_waits, limits, peak_bytes, seconds
+from tools.machine import host_waits, limits, seconds, with_peak_bytes
 from train import TrainConfig, clip_gradient, prepare_model
 
 # names of rows, and bench.py's of its engines
@@ -121,7 +121,7 @@ def group_of(device, size, B, name, compiled):
 def engine_times(device, machine, size, B, name):
     """Seconds for B texts, with all that bench.py says of them. On a CPU not compiled."""
     config, group = group_of(device, size, B, name, compiled=device.type == "cuda")
-    bench.measure(config, group, B, device, {config.dtype[0]: machine})
+    bench.measure(config, group, device, {config.dtype[0]: machine})
     for row, _ in group:
         yield dict(row, what=name, unit="s", measured=row.get("seconds"))
 
@@ -196,7 +196,7 @@ def sdtt_times(device, size, B, optimizer):
         times = [seconds(run, device) for _ in range(size.repeats)]
         yield dict(same, what=f"SDTT {name}", unit="s", measured=statistics.median(times))
 
-    _, peak = peak_bytes(parts["step"], device)
+    _, peak = with_peak_bytes(parts["step"], device)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()     # weights and averages, too
     if peak is not None:                 # some systems do not tell
@@ -226,7 +226,7 @@ def wait_counts(device, size):
         _, group = group_of(device, size, 1, name, compiled=False)
         row, model = group[0]
         engine = bench.ENGINES[row["engine"]]
-        run = engine.make(model, row["batch"], row["length"], row["steps"], None)
+        run = engine.make(model, row["batch"], row["length"], row["steps"], False)
         run()                            # some things are done the first time only
         with counted_calls(model) as calls:
             places = host_waits(run, device)

@@ -40,7 +40,7 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
     return z
 
 
-def naive_engine(model, B, L, steps, compiled_step):
+def naive_engine(model, B, L, steps, compiled):
     """An engine of bench.py: sample_joint, not compiled, as public code runs it."""
     z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
     return with_stance("force_eager", lambda: sample_joint(model, z, steps, model.mask_id))

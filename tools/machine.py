@@ -36,7 +36,7 @@ def wait_for(device):
         torch.accelerator.synchronize(device)
 
 
-def peak_bytes(run, device):
+def with_peak_bytes(run, device):
     """(result of run(), the most memory in bytes that it took beyond what was taken
     before). On a GPU as its allocator counts it; on Linux the growth of the process's
     resident memory; elsewhere None."""
@@ -236,6 +236,16 @@ def compile_network(model):
         block.compile(dynamic=dynamic)
 
 
+def forget_compiled():
+    """Have PyTorch's compiler begin anew, for one batch size. (Having seen two it would
+    compile for any; size 1, as in the first step of diffusion, always has its own form.)"""
+    torch.compiler.reset()
+    # models, dtypes and shapes share one function's compiled forms: the usual 8 may be too
+    # few. And two sizes that are equal once are no reason to compile for that
+    torch._dynamo.config.recompile_limit = 64
+    torch.fx.experimental._config.use_duck_shape = False
+
+
 def compiled_decode(device, B, decode=decode):
     """cache.decode (or static.decode_and_draw) for B texts by torch.compile: as CUDA graphs
     on a GPU, one for each value of `extent`; on a CPU, from 2 texts on, with weights packed
@@ -247,23 +257,6 @@ def compiled_decode(device, B, decode=decode):
         return step
     packed = torch._inductor.config.patch(freezing=True)         # for this function alone
     return packed(step)
-
-
-def transformers_gpt2(shape, device, dtype):
-    """GPT-2 of the transformers package, random weights in the shape of a ModelConfig."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    model = GPT2LMHeadModel(GPT2Config(
-        n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
-        vocab_size=shape.vocab, n_positions=shape.context + 1))
-    model.shape = shape
-    return model.to(device, getattr(torch, dtype)).eval()
-
-
-def transformers_engine(model, B, L, steps, compiled_step):
-    """Greedy decoding of the transformers package: an engine of bench.py."""
-    prompt = torch.zeros((B, 1), dtype=torch.long, device=model.device)  # it needs a token
-    how = dict(max_new_tokens=L, min_new_tokens=L, do_sample=False, pad_token_id=0)
-    return lambda: model.generate(prompt, **how)
 
 
 def with_stance(stance, run):
@@ -298,7 +291,7 @@ def roofline(row, config, machine):
     run got."""
     B, L, C, layers = row["batch"], row["length"], config.width, config.layers
     head = C * config.vocab              # weights
-    if row["engine"] in ("ar", "transformers"):
+    if row["engine"] == "ar":
         weights = 12 * layers * C * C + head
         cache = 2 * layers * C * B * L / 2               # half full on average
         read = L * SIZES[row["dtype"]] * (weights + cache)           # bytes

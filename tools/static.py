@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from cache import decode, for_each_block, generate
 from data.devices import float64_device, upload
 from diffusion import draw_from, plan, prompt_first, span, steps_of, without_masks
+from tools.machine import compiled_decode
 
 # multiplications of a call that computes all positions, up to which this is faster on two
 # CPU cores: measured with nano at 50 tokens. Without the cache 8 texts gain; with it 8 gain
@@ -77,10 +78,11 @@ def keep_in_place(*tensors):
         torch._dynamo.mark_static_address(tensor)
 
 
-def ar_sampler(model, B, L, step):
-    """cache.generate for B texts of L tokens, as a function without arguments. step:
-    decode_and_draw, compiled."""
+def ar_sampler(model, B, L, compiler=None):
+    """cache.generate for B texts of L tokens, as a function without arguments. compiler:
+    another one is for tests."""
     device = model.embed.weight.device
+    step = (compiler or compiled_decode)(device, B, decode_and_draw)
     prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
     # all runs share one cache, which need not be emptied: places that are not filled yet
     # are hidden
