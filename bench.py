@@ -4,25 +4,23 @@ wins.
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
-Random weights (--preset; small, where there are no checkpoints) give valid times of AR and
-of a given number of steps. The exact engines' are not valid: how many calls they need
-depends on what a model has learned.
+Random weights (--preset; small, where there are no checkpoints) give valid times of ar and
+of a given number of steps, but not of the exact engines: how many calls they need depends
+on what a model has learned.
 
-Five engines, all but ar-exact compiled:
+The engines:
 
-    ar                 with a static KV cache
-    diffusion          full attention
-    diffusion-kv       attention in the order of reveal, with its KV cache
-    ar-exact, diffusion-exact      the distribution of one token at a time, in few calls
-
-A sixth shows what they gain, and is not compiled:
-
-    diffusion-naive    the sampler of MDLM and SDTT, as the papers write it
+    ar                 AR with a static KV cache; decoding step and draw are compiled
+    diffusion          full attention; the network, or whole steps of it, are compiled
+    diffusion-kv       the same with attention in the order of reveal, and its KV cache
+    diffusion-exact    the distribution of one token at a time, in few calls; compiled
+    ar-exact           the same with AR; not compiled
+    diffusion-naive    the sampler of MDLM and SDTT, as the papers write it; not compiled
 
 Your own is a function like those below, and a line in ENGINES. (tools/others.py compares
 AR with other packages'.)
 
-Each engine is warmed up and timed once; then further runs of all alternate (none of
+Each engine is warmed up and timed once; then further runs of all alternate (but none of
 diffusion-naive). The median is shown. What the columns say:
 
     vs AR      how many times faster than ar, at the same batch and length, and in the dtype
@@ -32,8 +30,8 @@ diffusion-naive). The median is shown. What the columns say:
                bandwidth. Of the others: operations that the texts need (none for gaps) /
                seconds / rate of large matrix products
     nfe        calls of the network (number of function evaluations)
-    reads      positions that these computed for each token. With the cache two would do;
-               compiled steps have gaps as well (tools/static.py)
+    reads      positions that these computed for each token: with the cache two at most, its
+               mask and itself, plus the gaps of compiled steps (tools/static.py)
     gen_ppl, entropy (within a text), of all   see README; of trained weights only
 
 Large models come near those limits: AR with few texts, diffusion with many positions a
@@ -64,12 +62,13 @@ from exact import sample_exact
 from tools import figures
 from tools.bench_setup import (BenchConfig, columns_of, fill_quality, models_of, rows_of,
                                set_defaults)
+from tools.compiled_ar import ARSampler, can_draw
 from tools.crossover import crossings, fill_vs_ar
 from tools.joint import naive_engine
 from tools.machine import (OutOfMemory, describe, fill_times, forget_compiled, header,
                            least_memory, limits, line, roofline, room_for, seconds,
                            with_peak_bytes, with_stance)
-from tools.static import StaticSampler, ar_sampler, can_draw, pays_for
+from tools.static import StaticSampler, pays_for
 
 
 # ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
@@ -79,7 +78,7 @@ from tools.static import StaticSampler, ar_sampler, can_draw, pays_for
 def ar_engine(model, B, L, steps, compiled):
     """AR decoding; it draws as diffusion does, from float64."""
     if compiled:
-        return ar_sampler(model, B, L)               # decoding step and draw in one
+        return ARSampler(model, B, L)                # decoding step and draw in one
     prompt = torch.zeros((B, 0), dtype=torch.long, device=model.embed.weight.device)
     return lambda: generate(model, prompt, L, draw=categorical)      # nothing is given
 
@@ -91,7 +90,7 @@ def only_masks(model, B, L):
 
 def diffusion_engine(model, B, L, steps, compiled):
     """Diffusion in steps, with the KV cache where the model has one. Where there is little
-    to compute whole steps are compiled; elsewhere the model is, already (models_of)."""
+    to compute whole steps are compiled; elsewhere only the network, which models_of did."""
     if compiled and pays_for(model, B, L):
         return StaticSampler(model, B, L, steps)     # the same distribution
     z = only_masks(model, B, L)                      # sample fills a copy
@@ -101,9 +100,8 @@ def diffusion_engine(model, B, L, steps, compiled):
 def exact_engine(model, B, L, steps, compiled):
     """Exact sampling, of AR or of diffusion in the order of reveal. All texts take as many
     calls as the slowest of them needs, a number that differs from run to run."""
-    # (of AR, too, masks are what is to be written, though AR never reads one)
-    z = only_masks(model, B, L)
-    return lambda: sample_exact(model, z, model.mask_id)[0]          # without the calls
+    z = only_masks(model, B, L)          # of AR, too: what is to be written
+    return lambda: sample_exact(model, z, model.mask_id)[0]          # the texts
 
 
 @dataclass
@@ -112,13 +110,12 @@ class Engine:
     make: typing.Callable        # a function as above
     attention: str               # of the models that it runs
     in_steps: bool = False       # run it at each of --steps
-    two_steps: bool = False      # two steps meet every compiled shape: warm up with these
-    counted: bool = True         # count its calls; False: one for each token
-    slow: bool = False           # time one run only, at the first batch size, of one model
+    two_steps: bool = False      # these meet every compiled shape, so warm up with them
+    slow: bool = False           # one run only, at the first batch size, of one model
 
 
 ENGINES = {
-    "ar": Engine(ar_engine, "causal", counted=False),
+    "ar": Engine(ar_engine, "causal"),
     "ar-exact": Engine(exact_engine, "causal"),
     "diffusion": Engine(diffusion_engine, "full", in_steps=True, two_steps=True),
     "diffusion-kv": Engine(diffusion_engine, "reveal", in_steps=True),
@@ -151,7 +148,7 @@ def bench(config, device, machines):
         for L, B in itertools.product(config.length, config.batch):
             # [(row, model)], for each engine, dtype, model that it runs, and steps if any
             group = rows_of(config, models, preset, B, L, ENGINES)
-            # no model here for these engines; or only slow ones, timed at the first B
+            # no model here for these engines, or slow ones alone, at a later B
             if not group:
                 continue
             measure(config, group, device, machines)
@@ -191,12 +188,12 @@ def measure(config, group, device, machines):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
     # a compiler that has seen other batch sizes would compile for any, which is slower
     forget_compiled()
+    compiled = config.compile and can_draw(device)
     # warm-up and first run of each, which all stay in memory
     running = []
     for row, model in group:
         machine = machines[row["dtype"]]
         row.update(device=machine["device"], threads=machine["threads"])
-        compiled = config.compile and can_draw(device)
         timing = begin(row, model, compiled, device)
         if timing:
             running.append(timing)                   # those that fit beside the others
@@ -217,19 +214,19 @@ def begin(row, model, compiled, device):
     engine, B, L, steps = ENGINES[row["engine"]], row["batch"], row["length"], row["steps"]
     try:
         with room_for(least_memory(row, model.config), device):
-            run = engine.make(model, B, L, steps, compiled)
-            # what to warm up with, and who lists the positions of each call of a run
-            warm_up, counting = run, counted_calls(model)
-            if isinstance(run, StaticSampler):
-                warm_up, counting = run.warm_up, contextlib.nullcontext(run.calls)
-            elif engine.two_steps:
+            write = engine.make(model, B, L, steps, compiled)
+            # a warm-up compiles what it meets. The timed runs may meet shapes that it did
+            # not, which they compute uncompiled: slower, but no compiling is timed
+            warm_up = write
+            if engine.two_steps and not isinstance(write, StaticSampler):
                 warm_up = engine.make(model, B, L, min(2, steps), compiled)
-            elif not engine.counted:
-                counting = contextlib.nullcontext([B] * L)           # a token of each text
-            warm_up()                                # compiles what it meets
-            # a timed run may meet a shape that warm_up did not. It then computes that
-            # uncompiled, which is slower; but no compiling is timed
-            run = with_stance("eager_on_recompile", run)
+            warm_up()
+            run = with_stance("eager_on_recompile", write)
+            # calls: how many positions each call of the network computes. What is compiled
+            # whole lists them itself, as its calls cannot be watched
+            counting = counted_calls(model)
+            if hasattr(write, "calls"):
+                counting = contextlib.nullcontext(write.calls)
             with counting as calls:
                 time, row["peak_bytes"] = with_peak_bytes(lambda: seconds(run, device),
                                                           device)

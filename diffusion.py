@@ -24,10 +24,10 @@ import typing
 import torch
 
 # NOT_FINITE: an error's words; Reading: what is asked of a model with a KV cache.
-# upload: a CPU tensor to a device, without waiting; float64_device: the device, or the CPU
-# for one that has no float64; in_float64: moved there, as float64
+# upload: a CPU tensor to a device, without waiting; in_float64: as float64, on the CPU for
+# a device that has none
 from cache import NOT_FINITE, Reading
-from data.devices import float64_device, in_float64, upload
+from data.devices import in_float64, upload
 from model import cross_entropy
 
 HEAD_ROWS = 512                  # states that the head is given at a time
@@ -159,18 +159,17 @@ def weighted_nll(logits, x, weight):
 
 # ---- drawing tokens
 
-def categorical(logits, dtype=torch.float64):
+def categorical(logits):
     """One exact draw per row: logits (..., V) -> ids (...).
     By inverting the cumulative sum in float64. In float32 tokens under about 1e-7 would be
     out of reach, which over many steps acts as a lower temperature (arXiv 2409.02908). The
     exponentials may be float32: their error is relative, so an unlikely token's chance is
-    off by 1e-7 of itself. (dtype is there to show what float32 does.)
+    off by 1e-7 of itself.
     A row that holds NaN gives V, the mask's id. `sample` checks for that once, at its end;
     a check here would make the CPU wait for a GPU."""
     # probabilities up to a factor (float64 from the start takes 7 times as long)
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()        # (..., V)
-    weights = weights.to(float64_device(logits.device)).to(dtype)
-    return draw_from(weights).to(logits.device)
+    return draw_from(in_float64(weights)).to(logits.device)
 
 
 def draw_from(weights, u=None):

@@ -54,18 +54,18 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
         z_t                       _     met   _     .     he   was   _
         step 1 draws              sam   met   _     .     he   was   _
         step 2 only predicts      sam   met   _     .     he   was   _
-        target: prediction of     1           2                      2
+        target: that of step      1           2                      2
 
     The student sees only z_t, and must predict all three.
     z (B, L) = z_t; t (B,). rank (B, L), for attention "reveal": the order in which the
-    tokens of z_t count as revealed, random numbers in [0, 1), of a prompt below 0.
+    tokens of z_t count as revealed, random numbers: a prompt's below 0, others' in [0, 1).
     Returns the targets as the teacher's states (B, L, C), its last layer's output, at the
-    masks of z (elsewhere 0): teacher.head makes predictions of them, which would take V / C
-    times the memory."""
+    masks of z (elsewhere 0). (Their predictions, made by teacher.head, would take V / C
+    times the memory.)"""
     parts = []                           # of each step: where, and the states there
     for i in range(k - 1):
-        # the times of step i. From a small t fewer than k steps fit: the one that is cut
-        # off at 0 reveals all masks that are left, and later steps, from 0 to 0, find none
+        # the times of step i. They end at 0: if t <= (k - 1) dt, one of these steps reveals
+        # all masks that are left, and later ones find none
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
         # the step chooses what is revealed, runs the teacher, and draws it: n positions
@@ -74,7 +74,7 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
         parts.append((revealed, h))
         if rank is not None:
             # what this step reveals comes after all that was revealed before: its rank
-            # moves from [0, 1) to [i + 1, i + 2)
+            # moves from [0, 1) to [i + 1, i + 2). (A mask's rank does not matter)
             rank = rank.clone()          # the caller's stays as it is
             rank[revealed] += i + 1
     # the last step draws nothing, so it needs no times (no network is told t): the rest,
@@ -138,8 +138,8 @@ def reverse_kl(log_p, log_q):
     """KL(student || target), the paper's choice (section 3.2)."""
     # the teacher's first step is random, so the same masks get many targets. The best p is
     # their geometric mean, normalised: if 60 % of the targets give tom 99 %, sam 1 %, and
-    # 40 % the reverse, tom gets 71 %, where the plain mean has 60 %. A target near
-    # 0 pulls p to near 0, like a veto: the token with the fewest vetoes gains
+    # 40 % the reverse, tom gets 71 %, where the plain mean has 60 %. A target near 0
+    # pulls p to near 0, like a veto: here tom has fewer of these than sam
     return kl(log_p, log_q)
 
 
@@ -252,7 +252,8 @@ def distill_round(config, procs, data, r, before, origin):
     # all processes have the same weights, unless their GPUs round differently: make sure
     broadcast(student, procs)
     broadcast(ema, procs)
-    # the teacher of a round is the student as it is at its beginning
+    # the teacher of a round is the student as it is at its beginning: copied before
+    # open_round may load a student that is half-trained already
     teacher = copy.deepcopy(student).eval().requires_grad_(False)    # frozen
     run = open_round(config, data, r, before, teacher, origin)
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
@@ -290,7 +291,7 @@ def open_round(config, data, r, before, teacher, origin):
     # rounds included
     run.updates_before = r * config.steps_per_round
 
-    # the stored teacher is another than the copy that is given, if the round before was
+    # a half-done round keeps the teacher that it began with, even if the round before was
     # run again since. (Loaded in place, so content, which shares its memory, has it, too)
     saved = resume(run, config, ANYTIME)
     if saved and saved["teacher"]:
@@ -310,8 +311,8 @@ def train_on_the_way(config, procs, objective, init=None):
         # the user may prefer to run it alone, or with other flags
         same = as_command("train.py", wanted)
         print(f"no {wanted.path} yet; the same as: {same}", flush=True)
-    # as_saved: a teacher.pt or ar.pt that is there keeps its own flags. With init it must
-    # have been made with these: else it could be one that did not begin from init
+    # as_saved: a teacher.pt or ar.pt that is there keeps its own flags; but with init it
+    # must be one that began from that
     return train(wanted, procs, as_saved=init is None)
 
 
@@ -403,6 +404,7 @@ def distill(config, procs):
     run = first_student(teacher, config, procs)
     for r in range(config.rounds):
         if procs.rank == 0:
+            # run.seconds, of the round before: what this one may take
             announce_round(config, sampling_steps, r, run.seconds)
         run = distill_round(config, procs, data, r, run, origin)     # trained in place
         exam.seconds[f"round {r + 1}"] = run.seconds

@@ -7,8 +7,8 @@ see diffusion.py, which has all other samplers.
 
 The first `final` slots of a text keep their tokens, those from there to `guessed` - 1 hold
 guesses, the rest nothing yet. A call asks for the slots from `final` to `end` - 1; c is the
-first of them that changes (a first guess counts as a change), `end` if none does. One call,
-shown left to right (a diffusion model's order is shuffled):
+first of them that changes (a first guess counts), `end` if none does. One call, shown left
+to right (a diffusion model's order is shuffled):
 
     slot       0     1     2     3     4     5     6
     old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
@@ -20,9 +20,9 @@ prediction, one that equals the guess as often as possible (couple); a slot with
 becomes a plain draw. Slots 2 and 3 stayed, so slot 4 was predicted from tokens that stand:
 2, 3 and 4 are final. Slot 5 was predicted from "his", which is gone: "bag" is a guess. The
 cached keys are right for slots 0 to 3: the next call reads from slot 4 on (unread = 4). In
-the first call there are no guesses, and only the first slot becomes final; in each call at
-least one does. Once the early slots settle the story, most later guesses stay: then one
-call makes many final.
+the first call there are no guesses, and only the first slot asked becomes final; in each
+call at least one does. Once the early slots settle the story, most later guesses stay: then
+one call makes many final.
 
 Why one call predicts all these slots: with attention "reveal" a mask sees itself and
 whatever tokens there are. The mask of slot s is shown (by its `limit`, see cache.Reading)
@@ -31,14 +31,13 @@ with one token at a time. As no mask sees another, and no token a mask or a late
 call can ask all slots. (In AR the token in the slot before predicts a slot.)
 
 Why it is exact: take a slot s, and fix the random numbers of all calls at the slots before
-it. No slot sees a later one. So these numbers alone fix three things, whatever is drawn at
-s: the tokens before s after each call; which calls ask s, and their predictions p1, p2, ...
-there; and K, the first call that asks s and changes no slot before s (then c >= s: K makes
-s final, whether s itself changes or not). The random numbers at s are independent of all
-that. The first draw at s is from p1, and couple turns a draw from p(k - 1) into one from
-pk. So in the end the token is a draw from pK, which was predicted from tokens that did not
-change in call K, and so are final. (If s were final once its own guess stayed, K would
-depend on the token, and tokens likely in two predictions would come too often.)
+it. No slot sees a later one, so these numbers alone fix, until s is final: the tokens
+before s; which calls ask s, with predictions p[1], p[2], ...; and K, the first of those
+that changes no slot before s. K makes s final, whether s itself changes or not. The random
+numbers at s are independent of all that. The first draw at s is from p[1], and couple turns
+a draw from p[k - 1] into one from p[k]. So the token ends as a draw from p[K], which was
+predicted from final tokens. (If s were final once its own guess stayed, K would depend on
+the token, and tokens likely in two predictions would come too often.)
 
 To predict all slots again until none changes is a fixed-point iteration, as in arXiv
 2002.03629; the coupling is from 2211.17192.
@@ -63,7 +62,7 @@ def couple_rows(p, q, guess, mask_id):
     often as possible: a guess x stays with probability min(1, p(x) / q(x)), and otherwise
     is drawn from what p has more than q, max(p - q, 0) (speculative sampling, arXiv
     2211.17192). As min(p, q) + max(p - q, 0) = p, the result is a draw from p. Where guess
-    is mask_id there is none, and the draw is from p. q is lost."""
+    is mask_id there is none, and the draw is from p. (Writes into q.)"""
     has_guess = guess != mask_id                                     # (n,)
     q[~has_guess] = 0                            # then max(p - q, 0), below, is p
     # p and q of the guess itself (n,); where there is none any token will do
@@ -74,8 +73,8 @@ def couple_rows(p, q, guess, mask_id):
     stays = has_guess & (u * q_guess < p_guess)
     # the others are drawn anew; if p - q rounds to nothing positive, from p
     others, = (~stays).nonzero(as_tuple=True)                        # (m,)
-    p, q = p[others], q[others]                                      # (m, V) both
-    rest = (p - q).clamp_(min=0)
+    p = p[others]                                                    # (m, V)
+    rest = (p - q[others]).clamp_(min=0)
     empty = rest.amax(1, keepdim=True) == 0
     drawn = guess.clone()
     drawn[others] = draw_from(torch.where(empty, p, rest))
@@ -85,9 +84,9 @@ def couple_rows(p, q, guess, mask_id):
 def sample_exact_plain(predict, L, mask_id):
     """sample_exact as a plain loop: one text, left to right, all slots asked in each call,
     and no cache. predict(x (L,)) -> probabilities (L, V): row s for slot s, given x[:s],
-    the tokens before it; while x[:s] still holds a mask, any probabilities will do: they
-    make a poor guess, drawn from a known q, which couple_rows corrects. Returns ids (L,)
-    and the number of calls."""
+    the tokens before it. While x[:s] still holds a mask, row s may be anything: a poor
+    guess from a known q, which couple_rows corrects later. Returns ids (L,) and the number
+    of calls."""
     x = torch.full((L,), mask_id)
     q = None                             # what the guesses were drawn from
     final, calls = 0, 0
@@ -154,12 +153,13 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     # guessed - 1 hold guesses, and the rest masks
     final = (x != mask_id).sum(1).cpu()
     guessed = final
-    # the first slot whose present token the cache lacks: at first -1, as an AR model must
-    # also read its start symbol, before slot 0 (see ask_tokens); ask_masks takes it as 0
+    # the first slot whose present token the cache lacks; -1: AR's start symbol, too, which
+    # ask_masks takes as 0
     unread = torch.full_like(final, -1)
     # a place for each slot's token and one for its mask (which AR does not use)
     cache = model.cache(B, L, spare=L)
-    # what each slot's token was drawn from, (B, L, C): the head makes q of it
+    # what each slot's token was drawn from, (B, L, C): the head makes q of it anew, as q
+    # itself is V wide
     states = None
     calls = torch.zeros(B, dtype=torch.long)                         # of each text
     made = 0                                                         # of the batch

@@ -240,9 +240,9 @@ class Transformer(nn.Module):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
-                    # only for sampling. train.py and bench.py call block.compile(), which
-                    # compiles block(...), but not block.forward(...): here M differs from
-                    # call to call, and would be compiled each time
+                    # only for sampling. block.compile(), which train.py calls, compiles
+                    # block(...), but not block.forward(...): here M differs from call to
+                    # call, and would be compiled each time
                     x = block.forward(x, rope, attend, at)
                 elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)

@@ -5,12 +5,12 @@
     python sample.py out/stories-nano/round7.pt --steps 8 --prompt "one sunny day tom"
     python sample.py out/stories-nano/teacher.pt --infill "one sunny day _ went to the _ ."
     python sample.py out/stories-nano/ar.pt --prompt "one windy day"
-    python sample.py out/stories-nano-reveal/teacher.pt --steps exact
+    python sample.py weights/teacher.pt --steps exact
 
-Give --steps: a student's default is what it was distilled for (round 7: 2 steps), too few
-for good stories. Tokens are drawn in float64: in float32 unlikely ones would be too rare.
---temperature, --top_p and --order change the distribution on purpose. Without arguments, in
-a terminal, this is an animation; python -m tools.animate has others.
+With a checkpoint give --steps: a student's default is what it was distilled for (round 7: 2
+steps), too few for good stories. --temperature, --top_p and --order change the distribution
+on purpose. Without arguments, in a terminal, this is an animation; python -m tools.animate
+has others.
 """
 import runpy
 import sys
@@ -34,7 +34,6 @@ from exact import sample_exact
 
 BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
-DTYPES = {32: torch.float32, 64: torch.float64}          # bits: type of a token draw
 # the student that is taken when no checkpoint is given, and its steps then: in the 2 that
 # it was distilled for, few of its stories are valid
 OURS = ROOT / "weights/round7.pt"
@@ -45,7 +44,7 @@ OUR_STEPS = 8
 class SampleConfig:
     """The flags of sample.py."""
     checkpoint: str | None                   # the argument without --; None: OURS
-    # how the text is drawn
+    # how the text is drawn: what these do is in Sampling, below
     steps: int | str | None = flag(
         None, "diffusion steps [a student: what it was distilled for, or 8 if no "
         "checkpoint is given; a teacher: 32]; an autoregressive (AR) model takes one per "
@@ -89,12 +88,54 @@ class Sampling:
     seed: int = 0
     temperature: float = 1.0     # 1: the model's own distribution
     top_p: float = 1.0           # 1: any token may be drawn
-    precision: int = 64          # bits of a token draw; 32 shows what rounding does
-    sampler: object = None       # f(model, z, sampling) -> x, replaces diffusion.sample
     order: str = "random"        # or "confidence", see data/orders.py
     length: int | None = None    # tokens of a text; None: the model's context
     ahead: int = 8               # of EXACT, see exact.py
     max_calls: int | None = None         # likewise
+
+    # a new flag that changes each token's distribution belongs here, not into `draw`: exact
+    # sampling uses this alone, as it keeps or redraws each guess by itself
+    def adjust(self, logits):
+        """Apply temperature and top_p: logits (N, V) -> (N, V)."""
+        return sharpen(logits, self.temperature, self.top_p)
+
+    def draw(self, logits):
+        """One token from each row: logits (N, V) -> (N,)."""
+        return categorical(self.adjust(logits))
+
+    def write(self, model, known):
+        """Draw texts that begin with known (B, P); for diffusion it may have mask_id in
+        gaps. Returns the texts (B, L) and how many network calls each one needed (B,), or
+        None if each needed all calls of the batch."""
+        # mask_id wherever no token is known yet, for AR, too (sample_exact needs z)
+        z = only_known(model, known, self.length)                    # (B, L)
+        calls = None
+        if self.steps == EXACT:
+            # diffusion in the order of reveal, or AR: several tokens a call
+            x, calls = sample_exact(model, z, model.mask_id, self.adjust, self.ahead,
+                                    self.max_calls)
+        elif model.config.causal:
+            # AR: one token a call, with its KV cache
+            x = generate(model, known, z.shape[1], self.draw)
+        elif self.order == "confidence":
+            x = sample_confident(model, z, self.steps, model.mask_id, self.draw)
+        else:
+            # diffusion in steps, with a KV cache if the attention is "reveal". A text needs
+            # a call only in steps that reveal something of it: so after each call `count`
+            # adds one for every text that has changed
+            count = CallsOfTexts(z)
+            x = sample(model, z, self.steps, model.mask_id, self.draw, watch=count)
+            calls = count.calls.cpu()
+        return x, calls                                              # (B, L), (B,) or None
+
+
+def only_known(model, known, length):
+    """Texts (B, L) that begin with known (B, P), and have masks behind it. length: L; None:
+    the model's context."""
+    length = length or model.config.context
+    z = torch.full((len(known), length), model.mask_id, device=known.device)
+    z[:, :known.shape[1]] = known
+    return z
 
 
 def refuse_exact(steps, max_calls, model, path):
@@ -110,51 +151,9 @@ def refuse_exact(steps, max_calls, model, path):
                         f"--attention reveal --teacher {path} adapts it")
 
 
-def draw_batch(model, known, sampling):
-    """Draw texts that begin with known (B, P); for diffusion it may have mask_id in gaps.
-    Returns the texts (B, L) and how many network calls each one needed (B,), or None if
-    each needed all calls of the batch."""
-    length = sampling.length or model.config.context                 # L, prompt included
-    dtype = DTYPES[sampling.precision]
-
-    # a new flag that changes each token's distribution belongs in `adjust`, not in `draw`:
-    # exact sampling takes only adjust, as it keeps or redraws each guess by itself
-    def adjust(logits):
-        """Apply temperature and top_p: logits (N, V) -> (N, V)."""
-        return sharpen(logits, sampling.temperature, sampling.top_p)
-
-    def draw(logits):
-        """One token from each row: logits (N, V) -> (N,)."""
-        return categorical(adjust(logits), dtype)
-
-    # mask_id wherever no token is known yet, for AR, too (sample_exact needs z)
-    z = torch.full((len(known), length), model.mask_id, device=known.device)     # (B, L)
-    z[:, :known.shape[1]] = known
-    calls = None
-    if sampling.steps == EXACT:
-        # diffusion in the order of reveal, or AR: several tokens a call
-        x, calls = sample_exact(model, z, model.mask_id, adjust, sampling.ahead,
-                                sampling.max_calls)
-    elif model.config.causal:
-        # AR: one token a call, with its KV cache
-        x = generate(model, known, length, draw)
-    elif sampling.sampler:
-        x = sampling.sampler(model, z, sampling)                     # such as tools.joint's
-    elif sampling.order == "confidence":
-        x = sample_confident(model, z, sampling.steps, model.mask_id, draw)
-    else:
-        # diffusion in steps, with a KV cache if the attention is "reveal". A text needs a
-        # call only in steps that reveal something of it: so after each call `count` adds
-        # one for every text that has changed
-        count = CallsOfTexts(z)
-        x = sample(model, z, sampling.steps, model.mask_id, draw, watch=count)
-        calls = count.calls.cpu()
-    return x, calls                                                  # (B, L), (B,) or None
-
-
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):
     """n texts (n, L) on the CPU, drawn as `sampling` says. procs: the processes of this run
-    (on a laptop one), which share the work; each returns all texts. With the same seed,
+    (on a laptop one), which share the work; every one returns all n. With the same seed,
     steps, length and prompt, `sample` plans the same reveals, whatever the model, as it
     plans before it draws tokens: so a teacher and its student can be compared.
     prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
@@ -170,7 +169,7 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
         known = prompts[i:i + BATCH].to(procs.device)                # (B, P)
         # sizes: an entry for each network call, the number of positions that it computed
         with counted_calls(model) as sizes:
-            x, calls = draw_batch(model, known, sampling)            # (B, L); (B,) or None
+            x, calls = sampling.write(model, known)                  # (B, L); (B,) or None
         return x.cpu(), cost_of(sizes, calls, len(x))
 
     results = spread(range(0, n, BATCH), batch, procs, title)
@@ -204,7 +203,7 @@ def main():
     prompts = known.expand(config.num_samples, -1)                   # (n, P)
     # --steps, or those for which a student was distilled, or (a teacher) DEFAULT_STEPS
     steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
-    # a new flag is in SampleConfig, in Sampling, here, and where draw_batch uses it
+    # a new flag is in SampleConfig, in Sampling, here, and where Sampling uses it
     sampling = Sampling(steps=steps, seed=config.seed, temperature=config.temperature,
                         top_p=config.top_p, order=config.order, length=config.length,
                         ahead=config.ahead, max_calls=config.max_calls)

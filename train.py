@@ -143,8 +143,9 @@ class TrainConfig(LoopConfig):
 #           says; .micro, see micro_batches; .updates_before, updates of ema in earlier
 #           rounds, 0 in train.py
 # loss      f(model, x, keep=keep) -> scalar, a mean over tokens (in distill.py over masked
-#           ones), in nats but for tvd and mse. It draws its own noise: t and the masks
-# data      the dataset: data.batch draws x and keep; data.texts: each row begins a text
+#           ones). It draws its own noise: t and the masks
+# data      the dataset: data.batch draws x and keep; data.texts: whether each row begins a
+#           text
 # x         a batch of clean tokens (B, L)
 # keep      bool (B, L): True for a prompt's tokens, which are never masked and have no
 #           loss; None if there are no prompts
@@ -168,12 +169,13 @@ def prepare_model(model, config, procs):
 def ar_loss(model, x, mask_id, keep=None):
     """Mean next-token loss of x (B, L), a scalar in nats per token; tokens to keep (B, L)
     do not count. mask_id: an AR model masks nothing, so this id is its start symbol."""
+    # the state that has read a token's predecessors predicts it
     h = model.hidden(shifted(x, mask_id)).flatten(0, 1)              # (B L, C)
-    x = x.flatten()                                                  # (B L,)
+    target = x.flatten()                                             # (B L,)
     if keep is not None:
-        h, x = h[~keep.flatten()], x[~keep.flatten()]
+        h, target = h[~keep.flatten()], target[~keep.flatten()]
     # never all logits at once, not even for backward, see chunked_sum
-    return model.chunked_sum(h, cross_entropy, x) / len(x)
+    return model.chunked_sum(h, cross_entropy, target) / len(target)
 
 
 def new_model(config, data):
@@ -188,11 +190,10 @@ def new_model(config, data):
     # if every row of the data begins a text, absolute positions carry information, too
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # attention's linear layers have biases, as in GPT-2; a diffusion model with rope alone
-    # (masks_alike is True) has none, as in the published MDLM, so that tools.convert can
-    # export it
+    # attention's linear layers have biases, as in GPT-2; but a diffusion model with rope
+    # alone (masks_alike) has none, as in the published MDLM
     model_config.attention_bias = not model_config.masks_alike
-    return Transformer(model_config)     # random weights
+    return Transformer(model_config)
 
 
 def train(config, procs, as_saved=False):

@@ -17,7 +17,7 @@ def counted_calls(model):
     """Yields a list, to which each call of the network inside the `with` appends the number
     of positions that it read."""
     reads = []
-    # every call of the network is one of these (perhaps a compiled one, of this model's own)
+    # every call of the network is one of these; it may be compiled, and the model's own
     run, own = model.run, "run" in vars(model)
 
     def counted_run(idx, *args, **kw):

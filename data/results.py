@@ -171,7 +171,9 @@ def sample_row(name, model, n, sampling, judge, data, procs):
     # how the texts came about
     row = {"model": name, "steps": sampling.steps, "nfe": None, "calls": None,
            "reads": None, "temperature": sampling.temperature,
-           "precision": sampling.precision, "joint": sampling.sampler is not None,
+           # as public code draws, see tools/joint.py
+           "precision": getattr(sampling, "precision", 64),
+           "joint": getattr(sampling, "joint", False),
            "order": sampling.order, "seed": sampling.seed}
     # nfe: calls of the network for a batch (number of function evaluations), the mean;
     # calls: those that made something final in a text, the mean of texts; reads: positions

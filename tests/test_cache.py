@@ -178,14 +178,14 @@ def test_a_cache_may_be_used_again():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_decoding_is_one_graph_and_gives_the_same_tokens():
-    """Greedy, for 14 tokens: one text, and three, whose weights are packed. To compile takes seconds,
-    so attention has one shape (the next test has others). The weights are random: no ties within
-    float32's rounding. No chance involved."""
+    """Greedy, for 14 tokens: one text, with two shapes of attention, and three, whose weights are
+    packed, with one: to compile takes seconds. The weights are random: no ties within float32's
+    rounding. No chance involved."""
     model = model_of(attention="causal", context=16, layers=1)
-    for B in (1, 3):
+    for B, grain in ((1, 8), (3, 16)):
         torch.compiler.reset()
         texts = [generate(model, torch.full((B, 2), 3), 16, lambda logits: logits.argmax(-1), step,
-                          grain=16)
+                          grain)
                  for step in (decode, compiled_decode("cpu", B))]
         assert torch.equal(*texts) and len(set(texts[0][0].tolist())) > 1
 

@@ -42,7 +42,7 @@ from exact import nll_in_order, sample_exact
 from helpers import NANO, call, make_dataset
 from model import ModelConfig, Transformer, nll, sees_in_order, see_sequence, shifted
 from test_processes import distil_on_the_way, together
-from tools import machine, static
+from tools import compiled_ar, machine, static
 from toy import Model, Ordered, all_sequences, ancestral_law, chi_square, count, exact_model, joint
 
 SAME = 1e-4
@@ -329,7 +329,7 @@ def waits_of(run, device):
 
 
 def compiled_as_in_bench(device, step):
-    """cache.decode or static.decode_and_draw, as bench.py compiles it on a GPU."""
+    """cache.decode or compiled_ar.decode_and_draw, as bench.py compiles it on a GPU."""
     if device.type == "cuda":
         return machine.compiled_decode(device, BATCH, step)
     return torch.compile(step, fullgraph=True, backend="eager")
@@ -343,7 +343,7 @@ def test_cpu_does_not_wait_while_ar_decodes(device, monkeypatch, compiled):
     usual, runs = categorical, [True]                    # whether it must not wait
     if compiled:
         compiler_for(device, enough=False)
-        usual = compiled_as_in_bench(device, static.decode_and_draw)
+        usual = compiled_as_in_bench(device, compiled_ar.decode_and_draw)
         runs = [False, False, True]
     model = at_work(model_of(device, attention="causal"), device)
     L, drawn = model.config.context, []
@@ -357,7 +357,8 @@ def test_cpu_does_not_wait_while_ar_decodes(device, monkeypatch, compiled):
                 forbid_waits(device, False)
             return ids
         drawn.clear()
-        monkeypatch.setattr(static, "compiled_decode", lambda *args: draw)
+        monkeypatch.setattr(bench, "ARSampler", functools.partial(
+            compiled_ar.ARSampler, compiler=lambda *args: draw))
         monkeypatch.setattr(bench, "categorical", draw)
         try:
             bench.ar_engine(model, BATCH, L, None, compiled)()

@@ -22,14 +22,14 @@ from data.devices import find_device, float64_device, in_float64
 from data.files import UserError
 from data.processes import Processes
 from helpers import NANO, begin, call, make_dataset, refused
-from sample import Sampling, draw_samples
+from sample import draw_samples
 from tools import evaluate
-from tools.joint import joint_sampler
+from tools.joint import PublicSampling
 
 # (checkpoint, how texts are drawn): every sampler, and what adjusts or couples its draws
 DRAWS = [("teacher", dict(steps=3)), ("teacher", dict(steps=3, temperature=0.7, top_p=0.8)),
          ("teacher", dict(steps=4, order="confidence")), ("teacher", dict(steps=3, precision=32)),
-         ("teacher", dict(steps=3, sampler=joint_sampler)), ("ar", {}), ("ar", dict(top_p=0.8)),
+         ("teacher", dict(steps=3, joint=True)), ("ar", {}), ("ar", dict(top_p=0.8)),
          ("ar", dict(steps="exact")), ("reveal/teacher", dict(steps=3)),
          ("reveal/teacher", dict(steps="exact")),
          ("reveal/teacher", dict(steps="exact", top_p=0.8))]
@@ -50,7 +50,7 @@ def work(device):
         # trained on the CPU, so that both draw from the same weights
         one, _ = checkpoints.load_model(f"cpu/{name}.pt", torch.device(device))
         assert not one.bf16
-        x = draw_samples(one, 6, Sampling(**how), Processes(torch.device(device)))
+        x = draw_samples(one, 6, PublicSampling(**how), Processes(torch.device(device)))
         texts.append(x.tolist())
     with open(f"{device}/texts.json", "w") as f:
         json.dump(texts, f)

@@ -18,7 +18,7 @@ from helpers import call, make_dataset, refused
 from model import ModelConfig, Transformer
 from sample import Sampling
 from tools import evaluate, figures
-from tools.joint import joint_sampler, sample_joint
+from tools.joint import PublicSampling, sample_joint
 
 CPU = Processes(torch.device("cpu"))
 WORDS = dict(kind="words", items=[f"w{i}" for i in range(10)])
@@ -227,18 +227,18 @@ def law_model(p):
     model = toy.exact_model(p)
     model.config = type("C", (), dict(
         causal=False, attention="full", masks_alike=False, context=p.dim()))
-    model.mask_id, model.embed = p.shape[0], torch.nn.Identity()
+    model.mask_id, model.run = p.shape[0], None
     return model
 
 
-@pytest.mark.parametrize("how", [{}, {"sampler": joint_sampler}, {"precision": 32}])
+@pytest.mark.parametrize("how", [{}, {"joint": True}, {"precision": 32}])
 def test_every_way_to_draw_has_the_models_law(how):
     """On a toy no probability is small enough for float32 to lose it: 12,000 texts of 3 positions
     against ancestral sampling's law by enumeration, chi-square over 0.001 (the chance of another
     seed to fail)."""
     torch.manual_seed(0)
     p = toy.joint(3, 3, 0)
-    x = sample.draw_samples(law_model(p), 12_000, Sampling(2, **how), CPU)
+    x = sample.draw_samples(law_model(p), 12_000, PublicSampling(2, **how), CPU)
     assert toy.chi_square(toy.count(x, 3), toy.ancestral_law(p, 2)) > 0.001
 
 
@@ -246,7 +246,7 @@ def test_temperature_sharpens_what_the_model_has_learned():
     """One position, temperature 1/2: probabilities are squared. Chi-square over 0.001."""
     p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     for joint in (False, True):
-        how = Sampling(1, temperature=0.5, sampler=joint_sampler if joint else None)
+        how = PublicSampling(1, temperature=0.5, joint=joint)
         x = sample.draw_samples(law_model(p), 4000, how, CPU)
         assert toy.chi_square(toy.count(x, 3), p ** 2 / (p ** 2).sum()) > 0.001
 

@@ -112,7 +112,7 @@ def test_sampling_with_this_order_draws_this_law():
     p = joint(3, 3, seed=2)
     model = exact_model(p)
     model.config = ModelConfig(3, 3, positions="both")
-    model.mask_id, model.embed = 3, torch.nn.Identity()
+    model.mask_id, model.run = 3, None
     x = sample.draw_samples(model, 12_000, Sampling(2, order="confidence"), CPU)
     assert chi_square(count(x, 3), confident_law(p, [2, 1])) > 0.001
 

@@ -119,7 +119,7 @@ SMALL = {                                # flags that come after a page's own an
     "distill.py": "--steps_per_round 1 --batch 2",
     "data/endings/prepare.py": "--train 64 --val 16",
     "train.py": "--steps 2 --batch 2", "tools.evaluate": "--samples 4 --sequences 4",
-    "tools.exact": "--samples 4 --what heat", "tools.score": "--orders 2",
+    "tools.exact": "--samples 4 --what steps heat", "tools.score": "--orders 2",
     "bench.py": "--repeats 1 --samples 4 --batch 2 --no-compile",
     "tools.choices": "--samples 4", "tools.precision": "--tokens 300 --length 64 --steps 8"}
 SEVEN = {"out/reveal-0", "out/reveal-0-tvd", "out/full-0"}
@@ -131,7 +131,7 @@ ELSEWHERE = {                            # what these need, and the tests that r
     "--lengths": "longer texts than the small dataset has: test_reveal",
     "--context": "longer texts than the small dataset has: test_train",
     "bench_train": "seconds, in processes of their own: test_bench",
-    "tools.gpu": "a GPU: test_gpu"}
+    "tools.gpu": "a GPU: test_gpu", "tools.others": "other packages: test_bench"}
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +202,7 @@ def test_command_runs_in_small(home, words, capsys):
     """With status 0; it prints something, and writes the file that it was asked for."""
     # (exact.json is made by a command with --plot)
     for word, package in (("--plot", "matplotlib"), ("exact.json", "matplotlib"),
-                          ("--export", "safetensors"),
-                          ("transformers", "transformers"), ("tools.figures", "matplotlib")):
+                          ("--export", "safetensors"), ("tools.figures", "matplotlib")):
         if word in words:
             pytest.importorskip(package)
     run(words)

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from cache import generate
 from diffusion import categorical, sample
-from tools import static
+from tools import compiled_ar, static
 from toy import network as model_of
 
 
@@ -55,22 +55,22 @@ def test_tokens_are_drawn_as_by_categorical():
     torch.manual_seed(1)
     u = torch.rand((2000, 1), dtype=torch.float64)
     torch.manual_seed(1)
-    drawn = static.draw(logits, u)
+    drawn = compiled_ar.draw(logits, u)
     assert torch.equal(drawn, categorical(logits)) and len(drawn.unique()) == 7
     # 1e-9 of token 1, drawn where u is above 1 - 1e-9
     rare = torch.tensor([[0.0, math.log(1e-9)]])
     for below_1, token in ((2e-9, 0), (5e-10, 1)):
         u = torch.tensor([[1 - below_1]], dtype=torch.float64)
-        assert static.draw(rare, u).item() == token
+        assert compiled_ar.draw(rare, u).item() == token
         if shutil.which("g++"):
-            assert torch.compile(static.draw)(rare, u).item() == token
+            assert torch.compile(compiled_ar.draw)(rare, u).item() == token
 
 
 def test_ar_texts_are_those_of_generate():
     """With decoding and draw in one step, and the same random numbers. No chance involved."""
     model = model_of(attention="causal")
     prompt = torch.zeros((3, 0), dtype=torch.long)
-    run = static.ar_sampler(model, 3, 12, lambda device, B, step: torch.compile(
+    run = compiled_ar.ARSampler(model, 3, 12, lambda device, B, step: torch.compile(
         step, fullgraph=True, backend="eager"))
     for seed in (1, 2):                  # the second run has other numbers
         torch.manual_seed(seed)
@@ -84,7 +84,7 @@ def test_a_sampler_is_one_graph_that_is_compiled_once_for_each_size(attention):
     """With each of its sizes, by warm_up; then 20 runs, whose plans differ, compile nothing. No
     chance involved: the seed is fixed (with others a rare plan is too large)."""
     counter = CompileCounter()
-    model = model_of(attention=attention)
+    model = model_of(attention=attention, positions="both")
     sampler = static.StaticSampler(model, 2, 12, 4, backend=counter)
     sampler.warm_up()
     assert counter.frame_count == len(sampler.sizes) <= 2
@@ -106,19 +106,19 @@ def test_gaps_count_among_the_positions_of_a_call(uncompiled, attention):
     sampler = static.StaticSampler(model, 2, 12, 4, draw=greedy, backend="eager")
     for M in sampler.sizes:
         order, when = sampler.plan()
-        while static.largest(when) > M:
+        while static.most_revealed(when) > M:
             order, when = sampler.plan()
         sampler.run(order, when, M)
         computed = 2 * 12 if attention == "full" else 2 * 2 * M
         assert sampler.calls == [computed] * len(sampler.calls) and 2 <= len(sampler.calls) <= 4
-        assert M % static.GRAIN == 0 and M >= 3
+        assert M % static.MULTIPLE_OF == 0 and M >= 3
 
 
 def test_more_reveals_than_planned_for_are_possible(uncompiled):
     """A plan in which a step reveals more than in all plans before. No chance involved."""
     model = model_of(attention="reveal")
     sampler = static.StaticSampler(model, 2, 12, 4, draw=greedy, backend="eager")
-    sampler.sizes = [1]
+    sampler.sizes, sampler.compiled = [1], True
     torch.manual_seed(3)
     texts = sampler()
     torch.manual_seed(3)

@@ -56,7 +56,7 @@ class BenchConfig:
         "bfloat16]", choices=["float32", "bfloat16"])
     threads: int | None = flag(None, "CPU threads [PyTorch's choice]", low=1)
     compile: bool | None = flag(
-        None, "torch.compile for AR's decoding step and diffusion's blocks or whole steps "
+        None, "torch.compile for AR's decoding step, diffusion's network or whole steps "
         "[where there is a C++ compiler]")
     json: str | None = flag(None, "file for the rows")
     plot: str | None = flag(None, "picture of perplexity against latency (needs "

@@ -141,7 +141,7 @@ def runs(preset, L, B, vocab, dtype, device):
 
 
 def peak_alone(of, *sizes):
-    """The peak bytes of a step in a process in which no other form has run: what the C library
+    """Peak bytes of a step in a process in which no other form has run: what the C library
     keeps of one's memory would hide how much the next needs."""
     keep_blocks_below(2 ** 20)
     _, steps = runs(*sizes)

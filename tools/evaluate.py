@@ -31,9 +31,9 @@ from data.prompts import ends_of
 from data.results import sample_row
 from data.script import command, device_flag, flag, package, parse_flags
 from model import Transformer
-from sample import BATCH, EXACT, Sampling, draw_samples, refuse_exact, steps_or_exact
+from sample import BATCH, EXACT, draw_samples, refuse_exact, steps_or_exact
 from tools import figures, likelihood
-from tools.joint import joint_sampler
+from tools.joint import PublicSampling
 from tools.metrics import diversity, mauve, self_bleu
 
 TEMPERATURES = [0.7, 0.8, 0.9, 1.0, 1.1]     # of the frontier
@@ -365,12 +365,10 @@ class Evaluation:
     def sampling(self, model, steps, order="random", temperature=1.0):
         """How texts of a model are drawn."""
         config = self.config
-        sampler = None
-        if config.joint and model is not None and not model.config.causal:
-            sampler = joint_sampler
-        return Sampling(steps, config.seed, temperature, precision=config.precision,
-                        sampler=sampler, order=order, length=config.length,
-                        ahead=config.ahead, max_calls=config.max_calls)
+        joint = config.joint and model is not None and not model.config.causal
+        return PublicSampling(steps, config.seed, temperature, precision=config.precision,
+                              joint=joint, order=order, length=config.length,
+                              ahead=config.ahead, max_calls=config.max_calls)
 
 
 def measure_readings(evaluation):

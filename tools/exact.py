@@ -272,22 +272,25 @@ def main():
     if config.json and Path(config.json).exists():
         rows = read_rows(config.json)                    # what an earlier run has measured
 
-    saved = -math.inf                    # when
+    saved, saved_at = len(rows), -math.inf               # how many rows the file has
 
     def save(at_last=False):
-        """Write the rows, if they are wanted; unless at_last once in a second at most, as
-        to write hundreds of them may take longer than to measure the next."""
-        nonlocal saved
-        if config.json and (at_last or time.monotonic() - saved > 1):
+        """Write the rows, if they are wanted and there are new ones; unless at_last once in
+        a second at most, as to write hundreds may take longer than to measure the next."""
+        nonlocal saved, saved_at
+        due = at_last or time.monotonic() - saved_at > 1
+        if config.json and due and len(rows) > saved:
             write_json(config.json, {"argv": sys.argv[1:], "rows": rows})
-            saved = time.monotonic()
+            saved, saved_at = len(rows), time.monotonic()
 
     judge_path = config.judge or Path(config.folders[0]) / "ar.pt"
     judge_file = load_model(judge_path, procs.device, ("ar",))
-    for path in config.folders:
-        folder = open_folder(Path(path), procs)
-        measure_folder(config, folder, judge_file, procs, rows, save)
-    save(at_last=True)
+    try:
+        for path in config.folders:
+            folder = open_folder(Path(path), procs)
+            measure_folder(config, folder, judge_file, procs, rows, save)
+    finally:
+        save(at_last=True)               # after Ctrl-C, too
     if config.plot:
         figures.draw_exact(rows, config.plot)
 

@@ -1,13 +1,15 @@
-"""The papers' sampler as they write it: diffusion-naive of bench.py, --joint of
-tools.evaluate.
+"""The papers' sampler as they write it: diffusion-naive of bench.py, and --joint and
+--precision of tools.evaluate.
 """
+from dataclasses import dataclass
+
 import torch
 
 import diffusion
 from cache import NOT_FINITE
 from data.devices import float64_device
-from diffusion import sharpen
-from sample import DTYPES
+from diffusion import draw_from, sharpen
+from sample import Sampling, only_known
 from tools.machine import with_stance
 
 
@@ -46,8 +48,27 @@ def naive_engine(model, B, L, steps, compiled):
     return with_stance("force_eager", lambda: sample_joint(model, z, steps, model.mask_id))
 
 
-def joint_sampler(model, z, sampling):
-    """sample_joint with the settings of a sample.Sampling, in which it can stand as the
-    sampler. It ignores top_p."""
-    return sample_joint(model, z, sampling.steps, model.mask_id,
-                        DTYPES[sampling.precision], sampling.temperature)
+@dataclass
+class PublicSampling(Sampling):
+    """A Sampling that can draw as the field's public code does. precision: bits of a token
+    draw, 32 or 64; joint: in steps, by sample_joint (which ignores top_p and order)."""
+    precision: int = 64
+    joint: bool = False
+
+    def draw(self, logits):
+        """See Sampling.draw."""
+        if self.precision == 64:
+            return super().draw(logits)
+        logits = self.adjust(logits)
+        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        # where diffusion.categorical draws, so that the random numbers are the same ones
+        return draw_from(weights.to(float64_device(logits.device))).to(logits.device)
+
+    def write(self, model, known):
+        """See Sampling.write."""
+        if not self.joint or model.config.causal:
+            return super().write(model, known)
+        z = only_known(model, known, self.length)
+        dtype = {32: torch.float32, 64: torch.float64}[self.precision]
+        x = sample_joint(model, z, self.steps, model.mask_id, dtype, self.temperature)
+        return x, None

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import statistics
+import types
 import warnings
 from pathlib import Path
 from time import perf_counter
@@ -116,9 +117,6 @@ def free_bytes(device):
         return None
 
 
-SMALL_MODEL = 1e7                        # weights of all blocks, see compile_network
-
-
 class OutOfMemory(Exception):
     """What was to be measured does not fit."""
 
@@ -221,13 +219,18 @@ def prepare(model, dtype, compiled, device):
     return model
 
 
+SMALL_MODEL = 1e7                        # weights of all blocks
+
+
 def compile_network(model):
     """Compile what computes most: of a small model embedding and blocks together, for any
-    number of positions (nano then takes 5 to 35 % less time than with each block by itself);
-    of a large one each block, as to compile all of them together would take minutes."""
+    number of positions (nano then takes 5 to 35 % less time than with each block by
+    itself); of a large one each block, as to compile all of them together would take
+    minutes."""
     config = model.config
     if 12 * config.layers * config.width ** 2 < SMALL_MODEL:
-        model.run = torch.compile(model.run, dynamic=True)
+        run = torch.compile(type(model).run, dynamic=True)
+        model.run = types.MethodType(run, model)         # a copy of the model gets its own
         return
     dynamic = None                       # the compiler decides
     if config.attention == "reveal":
@@ -247,7 +250,7 @@ def forget_compiled():
 
 
 def compiled_decode(device, B, decode=decode):
-    """cache.decode (or static.decode_and_draw) for B texts by torch.compile: as CUDA graphs
+    """cache.decode (or one that draws, too) for B texts by torch.compile: as CUDA graphs
     on a GPU, one for each value of `extent`; on a CPU, from 2 texts on, with weights packed
     anew (later changes are not seen)."""
     if torch.device(device).type == "cuda":

@@ -5,10 +5,11 @@ GPT-2 of `transformers` with its KV cache, and CTranslate2 in float32 and in int
     python -m tools.others --preset small --batch 1 8 32 --length 128 --json others.json
 
 Random weights, as speed does not depend on them. Ours draws tokens in float64; the others
-take the likeliest, which costs them less. int8 rounds the weights to 8 bits: it is another,
-slightly worse model, and a quarter of the bytes to read. Runs of all alternate; shown are
-the median of their seconds, and ours (in the dtype that suits it best) / theirs: below 1 ours
-is faster.
+take the likeliest, which costs them less. Ours is compiled, with packed weights from two
+texts on; transformers runs as it is installed. int8 rounds the weights to 8 bits: it is
+another, slightly worse model, and a quarter of the bytes to read. Runs of all alternate;
+shown are the median of their seconds, and ours (in the dtype that suits it best) / theirs:
+below 1 ours is faster. roofline: see bench.py.
 """
 import shutil
 import sys
@@ -25,12 +26,12 @@ from data.script import command, flag, package, parse_flags
 from model import PRESETS, ModelConfig, Transformer
 from tools.bench_setup import VOCAB, default_dtypes
 from tools.machine import (describe, fill_times, forget_compiled, header, limits, line,
-                           prepare, seconds)
+                           prepare, roofline, seconds)
 
 CPU = torch.device("cpu")
 COLUMNS = (("engine", "<13"), ("dtype", "<9"), ("batch", ">5"), ("length", ">7"),
            ("seconds", ">8.3f"), ("spread", ">7.0%"), ("ms a token", ">11.1f"),
-           ("ours / it", ">10.2f"))
+           ("ours / it", ">10.2f"), ("roofline", ">9.0%"))
 
 
 @dataclass
@@ -53,8 +54,12 @@ class OthersConfig:
 def ours(shape, L, dtype):
     """cache.generate as bench.py times it."""
     model = prepare(Transformer(shape), dtype, False, CPU)
-    compiled = bool(shutil.which("g++"))
-    return lambda B: ar_engine(model, B, L, None, compiled)
+    return lambda B: ar_engine(model, B, L, None, can_compile())
+
+
+def can_compile():
+    """Whether there is the compiler that torch.compile needs."""
+    return bool(shutil.which("g++"))
 
 
 def transformers(shape, L, dtype):
@@ -75,7 +80,7 @@ def transformers(shape, L, dtype):
 def ctranslate2(shape, L, dtype):
     """Greedy decoding of CTranslate2; dtype: "float32" or "int8"."""
     import ctranslate2
-    # it reads models from files, and keeps nothing of these
+    # it loads the whole model at once, so the folder may go
     with tempfile.TemporaryDirectory() as folder:
         gpt2_spec(shape).save(folder)
         generator = ctranslate2.Generator(folder, device="cpu", compute_type=dtype,
@@ -85,7 +90,8 @@ def ctranslate2(shape, L, dtype):
 
     def engine(B):
         def run():
-            results = generator.generate_batch([["0"]] * B, **how)
+            starts = [["0"] for _ in range(B)]
+            results = generator.generate_batch(starts, **how)
             return torch.tensor([result.sequences_ids[0] for result in results])
         return run
     return engine
@@ -131,11 +137,16 @@ def gpt2_spec(shape):
 
 # ---- the comparison
 
-def engines_of(config):
-    """[(name, dtype, engine)] of what the flags ask for."""
+def shape_of(config):
+    """The ModelConfig of all models."""
     sizes = dict(PRESETS[config.preset])
     sizes["context"] = max(config.length, sizes["context"])
-    shape = ModelConfig(VOCAB, attention="causal", **sizes)
+    return ModelConfig(VOCAB, attention="causal", **sizes)
+
+
+def engines_of(config):
+    """[(name, dtype, engine)] of what the flags ask for."""
+    shape = shape_of(config)
     dtypes = default_dtypes(CPU)                         # bfloat16, too, where it gains
     wanted = [("ours", ours, dtypes), ("transformers", transformers, dtypes),
               ("ctranslate2", ctranslate2, ["float32", "int8"])]
@@ -149,8 +160,8 @@ def engines_of(config):
 
 
 @torch.no_grad()
-def compare(config, engines, B):
-    """The rows of one batch size."""
+def compare(config, engines, B, machine):
+    """The rows of one batch size. machine: see tools.machine.limits."""
     forget_compiled()
     rows, runs, times = [], [], []
     for name, dtype, engine in engines:
@@ -165,6 +176,9 @@ def compare(config, engines, B):
     for row, its_times in zip(rows, times):
         fill_times(row, its_times)
         row["ms a token"] = 1000 * row["seconds"] / config.length
+        row["roofline"] = None
+        if row["dtype"] != "int8":                       # what that reads is not known here
+            row["roofline"] = roofline(row | {"engine": "ar"}, shape_of(config), machine)
     best = min(row["seconds"] for row in rows if row["engine"] == "ours")
     for row in rows:
         row["ours / it"] = best / row["seconds"]
@@ -182,11 +196,13 @@ def main():
         torch.set_num_threads(config.threads)
     machine = limits(CPU, torch.float32)
     print(describe(machine), flush=True)
+    if not can_compile():
+        print("no C++ compiler (g++), so ours is not compiled", flush=True)
     engines = engines_of(config)
     print(header(COLUMNS))
     rows = []
     for B in config.batch:
-        new = compare(config, engines, B)
+        new = compare(config, engines, B, machine)
         print("\n".join(line(row, COLUMNS) for row in new), flush=True)
         rows += new
         if config.json:
