@@ -4,16 +4,17 @@ wins.
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
-Random weights (--preset; small, where there are no checkpoints) give valid times of ar and
-of a given number of steps, but not of the exact engines: how many calls they need depends
-on what a model has learned.
+Random weights (--preset; small, where there are no checkpoints) suffice to time ar and
+diffusion in steps, but not the exact engines: how many calls they need depends on what a
+model has learned.
 
 The engines:
 
     ar                 AR with a static KV cache; decoding step and draw are compiled
     diffusion          full attention; the network, or whole steps of it, are compiled
     diffusion-kv       the same with attention in the order of reveal, and its KV cache
-    diffusion-exact    the distribution of one token at a time, in few calls; compiled
+    diffusion-exact    the distribution of one token at a time, in few calls of a compiled
+                       network
     ar-exact           the same with AR; not compiled
     diffusion-naive    the sampler of MDLM and SDTT, as the papers write it; not compiled
 
@@ -27,11 +28,11 @@ diffusion-naive). The median is shown. What the columns say:
                that suits ar best
     roofline   the share that an engine reaches of a limit of the hardware, measured at the
                start. Of ar: bytes of weights and cache that it must read / seconds / memory
-               bandwidth. Of the others: operations that the texts need (none for gaps) /
-               seconds / rate of large matrix products
+               bandwidth. Of the others: operations that the texts need / seconds / rate of
+               large matrix products
     nfe        calls of the network (number of function evaluations)
     reads      positions that these computed for each token: with the cache two at most, its
-               mask and itself, plus the gaps of compiled steps (tools/static.py)
+               mask and itself, plus the padding of compiled steps (tools/static.py)
     gen_ppl, entropy (within a text), of all   see README; of trained weights only
 
 Large models come near those limits: AR with few texts, diffusion with many positions a
@@ -110,7 +111,7 @@ class Engine:
     make: typing.Callable        # a function as above
     attention: str               # of the models that it runs
     in_steps: bool = False       # run it at each of --steps
-    two_steps: bool = False      # these meet every compiled shape, so warm up with them
+    two_steps: bool = False      # warm up with two: they meet every shape of the others
     slow: bool = False           # one run only, at the first batch size, of one model
 
 
@@ -148,7 +149,7 @@ def bench(config, device, machines):
         for L, B in itertools.product(config.length, config.batch):
             # [(row, model)], for each engine, dtype, model that it runs, and steps if any
             group = rows_of(config, models, preset, B, L, ENGINES)
-            # no model here for these engines, or slow ones alone, at a later B
+            # no model for these engines, or only slow ones after the first B
             if not group:
                 continue
             measure(config, group, device, machines)
@@ -186,7 +187,7 @@ class Timing:
 @torch.no_grad()
 def measure(config, group, device, machines):
     """Time the rows of a group [(row, model)], alternating, and fill them in."""
-    # a compiler that has seen other batch sizes would compile for any, which is slower
+    # having seen other batch sizes, the compiler would make code for any, which is slower
     forget_compiled()
     compiled = config.compile and can_draw(device)
     # warm-up and first run of each, which all stay in memory
@@ -216,7 +217,8 @@ def begin(row, model, compiled, device):
         with room_for(least_memory(row, model.config), device):
             write = engine.make(model, B, L, steps, compiled)
             # a warm-up compiles what it meets. The timed runs may meet shapes that it did
-            # not, which they compute uncompiled: slower, but no compiling is timed
+            # not, which they compute uncompiled: slower, but no compiling is timed. (Each
+            # StaticSampler has shapes of its own)
             warm_up = write
             if engine.two_steps and not isinstance(write, StaticSampler):
                 warm_up = engine.make(model, B, L, min(2, steps), compiled)

@@ -34,8 +34,8 @@ from exact import sample_exact
 
 BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
-# the student that is taken when no checkpoint is given, and its steps then: in the 2 that
-# it was distilled for, few of its stories are valid
+# without a checkpoint: this student, in more steps than the 2 that it was distilled for, in
+# which few of its stories are valid
 OURS = ROOT / "weights/round7.pt"
 OUR_STEPS = 8
 
@@ -93,8 +93,8 @@ class Sampling:
     ahead: int = 8               # of EXACT, see exact.py
     max_calls: int | None = None         # likewise
 
-    # a new flag that changes each token's distribution belongs here, not into `draw`: exact
-    # sampling uses this alone, as it keeps or redraws each guess by itself
+    # what changes each token's distribution belongs here, not into `draw`: exact sampling
+    # calls only adjust, as it keeps or redraws each guess by itself
     def adjust(self, logits):
         """Apply temperature and top_p: logits (N, V) -> (N, V)."""
         return sharpen(logits, self.temperature, self.top_p)
@@ -107,7 +107,7 @@ class Sampling:
         """Draw texts that begin with known (B, P); for diffusion it may have mask_id in
         gaps. Returns the texts (B, L) and how many network calls each one needed (B,), or
         None if each needed all calls of the batch."""
-        # mask_id wherever no token is known yet, for AR, too (sample_exact needs z)
+        # known, then masks; for AR, too, as sample_exact needs it
         z = only_known(model, known, self.length)                    # (B, L)
         calls = None
         if self.steps == EXACT:
@@ -139,7 +139,7 @@ def only_known(model, known, length):
 
 
 def refuse_exact(steps, max_calls, model, path):
-    """Raise UserError if exact sampling is asked for but impossible. steps: a list, since
+    """Raise UserError if flags of exact sampling cannot be met. steps: a list, since
     tools.evaluate has several; path: of the model, for the message."""
     exact = EXACT in steps
     if max_calls and not exact:
@@ -154,8 +154,8 @@ def refuse_exact(steps, max_calls, model, path):
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):
     """n texts (n, L) on the CPU, drawn as `sampling` says. procs: the processes of this run
     (on a laptop one), which share the work; every one returns all n. With the same seed,
-    steps, length and prompt, `sample` plans the same reveals, whatever the model, as it
-    plans before it draws tokens: so a teacher and its student can be compared.
+    steps, length and prompt, `sample` reveals the same positions in each step of any model,
+    as it plans before it draws tokens: so a teacher and its student can be compared.
     prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
     title: of a progress bar. costs: a list that gets the Cost of each batch."""
     if prompts is None:
@@ -201,9 +201,10 @@ def main():
     # every text begins with the same known tokens
     known = known_tokens(config, model, tokenizer)                   # (P,)
     prompts = known.expand(config.num_samples, -1)                   # (n, P)
-    # --steps, or those for which a student was distilled, or (a teacher) DEFAULT_STEPS
+    # --steps, or those for which a student was distilled, or (a teacher) DEFAULT_STEPS; of
+    # AR they only enter the seed
     steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
-    # a new flag is in SampleConfig, in Sampling, here, and where Sampling uses it
+    # to add a flag: in SampleConfig, in Sampling, here, and where Sampling uses it
     sampling = Sampling(steps=steps, seed=config.seed, temperature=config.temperature,
                         top_p=config.top_p, order=config.order, length=config.length,
                         ahead=config.ahead, max_calls=config.max_calls)

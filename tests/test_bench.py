@@ -376,6 +376,36 @@ def test_a_small_network_is_compiled_whole_a_large_one_block_by_block(monkeypatc
     assert compiled_blocks == list(large.blocks) and "run" not in vars(large)
 
 
+def test_large_matrices_are_multiplied_by_onednn_where_that_is_faster(monkeypatch):
+    """The same logits within float32's rounding, also through the compiler's front end, and in bfloat16
+    and on a CPU that does not gain nothing changes. No chance involved."""
+    plain = model_of(attention="causal", layers=1, width=512)
+    ids = torch.randint(29, (2, 16))
+    for gain, dtype, changed in ((2.0, "float32", 4), (1.0, "float32", 0), (2.0, "bfloat16", 0)):
+        monkeypatch.setattr(machine, "onednn_gain", lambda: gain)
+        model = machine.prepare(copy.deepcopy(plain), dtype, True, CPU)
+        own = [m for m in model.modules() if "forward" in vars(m)]
+        assert len(own) == changed       # not the head's, which is small
+        if changed:
+            assert torch.allclose(model(ids), plain(ids), atol=1e-5)
+            torch.compiler.reset()
+            traced = torch.compile(model, fullgraph=True, backend="eager")
+            assert torch.allclose(traced(ids), plain(ids), atol=1e-5)
+
+
+def test_onednn_gain_is_a_ratio_of_times(monkeypatch):
+    """3 s by PyTorch's choice, 2 s by oneDNN; 0 without it. No chance involved."""
+    times = iter([3.0] * 3 + [2.0] * 3)
+    monkeypatch.setattr(machine, "seconds", lambda run, device: next(times))
+    machine.onednn_gain.cache_clear()
+    if torch.backends.mkldnn.is_available():
+        assert machine.onednn_gain() == 1.5
+    machine.onednn_gain.cache_clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert machine.onednn_gain() == 0
+    machine.onednn_gain.cache_clear()
+
+
 def test_more_work_is_left_to_the_plain_sampler():
     """nano's 8 texts of 50 tokens are compiled as whole steps, 16 and small's one text not. No
     chance involved."""
@@ -505,7 +535,7 @@ def test_other_packages_stand_beside_ours(folder, monkeypatch, capsys):
     monkeypatch.setattr(others, "package", lambda name: None)
     call(others, "--batch", 1, 2, "--length", 10, "--json", "rows.json")
     rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
-    assert [row["ours / it"] for row in rows] == pytest.approx(2 * [2 / 3, 1.0, 0.5])
+    assert [row["vs ours"] for row in rows] == pytest.approx(2 * [2 / 3, 1.0, 0.5])
     assert [row["ms a token"] for row in rows] == pytest.approx(2 * [30.0, 20.0, 40.0])
     assert capsys.readouterr().out.count("int8") == 2
 

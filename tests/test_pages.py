@@ -149,7 +149,7 @@ def weights(preset):
 
 NANO = distill.DistillConfig(preset="nano")
 LEFT_OUT = "entropy", "contradictions", "copies", "choices", "calls", "reads a token"
-BATCHES = 1, 8, 32                       # of latency.json and ar-cpu.json
+BATCHES = 1, 8, 32                       # of latency.json and others.json
 
 
 def top():
@@ -530,10 +530,17 @@ def speed_of_gpt2():
     yield (f"With the cache eight texts take {less[16]:.1f} times less than with full attention in "
            f"16 steps, and {less[32]:.1f} times less in 32.")
 
-    faster = [1 / timed("ar-cpu.json", engine="transformers", batch=batch) for batch in BATCHES]
-    bandwidth = row("ar-cpu.json", engine="ar", batch=1)["roofline"]
-    yield (f"our AR is {listed(faster, '.1f')} times as fast at batch {listed(BATCHES)}, at "
-           f"{percent(bandwidth)} of the bandwidth for one text (`results/ar-cpu.json`)")
+    def faster(engine, dtype):
+        """How many times as fast as another package's our AR is."""
+        found = [row("others.json", engine=engine, dtype=dtype, batch=batch) for batch in BATCHES]
+        return listed([1 / one["vs ours"] for one in found], ".1f")
+    tokens = agreed({one["length"] for one in rows_of("others.json")}, "d")
+    bandwidth = row("others.json", engine="ours", batch=1)["roofline"]
+    yield (f"For {tokens} tokens at batch {listed(BATCHES)} our AR is "
+           f"{faster('transformers', 'float32')} times as fast as the `transformers` package's GPT-2, "
+           f"{faster('ctranslate2', 'float32')} times as CTranslate2, and "
+           f"{faster('ctranslate2', 'int8')} times as its int8 (`results/others.json`); one text "
+           f"takes {percent(bandwidth)} of the bandwidth.")
 
     def share(form, key):
         """Of what the papers' pseudo-code needs."""

@@ -10,14 +10,14 @@ from tools.machine import compiled_decode
 
 
 def can_draw(device):
-    """Whether `draw` can run on the device: it needs float64."""
+    """Whether `draw` can run on the device: it needs float64 there."""
     return float64_device(device) == device
 
 
 def draw(logits, u):
     """diffusion.categorical in a form that compiles: logits (..., V) -> ids (...). u (...,
     1): uniform random numbers in float64. (They come from outside, as compiled code would
-    draw them in float32, and unlikely tokens would be too rare.)"""
+    draw them in float32, too coarse for unlikely tokens.)"""
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     return draw_from(weights.double(), u)
 
@@ -27,7 +27,7 @@ def decode_and_draw(model, token, place, cache, extent, numbers):
     this token in the cache; extent: how many places attention is given. numbers (L, B, 1):
     uniform random numbers, those of this step in row `place`."""
     logits = decode(model, token, place, cache, extent)
-    return draw(logits, numbers.index_select(0, place)[0])
+    return draw(logits, numbers.index_select(0, place)[0])           # u (B, 1)
 
 
 def keep_in_place(*tensors):
@@ -46,8 +46,7 @@ class ARSampler:
         self.model, self.L = model, L
         self.calls = [B for _ in range(L)]               # one token of each text
         self.prompt = torch.zeros((B, 0), dtype=torch.long, device=device)       # nothing
-        # all runs share one cache, which need not be emptied: places that are not filled
-        # yet are hidden
+        # all runs share one cache, never emptied: places beyond the present one are hidden
         self.cache = model.cache(B, L)
         keep_in_place(*self.cache.k, *self.cache.v)
         # attention reads the cache up to a multiple of grain: fewer shapes to compile

@@ -8,8 +8,9 @@ Random weights, as speed does not depend on them. Ours draws tokens in float64; 
 take the likeliest, which costs them less. Ours is compiled, with packed weights from two
 texts on; transformers runs as it is installed. int8 rounds the weights to 8 bits: it is
 another, slightly worse model, and a quarter of the bytes to read. Runs of all alternate;
-shown are the median of their seconds, and ours (in the dtype that suits it best) / theirs:
-below 1 ours is faster. roofline: see bench.py.
+shown are the median of their seconds, spread (of the slowest and the fastest run, as a
+share of the median), and how many times faster than ours they are, in the dtype that suits
+ours best. roofline: see bench.py.
 """
 import shutil
 import sys
@@ -31,7 +32,7 @@ from tools.machine import (describe, fill_times, forget_compiled, header, limits
 CPU = torch.device("cpu")
 COLUMNS = (("engine", "<13"), ("dtype", "<9"), ("batch", ">5"), ("length", ">7"),
            ("seconds", ">8.3f"), ("spread", ">7.0%"), ("ms a token", ">11.1f"),
-           ("ours / it", ">10.2f"), ("roofline", ">9.0%"))
+           ("vs ours", ">8.2f"), ("roofline", ">9.0%"))
 
 
 @dataclass
@@ -53,7 +54,7 @@ class OthersConfig:
 
 def ours(shape, L, dtype):
     """cache.generate as bench.py times it."""
-    model = prepare(Transformer(shape), dtype, False, CPU)
+    model = prepare(Transformer(shape), dtype, compiled=False, device=CPU)
     return lambda B: ar_engine(model, B, L, None, can_compile())
 
 
@@ -109,8 +110,8 @@ def gpt2_spec(shape):
     def fill_norm(norm):
         norm.gamma, norm.beta = np.ones(C, np.float32), np.zeros(C, np.float32)
 
-    def fill_linear(linear, out, to):
-        linear.weight, linear.bias = weights(to, out), np.zeros(to, np.float32)
+    def fill_linear(linear, n_in, n_out):
+        linear.weight, linear.bias = weights(n_out, n_in), np.zeros(n_out, np.float32)
 
     spec = TransformerDecoderModelSpec.from_config(
         shape.layers, shape.heads, pre_norm=True, activation=Activation.GELUTanh)
@@ -177,11 +178,11 @@ def compare(config, engines, B, machine):
         fill_times(row, its_times)
         row["ms a token"] = 1000 * row["seconds"] / config.length
         row["roofline"] = None
-        if row["dtype"] != "int8":                       # what that reads is not known here
+        if row["dtype"] != "int8":       # how many bytes that reads is not known
             row["roofline"] = roofline(row | {"engine": "ar"}, shape_of(config), machine)
     best = min(row["seconds"] for row in rows if row["engine"] == "ours")
     for row in rows:
-        row["ours / it"] = best / row["seconds"]
+        row["vs ours"] = best / row["seconds"]
     return rows
 
 
