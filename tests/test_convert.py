@@ -340,7 +340,7 @@ def test_scripts_run_on_converted_checkpoints(tmp_path, monkeypatch, capsys, mdl
     assert all(r["gen_ppl"] > 1 for r in rows[:2])
     call(bench, "--checkpoint", "out/mdlm.pt", "--batch", 1, "--steps", 2, "--repeats", 1,
          "--no-compile")
-    assert "no checkpoint here" in refused(capsys, bench, "--checkpoint", "out/mdlm.pt",
+    assert "no model here" in refused(capsys, bench, "--checkpoint", "out/mdlm.pt",
                                            "--engine", "ar")
 
 
