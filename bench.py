@@ -111,7 +111,7 @@ class Engine:
     make: typing.Callable        # a function as above
     attention: str               # of the models that it runs
     in_steps: bool = False       # run it at each of --steps
-    two_steps: bool = False      # warm up with two: they meet every shape of the others
+    two_steps: bool = False      # warm up with two steps only, which meet every shape
     slow: bool = False           # one run only, at the first batch size, of one model
 
 

@@ -2,7 +2,6 @@
 trained or random; the rows of its table, before they are measured; how good texts are."""
 import copy
 import itertools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from data.results import round_files
 from data.script import device_flag, flag
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
-from tools.machine import bfloat16_gain, prepare, warn_of_emulation, with_stance
+from tools.machine import (bfloat16_gain, can_compile, prepare, warn_of_emulation,
+                           with_stance)
 
 VOCAB = 50257                            # of random weights: GPT-2's
 WRITTEN = 32                             # texts at a time, for quality
@@ -96,7 +96,7 @@ def set_defaults(config, device, known):
         config.dtype = default_dtypes(device)
     warn_of_emulation(config.dtype, device)
     if config.compile is None:
-        config.compile = bool(shutil.which("g++"))
+        config.compile = can_compile()
 
 
 def default_dtypes(device):

@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import os
 import re
+import shutil
 import statistics
 import types
 import warnings
@@ -250,7 +251,7 @@ def multiply_by_onednn(model):
 @functools.cache
 def onednn_gain():
     """How many times as fast as PyTorch's own choice oneDNN multiplies a few rows by large
-    matrices here: on an AMD EPYC 1.7 to 2.3 times; 0 where PyTorch has no oneDNN."""
+    matrices here; 0 where PyTorch has no oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return 0.0
     x = torch.ones(8, 768)
@@ -269,9 +270,8 @@ SMALL_MODEL = 1e7                        # weights of all blocks
 
 def compile_network(model):
     """Compile what computes most: of a small model embedding and blocks together, for any
-    number of positions (nano then takes 5 to 35 % less time than with each block by
-    itself); of a large one each block, as to compile all of them together would take
-    minutes."""
+    number of positions, as there most time goes into starting operations; of a large one
+    each block, as to compile all of them together would take minutes."""
     config = model.config
     if 12 * config.layers * config.width ** 2 < SMALL_MODEL:
         run = torch.compile(type(model).run, dynamic=True)
@@ -292,6 +292,11 @@ def forget_compiled():
     # few. And two sizes that are equal once are no reason to compile for that
     torch._dynamo.config.recompile_limit = 64
     torch.fx.experimental._config.use_duck_shape = False
+
+
+def can_compile():
+    """Whether there is the C++ compiler that torch.compile needs."""
+    return bool(shutil.which("g++"))
 
 
 def compiled_decode(device, B, decode=decode):

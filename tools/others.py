@@ -5,14 +5,13 @@ GPT-2 of `transformers` with its KV cache, and CTranslate2 in float32 and in int
     python -m tools.others --preset small --batch 1 8 32 --length 128 --json others.json
 
 Random weights, as speed does not depend on them. Ours draws tokens in float64; the others
-take the likeliest, which costs them less. Ours is compiled, with packed weights from two
-texts on; transformers runs as it is installed. int8 rounds the weights to 8 bits: it is
-another, slightly worse model, and a quarter of the bytes to read. Runs of all alternate;
-shown are the median of their seconds, spread (of the slowest and the fastest run, as a
-share of the median), and how many times faster than ours they are, in the dtype that suits
-ours best. roofline: see bench.py.
+take the likeliest, which costs them less. Ours is compiled, and multiplies large matrices
+by oneDNN where that is faster; transformers runs as it is installed. int8 rounds the
+weights to 8 bits: it is another model, with a quarter of the bytes to read. Runs of all
+alternate; shown are the median of their seconds, spread (the slowest less the fastest run,
+as a share of the median), and how many times faster than ours they are, in the dtype that
+suits ours best. roofline: see bench.py.
 """
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from data.processes import start
 from data.script import command, flag, package, parse_flags
 from model import PRESETS, ModelConfig, Transformer
 from tools.bench_setup import VOCAB, default_dtypes
-from tools.machine import (describe, fill_times, forget_compiled, header, limits, line,
-                           prepare, roofline, seconds)
+from tools.machine import (can_compile, describe, fill_times, forget_compiled, header,
+                           limits, line, prepare, roofline, seconds)
 
 CPU = torch.device("cpu")
 COLUMNS = (("engine", "<13"), ("dtype", "<9"), ("batch", ">5"), ("length", ">7"),
@@ -56,11 +55,6 @@ def ours(shape, L, dtype):
     """cache.generate as bench.py times it."""
     model = prepare(Transformer(shape), dtype, compiled=False, device=CPU)
     return lambda B: ar_engine(model, B, L, None, can_compile())
-
-
-def can_compile():
-    """Whether there is the compiler that torch.compile needs."""
-    return bool(shutil.which("g++"))
 
 
 def transformers(shape, L, dtype):
