@@ -8,7 +8,7 @@ Random weights (--preset; small, where there are no checkpoints) suffice to time
 diffusion in steps, but not the exact engines: how many calls they need depends on what a
 model has learned.
 
-The engines:
+The engines (the exact ones only if --engine names them):
 
     ar                 AR with a static KV cache; decoding step and draw are compiled
     diffusion          full attention; the network, or whole steps of it, are compiled
@@ -21,24 +21,26 @@ The engines:
 Your own is a function like those below, and a line in ENGINES. (tools/others.py compares
 AR with other packages'.)
 
-Each engine is warmed up and timed once; then further runs of all alternate (but none of
-diffusion-naive). The median is shown. What the columns say:
+Each engine is warmed up and run once; then further runs of all alternate (diffusion-naive
+has the first run only). The median is shown. What the other columns say:
 
-    vs AR      how many times faster than ar, at the same batch and length, and in the dtype
+    spread     the slowest less the fastest run, as a share of the median
+    vs AR      speed as a multiple of ar's, at the same batch and length, and in the dtype
                that suits ar best
-    roofline   the share that an engine reaches of a limit of the hardware, measured at the
-               start. Of ar: bytes of weights and cache that it must read / seconds / memory
-               bandwidth. Of the others: operations that the texts need / seconds / rate of
-               large matrix products
+    roofline   the time that the hardware needs at least / the time taken. ar needs it to
+               read weights and cache from memory, the others to multiply what their texts
+               need, as fast as large matrices are multiplied here
+    peak MB    memory that a run takes beside the model
     nfe        calls of the network (number of function evaluations)
     reads      positions that these computed for each token: with the cache two at most, its
                mask and itself, plus the padding of compiled steps (tools/static.py)
     gen_ppl, entropy (within a text), of all   see README; of trained weights only
 
-Large models come near those limits: AR with few texts, diffusion with many positions a
-call. There a low roofline says that the code is slow, and to beat such an engine proves
-little. nano stays far below both: its time goes into starting many small operations, so its
-"vs AR" does not carry over to larger models. Part of a table (nano, two cores):
+Large models come near these limits: AR with few texts, diffusion with many positions a
+call (with few, reading the weights takes longer than multiplying by them). An engine far
+below its limit has slow code, and being faster than it proves little. nano stays far below
+both: its time goes into starting many small operations, so its "vs AR" does not carry over
+to larger models. Part of a table (nano, two cores):
 
     engine        model     steps batch length seconds vs AR roofline nfe reads
     ar            ar                  1     50   0.038  1.00      25%  50   1.0
@@ -60,24 +62,24 @@ from data.processes import start
 from data.script import command, parse_flags
 from diffusion import categorical, sample
 from exact import sample_exact
-from tools import figures
-from tools.bench_setup import (BenchConfig, columns_of, fill_quality, models_of, rows_of,
-                               set_defaults)
-from tools.compiled_ar import ARSampler, can_draw
+from tools import figures, machine
+from tools.bench_setup import (BenchConfig, columns_of, fill_quality, judge_of,
+                               load_checkpoints, models_of, rows_of, set_defaults,
+                               set_length)
+from tools.compiled_ar import ARSampler
 from tools.crossover import crossings, fill_vs_ar
+from tools.fast_models import forget_compiled, with_stance
 from tools.joint import naive_engine
-from tools.machine import (OutOfMemory, describe, fill_times, forget_compiled, header,
-                           least_memory, limits, line, roofline, room_for, seconds,
-                           with_peak_bytes, with_stance)
 from tools.static import StaticSampler, pays_for
 
 
 # ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
-# (None for an engine without steps), and whether steps may be compiled. It returns a
-# function without arguments; each call of that writes B texts and returns their ids (B, L)
+# (None for an engine without steps), and whether it may compile whole steps. (Diffusion's
+# networks are compiled already, by models_of.) It returns a function without arguments;
+# each call of that writes B texts and returns their ids (B, L)
 
 def ar_engine(model, B, L, steps, compiled):
-    """AR decoding; it draws as diffusion does, from float64."""
+    """AR decoding. Draws are in float64, as diffusion's."""
     if compiled:
         return ARSampler(model, B, L)                # decoding step and draw in one
     prompt = torch.zeros((B, 0), dtype=torch.long, device=model.embed.weight.device)
@@ -91,7 +93,7 @@ def only_masks(model, B, L):
 
 def diffusion_engine(model, B, L, steps, compiled):
     """Diffusion in steps, with the KV cache where the model has one. Where there is little
-    to compute whole steps are compiled; elsewhere only the network, which models_of did."""
+    to compute, whole steps are compiled."""
     if compiled and pays_for(model, B, L):
         return StaticSampler(model, B, L, steps)     # the same distribution
     z = only_masks(model, B, L)                      # sample fills a copy
@@ -111,17 +113,18 @@ class Engine:
     make: typing.Callable        # a function as above
     attention: str               # of the models that it runs
     in_steps: bool = False       # run it at each of --steps
-    two_steps: bool = False      # warm up with two steps only, which meet every shape
-    slow: bool = False           # one run only, at the first batch size, of one model
+    short_warm_up: bool = False  # of two steps, which meet nearly every shape
+    # beside other engines only one run, at the smallest batch, in one dtype, of one model
+    slow: bool = False
 
 
 ENGINES = {
     "ar": Engine(ar_engine, "causal"),
     "ar-exact": Engine(exact_engine, "causal"),
-    "diffusion": Engine(diffusion_engine, "full", in_steps=True, two_steps=True),
+    "diffusion": Engine(diffusion_engine, "full", in_steps=True, short_warm_up=True),
     "diffusion-kv": Engine(diffusion_engine, "reveal", in_steps=True),
     "diffusion-exact": Engine(exact_engine, "reveal"),
-    "diffusion-naive": Engine(naive_engine, "full", in_steps=True, two_steps=True,
+    "diffusion-naive": Engine(naive_engine, "full", in_steps=True, short_warm_up=True,
                               slow=True)}
 
 # Your own, for models with full attention; then bench.py --engine ar mine:
@@ -140,28 +143,33 @@ ENGINES = {
 def bench(config, device, machines):
     """Measure, save and print everything that the flags ask for; returns the rows.
     machines: what the hardware can do, {dtype: see tools.machine.limits}."""
+    # trained weights {label: model}, and the AR model that judges their texts, if there is
+    # one. With --preset there are no such
+    trained = load_checkpoints(config)
+    judge = judge_of(trained, device)
+    set_length(config, trained)
     rows = []
     columns = columns_of(config)
-    print(header(columns))
-    for preset in config.preset or [None]:           # None: trained weights
-        models = models_of(config, device, preset, ENGINES)
+    print(machine.header(columns))
+    for preset in config.preset or [None]:
+        models = models_of(config, device, preset, trained, ENGINES)
         known = {}                       # quality, which is the same for any batch size
         for L, B in itertools.product(config.length, config.batch):
-            # [(row, model)], for each engine, dtype, model that it runs, and steps if any
+            # [(row, engine, model)]: one for each engine, dtype, model of the engine's
+            # attention, and number of steps
             group = rows_of(config, models, preset, B, L, ENGINES)
-            # no model for these engines, or only slow ones after the first B
             if not group:
-                continue
+                continue                 # no model for them, or only slow ones after B[0]
             measure(config, group, device, machines)
-            new = [row for row, _ in group]                          # now filled
-            if not preset:
-                fill_quality(config, group, models, known, ENGINES)
+            if judge:
+                fill_quality(config, group, judge, known)
+            new = [row for row, _, _ in group]
             fill_vs_ar(new)              # AR's seconds (its best dtype) / those of each row
             rows += new
             if config.json:              # saved at once: a run may be stopped
                 results = {"argv": sys.argv[1:], "machines": machines, "rows": rows}
                 write_json(config.json, results)
-            print("\n".join(line(row, columns) for row in new), flush=True)
+            print("\n".join(machine.line(row, columns) for row in new), flush=True)
     if not rows:
         raise UserError(f"no model here is for --engine {' '.join(config.engine)}")
     # where AR overtakes, over all batch sizes
@@ -179,6 +187,7 @@ def bench(config, device, machines):
 class Timing:
     """A row that is being measured."""
     row: dict
+    engine: Engine
     model: object
     run: typing.Callable         # call it to write the texts once
     times: list                  # seconds of each run
@@ -186,72 +195,76 @@ class Timing:
 
 @torch.no_grad()
 def measure(config, group, device, machines):
-    """Time the rows of a group [(row, model)], alternating, and fill them in."""
+    """Time the rows of a group [(row, engine, model)], and fill them in. machines: see
+    bench."""
     # having seen other batch sizes, the compiler would make code for any, which is slower
     forget_compiled()
-    compiled = config.compile and can_draw(device)
-    # warm-up and first run of each, which all stay in memory
-    running = []
-    for row, model in group:
-        machine = machines[row["dtype"]]
-        row.update(device=machine["device"], threads=machine["threads"])
-        timing = begin(row, model, compiled, device)
-        if timing:
-            running.append(timing)                   # those that fit beside the others
+    # make, warm up and run each once; all that fit stay in memory together
+    timings = []
+    for row, engine, model in group:
+        limit = machines[row["dtype"]]
+        row.update(device=limit["device"], threads=limit["threads"])
+        try:
+            # raises OutOfMemory at once where not even the least is free
+            with machine.room_for(machine.least_memory(row, model.config), device):
+                run, time = first_run(row, engine, model, config.compile, device)
+            timings.append(Timing(row, engine, model, run, [time]))
+        except machine.OutOfMemory:
+            row["error"] = "does not fit in memory"
     # the other runs in turn, so that a busy minute hits all engines alike
     for _ in range(config.repeats - 1):
-        for timing in running:
-            if not ENGINES[timing.row["engine"]].slow:
-                timing.times.append(seconds(timing.run, device))     # waits for a GPU's end
-    for timing in running:
-        fill_times(timing.row, timing.times)                         # median, least, most
-        timing.row["roofline"] = roofline(timing.row, timing.model.config,
-                                          machines[timing.row["dtype"]])
+        for timing in timings:
+            if not timing.engine.slow:
+                # seconds waits for a GPU's end
+                timing.times.append(machine.seconds(timing.run, device))
+    for timing in timings:
+        row = timing.row
+        machine.fill_times(row, timing.times)                        # median, least, most
+        row["roofline"] = machine.roofline(row, timing.model.config, machines[row["dtype"]])
 
 
-def begin(row, model, compiled, device):
-    """Warm up, then run once; returns a Timing, or None where the row does not fit in
-    memory."""
-    engine, B, L, steps = ENGINES[row["engine"]], row["batch"], row["length"], row["steps"]
-    try:
-        with room_for(least_memory(row, model.config), device):
-            write = engine.make(model, B, L, steps, compiled)
-            # a warm-up compiles what it meets. The timed runs may meet shapes that it did
-            # not, which they compute uncompiled: slower, but no compiling is timed. (Each
-            # StaticSampler has shapes of its own)
-            warm_up = write
-            if engine.two_steps and not isinstance(write, StaticSampler):
-                warm_up = engine.make(model, B, L, min(2, steps), compiled)
-            warm_up()
-            run = with_stance("eager_on_recompile", write)
-            # calls: how many positions each call of the network computes. What is compiled
-            # whole lists them itself, as its calls cannot be watched
-            counting = counted_calls(model)
-            if hasattr(write, "calls"):
-                counting = contextlib.nullcontext(write.calls)
-            with counting as calls:
-                time, row["peak_bytes"] = with_peak_bytes(lambda: seconds(run, device),
-                                                          device)
-    except OutOfMemory:
-        row["error"] = "does not fit in memory"
-        return None
+def first_run(row, engine, model, compiled, device):
+    """Warm an engine up and run it once. Returns (run, seconds), where run() writes the
+    row's texts; fills in the row's memory, calls and reads."""
+    B, L, steps = row["batch"], row["length"], row["steps"]
+    write = engine.make(model, B, L, steps, compiled)
+    # a warm-up compiles what it meets. The timed runs may meet shapes that it did not, and
+    # compute them uncompiled: slower, but no compiling is timed. (A StaticSampler has one
+    # or two shapes of its own, which only its own run meets)
+    warm_up = write
+    if engine.short_warm_up and not isinstance(write, StaticSampler):
+        warm_up = engine.make(model, B, L, min(2, steps), compiled)
+    warm_up()
+    run = with_stance("eager_on_recompile", write)
+    with positions_of_calls(model, write) as calls:
+        time, row["peak_bytes"] = machine.with_peak_bytes(
+            lambda: machine.seconds(run, device), device)
     # of this run; others may take a few calls more or fewer
     row["nfe"], row["reads"] = len(calls), sum(calls) / (B * L)
-    return Timing(row, model, run, [time])
+    return run, time
+
+
+def positions_of_calls(model, write):
+    """A context whose list says how many positions each network call in it computed. A
+    sampler compiled as a whole has such a list: its calls cannot be watched from outside.
+    """
+    if hasattr(write, "calls"):
+        return contextlib.nullcontext(write.calls)
+    return counted_calls(model)
 
 
 def main():
     config = parse_flags(BenchConfig, __doc__)
     device = start(config.device).device
-    # fills in what no flag says: preset small if there are no checkpoints, all others in
-    # tools/bench_setup.py. Raises UserError at flags that contradict
+    # fills in what no flag says: preset small if there are no checkpoints, the rest see
+    # tools/bench_setup.py
     set_defaults(config, device, ENGINES)
 
     # what the hardware can do at this moment, for the roofline
     machines = {}
     for dtype in config.dtype:
-        machines[dtype] = limits(device, getattr(torch, dtype))
-        print(describe(machines[dtype]), flush=True)
+        machines[dtype] = machine.limits(device, getattr(torch, dtype))
+        print(machine.describe(machines[dtype]), flush=True)
     rows = bench(config, device, machines)
     if config.plot:
         figures.draw_latency(rows, config.plot)                      # as the paper's figure

@@ -3,27 +3,28 @@ the order of reveal (diffusion.py, exact.py).
 
 A token's key and value can be kept if nothing that the token sees will ever change. In AR
 it sees the tokens before it; with attention "reveal", those revealed before it. So both
-caches are exact, and each token is read once at most (in exact.py a guess is read again if
-it, or one before it, was replaced). With full attention each token sees all others: any
+caches are exact, and each token is read at most once (a guess of exact.py each time that
+it, or one before it, changes). With full attention each token sees all others: any
 reveal changes all keys beyond the first block, and no cache is exact.
 
     KVCache       storage for keys and values, by places
-    Reading       what a call reads, tokens or masks, and what each of them sees
-    read_cached   the call: stores their keys and values, returns their states
-    generate      AR sampling: one call for the prompt, then decode, one token at a time
+    decode        one token of each text: AR's decoding step, without its draw
+    Reading       what a larger call reads, tokens or masks, and what each of them sees
+    read_cached   that call: stores their keys and values, returns their states
+    generate      AR sampling: one such call for the prompt, then decode after decode
 
 A *place* is an index into a text's part of the cache, from 0. Tokens fill places in the
-order in which they come, wherever they stand in the text. In AR place and position are one
-number (the start symbol has 0, the text's token i has i + 1); with attention "reveal" it is
-its number in the order of reveal, from 0, which diffusion.py calls its slot. Masks borrow
-places, see Reading.
+order in which they come, wherever they stand in the text. In AR the start symbol has place
+and position 0, the text's token i has i + 1 as both; with attention "reveal" a token's
+place is its number in the order of reveal, from 0, which diffusion.py calls its slot. Masks
+borrow places, see Reading.
 
 Shapes: B texts, L positions, V tokens, C width, H heads, D = C / H; S places of each text's
 cache, of which attention is given the first `extent` (and `sees` says which of those each
-position looks at); M positions of each text that a call reads, N of all texts together, of
-which n need states (diffusion.py and exact.py, which get only those, call them N). A
-"model" is model.py's Transformer: its `run` takes who sees whom as a function for each
-block, here see_cache or see_step.
+position looks at); M positions of each text that a call reads, R of all texts together, and
+N of these whose states it returns, the N of diffusion.py and exact.py. A "model" is
+model.py's Transformer: its `run` takes who sees whom as a function for each block, here
+see_cache or see_step.
 """
 import functools
 import typing
@@ -34,7 +35,12 @@ import torch.nn.functional as F
 from data.devices import upload          # a CPU tensor to a device, without waiting
 
 
-# ---- what is stored, and what a call reads
+# raised by every sampler
+NOT_FINITE = ("the model's predictions are not finite numbers, so nothing can be drawn "
+              "from them: its training diverged; train it anew with a lower --lr")
+
+
+# ---- what is stored
 
 class KVCache:
     """Keys and values of the tokens read so far, in storage of a fixed size, which a
@@ -43,33 +49,59 @@ class KVCache:
 
     def __init__(self, config, B, places, device=None, dtype=torch.float32):
         shape = (B, config.heads, places, config.width // config.heads)  # (B, H, S, D)
-        # zeros, as a place that nobody sees has weight 0, and 0 times NaN would be NaN
+        # not empty(): an unseen place has weight 0, but 0 times a NaN left there is NaN
         new = functools.partial(torch.zeros, shape, device=device, dtype=dtype)
         self.k = [new() for _ in range(config.layers)]
         self.v = [new() for _ in range(config.layers)]
         self.places = places             # S
 
 
+def for_each_block(see, cache, **how):
+    """Who sees whom in each block, a list for Transformer.run: `see` with that block's keys
+    and values, and with the arguments `how`, the same in all blocks."""
+    attends = []
+    for keys, values in zip(cache.k, cache.v):
+        attends.append(functools.partial(see, keys=keys, values=values, **how))
+    return attends
+
+
+# ---- one token of each text: AR's decoding step
+
+def see_step(q, k, v, keys, values, place, sees):
+    """Attention of one token of each text to its text's cache, q, k, v (B, H, D) -> (B, H,
+    D), after its key and value are stored, in the same place (1,) in all texts. keys,
+    values (B, H, S, D): a block's part of the cache. sees (1, extent): of the one query,
+    alike for all texts."""
+    keys.index_copy_(2, place, k[:, :, None])                        # (B, H, S, D)
+    values.index_copy_(2, place, v[:, :, None])
+    extent = sees.shape[-1]
+    k, v = keys[:, :, :extent], values[:, :, :extent]            # (B, H, extent, D)
+    y = F.scaled_dot_product_attention(q[:, :, None], k, v, sees)    # (B, H, 1, D)
+    return y[:, :, 0]
+
+
+def decode(model, token, place, cache, extent):
+    """One decoding step: ids (B,), all at position `place` (1,), which is also their place
+    in the cache -> logits (B, V). read_cached could do the same, but takes sizes from data,
+    which a compiler cannot follow; here only `extent` varies.
+    extent: how many places attention is given, at least place + 1 (more: see `grain` in
+    generate); those after `place` are masked out."""
+    sees = torch.arange(extent, device=token.device) <= place        # (extent,)
+    attends = for_each_block(see_step, cache, place=place, sees=sees[None])
+    return model.head(model.run(token, place, attends))
+
+
+# ---- many positions of each text
+
 class Reading(typing.NamedTuple):
-    """What one call reads, M positions of each text: tokens, then masks. Texts have
+    """What one call reads: M positions of each text, tokens, then masks. Texts have
     different numbers of these to read, but in all rows of the rectangle (B, M) the masks
-    begin at the same column: so there are gaps, before a row's masks and at its end. All
-    but idx is on the CPU, so that to look at it never waits for a GPU.
+    begin at one column, wanted_from. So a row may have gaps, before its masks and at its
+    end. All but idx is on the CPU, so that to look at it never waits for a GPU.
 
-    One rule serves all that use a cache: a position sees places 0 to limit - 1 of its
-    text's cache, and its own place. In AR place = limit = position. With attention "reveal"
-    the i-th token of the order (from 0) has place = limit = i. A mask's limit is up to the
-    sampler: in sample_cached the number of tokens known so far, those that this call reads
-    included (all keys of a block are stored before anyone looks); in exact.py at most its
-    own slot, as if later tokens were still masked. To see itself, too, a mask's own key
-    must be stored somewhere. So it borrows a place that nobody else in this call sees, a
-    different one for each mask of a text. What it leaves there must never be seen later: in
-    the example the token that the place is for overwrites it, in exact.py such places are
-    beyond every limit.
-
-    The text will be "tom was very sad .". A call reads the tokens "sad" (position 3) and
-    "tom" (0), and the masks at 2 and 1, which become "very" and "was"; the next call reads
-    these two and the last mask:
+    For example the text will be "tom was very sad .". A call reads the tokens "sad"
+    (position 3) and "tom" (0), and the masks at 2 and 1, which become "very" and "was"; the
+    next call reads these two and the last mask:
 
         idx     "sad"  "tom"  mask     mask        "very"  "was"   mask
         pos     3      0      2        1           2       1       4
@@ -77,6 +109,19 @@ class Reading(typing.NamedTuple):
         limit   0      1      2        2           2       3       4
         sees    0      0, 1   0, 1, 2  0, 1, 3     0 to 2  0 to 3  0 to 4      places
         wanted_from = 2 in both: the tokens only fill the cache
+
+    One rule serves all: a position sees places 0 to limit - 1 of its text, and its own.
+
+        AR's token          place = limit = position
+        "reveal", a token   place = limit = its number in the order of reveal
+        "reveal", a mask    limit: how many tokens it sees. In diffusion.py all known ones,
+                            those of this call included (all keys of a block are stored
+                            before anyone looks); in exact.py at most those before its slot
+
+    To see itself a mask must store its key somewhere. So it borrows a place that nobody
+    else sees in this call, and what it leaves there must never be seen later: in the
+    example the token that the place is for overwrites it, in exact.py such places are
+    beyond every limit.
     """
     idx: torch.Tensor            # (B, M) ids, on the model's device
     # (B, M) each; what is in the gaps does not matter
@@ -87,29 +132,28 @@ class Reading(typing.NamedTuple):
     wanted_from: int = 0         # columns before this one need no states
 
 
-# ---- the call
-
 class Packed(typing.NamedTuple):
-    """Where the N valid positions of a Reading belong. The linear layers compute just
-    these, side by side, (N, C); their keys and values go straight into the cache. Only the
-    queries are spread over the rectangle (B, M) again, for attention."""
+    """Where the R valid positions of a Reading belong. The linear layers compute just
+    these, side by side, (R, C); their keys and values go straight into the cache. Only the
+    queries are spread over the rectangle (B, M) again, as attention wants equally many of
+    each text."""
     shape: torch.Size            # of the rectangle
-    text: torch.Tensor           # (N,) the text of each position
-    column: torch.Tensor         # (N,) where it stands in its text's row
-    place: torch.Tensor          # (N,) where in the cache its key and value are stored
+    text: torch.Tensor           # (R,) the text of each position
+    column: torch.Tensor         # (R,) where it stands in its text's row
+    place: torch.Tensor          # (R,) where in the cache its key and value are stored
     sees: torch.Tensor           # (B, M, extent) bool: which places each sees
 
     def spread(self, x):
-        """x (N, H, D) in the rectangle (B, M, H, D), with zeros in its gaps."""
+        """x (R, H, D) in the rectangle (B, M, H, D), with zeros in its gaps."""
         rectangle = x.new_zeros(*self.shape, *x.shape[1:])
         rectangle[self.text, self.column] = x
         return rectangle
 
 
 def read_cached(model, cache, new):
-    """What Transformer.read does: store keys and values of a Reading's positions in the
-    cache, and return the states (n, C) of those that are valid, from column wanted_from on,
-    text by text. Raises ValueError where the cache has too few places."""
+    """Read the valid positions of a Reading: store their keys and values in the cache, and
+    return the states (N, C) of those from column wanted_from on, text by text. (It is
+    model.read.) Raises ValueError where the cache has too few places."""
     device = new.idx.device
     extent = int(new.place[new.valid].max()) + 1     # none sees more: limit <= place
     if extent > cache.places:
@@ -122,73 +166,38 @@ def read_cached(model, cache, new):
     before = places < limit[..., None]                               # (B, M, extent)
     itself = places == place[..., None]
 
-    # the N valid positions, side by side: all but attention is computed for these alone
-    text, column = new.valid.nonzero(as_tuple=True)                  # (N,) both
-    # those before wanted_from fill the cache; the last block makes no states of them
-    wanted = upload((column >= new.wanted_from).nonzero()[:, 0], device)         # (n,)
+    # the R valid positions, side by side: all but attention is computed for these alone
+    text, column = new.valid.nonzero(as_tuple=True)                  # (R,) both, on the CPU
+    # of the tokens, which only fill the cache, the last block makes no states
+    wanted = (column >= new.wanted_from).nonzero()[:, 0]             # (N,)
     text, column = upload(text, device), upload(column, device)
     packed = Packed(shape=place.shape, text=text, column=column,
                     place=place[text, column], sees=before | itself)
     attends = for_each_block(see_cache, cache, packed=packed)
-    pos = upload(new.pos, device)[text, column]                      # (N,)
-    return model.run(new.idx[text, column], pos, attends, wanted)
+    pos = upload(new.pos, device)[text, column]                      # (R,)
+    return model.run(new.idx[text, column], pos, attends, upload(wanted, device))
 
 
 def see_cache(q, k, v, keys, values, packed, at=None):
-    """Attention of the N positions of a Packed to their texts' caches: q, k, v (N, H, D) ->
-    the same shape, or with `at`, indices (n,) of some of them, (n, H, D). The new keys and
+    """Attention of the R positions of a Packed to their texts' caches: q, k, v (R, H, D) ->
+    the same shape, or with `at`, indices (N,) of some of them, (N, H, D). The new keys and
     values are stored first; then each position looks at the places it sees, its own
     included. keys, values: a block's part of the cache."""
-    # keys are (B, H, S, D); PyTorch puts the dimension of two index tensors around a slice
-    # first, so that these are (N, H, D), as k and v are
+    # keys are (B, H, S, D). Indexed by two tensors with a slice between them, they are (R,
+    # H, D), as k and v are: PyTorch puts the tensors' dimension first
     keys[packed.text, :, packed.place] = k
     values[packed.text, :, packed.place] = v
     extent = packed.sees.shape[-1]                   # nobody sees beyond these places
     k, v = keys[:, :, :extent], values[:, :, :extent]            # (B, H, extent, D)
     q = packed.spread(q).transpose(1, 2)                             # (B, H, M, D)
     y = F.scaled_dot_product_attention(q, k, v, packed.sees[:, None])
-    y = y.transpose(1, 2)[packed.text, packed.column]                # (N, H, D)
+    y = y.transpose(1, 2)[packed.text, packed.column]                # (R, H, D)
     if at is not None:
         y = y[at]        # only now: attention is computed for the whole rectangle anyway
     return y
 
 
-def for_each_block(see, cache, **how):
-    """Who sees whom in each block, a list for Transformer.run: `see`, given that block's
-    own part of the cache, and what else it asks for."""
-    attends = []
-    for keys, values in zip(cache.k, cache.v):
-        attends.append(functools.partial(see, keys=keys, values=values, **how))
-    return attends
-
-
 # ---- AR sampling
-
-def see_step(q, k, v, keys, values, place, sees):
-    """see_cache where each of B texts has one token, all in the same place (1,): q, k, v
-    (B, H, D) -> (B, H, D). sees (1, extent): of this one query, alike for all texts."""
-    keys.index_copy_(2, place, k[:, :, None])                        # (B, H, S, D)
-    values.index_copy_(2, place, v[:, :, None])
-    extent = sees.shape[-1]
-    k, v = keys[:, :, :extent], values[:, :, :extent]            # (B, H, extent, D)
-    y = F.scaled_dot_product_attention(q[:, :, None], k, v, sees)    # (B, H, 1, D)
-    return y[:, :, 0]
-
-
-def decode(model, token, place, cache, extent):
-    """One decoding step: ids (B,), all at position `place` (1,), which is also their place
-    in the cache -> logits (B, V). model.read would do the same, but takes sizes from data,
-    which a compiler cannot follow; here only `extent` varies.
-    extent: how many places attention is given, place + 1 or more (see `grain` in generate);
-    it looks at those up to `place` alone."""
-    sees = torch.arange(extent, device=token.device) <= place        # (extent,)
-    attends = for_each_block(see_step, cache, place=place, sees=sees[None])
-    return model.head(model.run(token, place, attends))
-
-
-NOT_FINITE = ("the model's predictions are not finite numbers, so nothing can be drawn "
-              "from them: its training diverged; train it anew with a lower --lr")
-
 
 @torch.no_grad()
 def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
@@ -214,8 +223,8 @@ def generate(model, prompt, length, draw, step=decode, grain=1, cache=None):
     out[:, 1:P + 1] = prompt
     cache = cache or model.cache(B, length)
 
-    # (a place is a tensor below, as for an int a compiled step would be compiled anew;
-    # `extent` is an int, as it is a shape)
+    # (place is a tensor: a compiled step would be compiled anew for each int. extent is a
+    # size, so it must be an int)
     places = torch.arange(length, device=device)
     if P == 0:
         # the start symbol, like any other token

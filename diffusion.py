@@ -1,5 +1,5 @@
-"""Masked diffusion as plain functions: the noise, the bound, one reverse step, the samplers
-in steps. (Exact sampling, in exact.py, needs some of them.)
+"""Masked diffusion as plain functions: the noise, the bound, one reverse step, and sampling
+in a given number of steps. (Exact sampling, without such a number, is in exact.py.)
 
 x: clean tokens (B, L), ids 0..V-1. z_t: the same with some tokens replaced by mask_id = V.
 t in [0, 1] is the time, 1 = all masked: each token is masked with probability
@@ -38,8 +38,8 @@ DRAW_ROWS = 32                   # rows of logits drawn from at a time: see draw
 
 def mask_share(t):
     """The share of tokens that are masked at times t (any shape): 0 at t = 0, 1 at t = 1.
-    Here the schedule that MDLM (arXiv 2406.07524) calls log-linear, after the noise
-    -log alpha_t; alpha_t = 1 - t itself is linear."""
+    MDLM (arXiv 2406.07524) calls this schedule log-linear, although alpha_t = 1 - t is
+    linear: the name goes by -log alpha_t."""
     return t
 
 
@@ -89,13 +89,11 @@ def rank_prompt_first(keep):
 
 def states_at(model, z, where, rank=None):
     """The states (N, C) at some positions of z (B, L). where: two index tensors (N,), of
-    texts and of positions, as nonzero(as_tuple=True) gives them, any number of each text.
-    (hidden's `at` would save a part of the last block, but wants as many of each text, and
-    has that block run uncompiled.)"""
+    texts and of positions, as nonzero(as_tuple=True) gives them. (Not by hidden's `at`,
+    which wants equally many positions in each text.)"""
     text, position = where
-    # on a CPU skip sequences of which nothing is wanted (most, when distill.py takes very
-    # short steps); on a GPU a batch that changes its size, and may be empty, costs more
-    # than that saves
+    # on a CPU leave out texts of which nothing is wanted: most, where distill.py's steps
+    # are very short. (On a GPU a batch of another size each time costs more than it saves)
     if z.device.type == "cpu":
         rows, text = text.unique(return_inverse=True)
         z = z[rows]
@@ -115,8 +113,8 @@ def nelbo(model, x, mask_id, keep=None):
 
     Why 1/t: reveal the tokens one at a time in a random order; a reveal costs
     -log p(token | those revealed before it). At time t about t L masks are left, and each
-    may be the next. So 1/(t L) times the sum is about the cost of the next reveal. Averaged
-    over t and z_t it is exactly that. Take the stage with k masks left:
+    may be the next. So 1/(t L) times the sum is about the mean cost of the next reveal.
+    Averaged over t and z_t "about" becomes "exactly". Take all z_t with k masks left:
 
         a given set of k masks has, at time t, the probability  t^k (1 - t)^(L - k)
         this times 1/t, integrated over t, is                   1 / (k (L choose k))
@@ -129,13 +127,12 @@ def nelbo(model, x, mask_id, keep=None):
     Why a bound: in one order the costs add up to -log p(x | order), and their mean over
     orders is at least -log p(x) of the mixture of orders (Jensen's inequality).
 
-    keep (B, L): tokens that are given, see q_sample. Then it is the bound of -log p(the
-    others | these), in nats per token of the others, of all texts together (as in LLaDA,
-    arXiv 2502.09992)."""
+    keep (B, L): tokens that are given, see q_sample. Then it bounds -log p(the others |
+    these), in nats per token that is not given, over all texts together (as in LLaDA, arXiv
+    2502.09992)."""
     t = sample_t(x.shape[0], x.device)                               # (B,)
     z = q_sample(x, t, mask_id, keep)
-    # the N masks, as indices of texts and of positions (N,). (On a GPU the CPU waits here,
-    # to learn N; a bool index would make it wait each time)
+    # the N masks, as indices of texts and of positions, (N,) each
     masked = (z == mask_id).nonzero(as_tuple=True)
     text, _ = masked
     weight = (mask_rate(t) / mask_share(t))[text]                    # (N,), log-linear: 1/t
@@ -225,8 +222,9 @@ def unmask_step(model, z, t, s, mask_id, rank=None):
     reveals beforehand, see plan.
     rank (B, L): when the tokens of z were revealed, for attention "reveal"; before another
     step the caller gives those revealed here higher numbers, as distill.py does.
-    Returns z_s (B, L), where tokens were revealed, as indices (N,) of texts and of
-    positions, and the states (N, C) there, from whose predictions the tokens were drawn."""
+    Returns (z_s, revealed, h): z_s (B, L); where something was revealed, as indices (N,) of
+    texts and of positions; and the states (N, C) there, from whose predictions the tokens
+    were drawn."""
     # which masks are revealed
     share = reveal_share(t, s)[:, None]                              # (B, 1)
     chosen = torch.rand(z.shape, device=z.device) < share            # (B, L)
@@ -300,8 +298,8 @@ def draw_steps(steps, rows, n):
     equal steps lead from t = 1 to t = 0. A mask survives until t with probability
     mask_share(t), and is then revealed with reveal_share(t, s): together mask_share(t) -
     mask_share(s)."""
-    # where mask_share(t) = t (tested on a grid of times) all steps are equally likely: the
-    # same as below, in less time
+    # is mask_share(t) = t, as far as a grid of times can tell? Then all steps are equally
+    # likely: the same as below, in less time
     grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if torch.equal(mask_share(grid), grid):
         return torch.randint(steps, (rows, n))
@@ -331,13 +329,13 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
     if model.config.attention == "reveal":
         sampler = sample_cached
     z = sampler(model, z.clone(), order, when, draw, watch)
-    return without_masks(z, mask_id)
+    return check_filled(z, mask_id)
 
 
 class Span(typing.NamedTuple):
-    """Some slots of each text, side by side. Texts with fewer have gaps, of slot 0."""
+    """Some slots of each text, side by side; a text with fewer is filled up with slot 0."""
     slot: torch.Tensor           # (B, M)
-    valid: torch.Tensor          # (B, M) bool: False in the gaps
+    valid: torch.Tensor          # (B, M) bool: False where it is filled up
 
 
 def span(begin, end):
@@ -371,7 +369,7 @@ def sample_full(model, z, order, when, draw, watch=None):
             h = blank_states(model, z, pos)                          # (B, M, C)
         else:
             h = model.hidden(z, at=(row, pos))
-        # and what is drawn from it, in the columns of h and pos that are not gaps
+        # and what is drawn from it, in the valid columns of h and pos
         b, column = now.valid.nonzero(as_tuple=True)                 # (N,) both
         b, column = upload(b, z.device), upload(column, z.device)
         h = h[b, column]                                             # (N, C)
@@ -381,9 +379,9 @@ def sample_full(model, z, order, when, draw, watch=None):
     return z
 
 
-def without_masks(z, mask_id):
-    """z itself. Raises FloatingPointError if a mask is left in it, which draws leave only
-    where predictions are NaN."""
+def check_filled(z, mask_id):
+    """z itself. Raises FloatingPointError if a mask is left in it, which happens only where
+    a prediction is NaN, see categorical."""
     if bool((z == mask_id).any()):
         raise FloatingPointError(NOT_FINITE)
     return z
@@ -410,10 +408,10 @@ def blank_state(model, z):
 
 
 # ---- attention in the order of reveal: the same sampler with a KV cache, which is exact.
-# Skip this at a first reading; it needs cache.py, which has an example. Here slots include
-# the prompt, first, and a token is kept in the place of its slot. Of two tokens revealed in
-# one step the later in the order sees the earlier; when they were drawn, as masks, neither
-# saw the other. The model has two more functions, and a mask_id:
+# Skip this at a first reading; it needs cache.py, which has an example. Here the prompt has
+# slots, too, the first ones, and a token is kept in the cache in the place of its slot. Of
+# two tokens revealed in one step the later in the order sees the earlier; when they were
+# drawn, as masks, neither saw the other. The model has two more functions, and a mask_id:
 #
 #     model.cache(B, L, spare=0)         an empty KV cache of L + spare places a text
 #     model.read(cache, Reading(...))    stores keys and values of some positions, each in
@@ -487,7 +485,7 @@ def prompt_first(order, L):
 
 
 def listed(slots, device):
-    """The N slots of a Span as a pair of ids (N,), of texts and of slots, on the device."""
+    """The N valid slots of a Span, as indices (N,) of texts and of slots, on the device."""
     b, column = slots.valid.nonzero(as_tuple=True)
     return upload(b, device), upload(slots.slot[b, column], device)
 

@@ -58,9 +58,9 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
 
     The student sees only z_t, and must predict all three.
     z (B, L) = z_t; t (B,). rank (B, L), for attention "reveal": the order in which the
-    tokens of z_t count as revealed, random numbers: a prompt's below 0, others' in [0, 1).
+    tokens of z_t count as revealed: random numbers, a prompt's below 0, others' in [0, 1).
     Returns the targets as the teacher's states (B, L, C), its last layer's output, at the
-    masks of z (elsewhere 0). (Their predictions, made by teacher.head, would take V / C
+    masks of z_t (elsewhere 0). (Their predictions, made by teacher.head, would take V / C
     times the memory.)"""
     parts = []                           # of each step: where, and the states there
     for i in range(k - 1):
@@ -113,8 +113,8 @@ def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
     target_h = target_h[masked]                                      # (N, C)
     h = states_at(student, z, masked, rank)                          # (N, C)
 
-    # all logits (N, V) at once would be too many: chunked_sum takes n rows of h and of
-    # target_h at a time, has the student's head make logits, and adds up what compare says
+    # all logits (N, V) at once would be too many: chunked_sum makes those of n masks at a
+    # time, and calls compare with them and the same n rows of target_h
     def compare(logits, target_rows):
         """Logits (n, V) of the student, states (n, C) of the teacher -> (n,)."""
         with torch.no_grad():            # the target has no gradient
@@ -136,10 +136,11 @@ def kl(log_a, log_b):
 
 def reverse_kl(log_p, log_q):
     """KL(student || target), the paper's choice (section 3.2)."""
-    # the teacher's first step is random, so the same masks get many targets. The best p is
-    # their geometric mean, normalised: if 60 % of the targets give tom 99 %, sam 1 %, and
-    # 40 % the reverse, tom gets 71 %, where the plain mean has 60 %. A target near 0
-    # pulls p to near 0, like a veto: here tom has fewer of these than sam
+    # the teacher's first step is random, so the same masks get many targets q. The p with
+    # the least mean KL(p || q) has log p = mean of log q + a constant: their geometric
+    # mean, normalised. If 60 % of the targets give tom 99 %, sam 1 %, and 40 % the reverse,
+    # tom gets 71 %, where the plain mean has 60 %. A q near 0 pulls p to near 0, like a
+    # veto: here tom has fewer of these than sam
     return kl(log_p, log_q)
 
 
@@ -252,10 +253,7 @@ def distill_round(config, procs, data, r, before, origin):
     # all processes have the same weights, unless their GPUs round differently: make sure
     broadcast(student, procs)
     broadcast(ema, procs)
-    # the teacher of a round is the student as it is at its beginning: copied before
-    # open_round may load a student that is half-trained already
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)    # frozen
-    run = open_round(config, data, r, before, teacher, origin)
+    run, teacher = open_round(config, data, r, before, origin)
     agree(procs, fingerprint(teacher), f"teachers of round {r + 1}")
     # a copy is not compiled: prepare it like the student
     teacher = prepare_model(teacher, config, procs)
@@ -270,10 +268,13 @@ def distill_round(config, procs, data, r, before, origin):
     return run
 
 
-def open_round(config, data, r, before, teacher, origin):
-    """The Run of round r, see distill_round, as far as its checkpoint has it. If that was
-    stopped halfway, the teacher gets the weights that are stored there."""
+def open_round(config, data, r, before, origin):
+    """The Run of round r, see distill_round, as far as its checkpoint has it, and the
+    round's teacher."""
     student = before.model
+    # the teacher is the student as it was when the round began: a frozen copy, made before
+    # a half-trained student is loaded below
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
     optimizers = before.optimizers
     # the first student has none yet
     if r == 0 or config.reset_optimizer:
@@ -281,22 +282,21 @@ def open_round(config, data, r, before, teacher, origin):
 
     # what the round's checkpoint stores beside the weights. The teacher is for resuming a
     # round halfway: once the last step is done, data/checkpoints.py stores None instead
-    steps_for = schedule(config.teacher_steps, config.rounds, config.k)[r + 1]
-    content = dict(kind="sdtt", round=r + 1, sampling_steps=round(steps_for),
+    steps = round(schedule(config.teacher_steps, config.rounds, config.k)[r + 1])
+    content = dict(kind="sdtt", round=r + 1, sampling_steps=steps,
                    origin=origin, tokenizer=data.tokenizer.spec, data=data.fingerprint,
                    config=dataclasses.asdict(config), teacher=teacher.state_dict())
     run = Run(config.folder / f"round{r + 1}.pt", config.steps_per_round, student,
               before.ema, optimizers, content, micro=before.micro)
-    # the average is not begun anew; its decay rises with its updates, those of earlier
-    # rounds included
+    # the average goes on from round to round, and its decay counts earlier rounds' updates
     run.updates_before = r * config.steps_per_round
 
     # a half-done round keeps the teacher that it began with, even if the round before was
-    # run again since. (Loaded in place, so content, which shares its memory, has it, too)
+    # run again since. (content shares the teacher's memory, so it has these weights, too)
     saved = resume(run, config, ANYTIME)
     if saved and saved["teacher"]:
         teacher.load_state_dict(saved["teacher"])
-    return run
+    return run, teacher
 
 
 # ---- judge and teacher: given, there, or trained now

@@ -1,14 +1,15 @@
-"""Exact sampling: the distribution of one token at a time, in a handful of calls. And the
-same call on a given text: its exact likelihood in a given order.
+"""Exact sampling: the distribution of one token at a time, in a handful of calls. The same
+call, on a given text, gives its exact likelihood in an order.
 
 For attention in the order of reveal, and for AR models, whose order is left to right. Slot
 i of a text is the i-th in its order of reveal, from 0, with the prompt in the first slots:
 see diffusion.py, which has all other samplers.
 
-The first `final` slots of a text keep their tokens, those from there to `guessed` - 1 hold
-guesses, the rest nothing yet. A call asks for the slots from `final` to `end` - 1; c is the
-first of them that changes (a first guess counts), `end` if none does. One call, shown left
-to right (a diffusion model's order is shuffled):
+Each call predicts a run of slots, and draws their tokens anew. The slots before `final`
+keep theirs, those from there to `guessed` - 1 hold guesses, the rest hold nothing. The call
+asks for slots `final` to `end` - 1. The first of these that changes is called c: a first
+guess is a change, and if none changes, c = end. One call, shown left to right (a diffusion
+model's order is shuffled):
 
     slot       0     1     2     3     4     5     6
     old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
@@ -30,14 +31,18 @@ only those in the slots before s, as if the later ones were still masked: what i
 with one token at a time. As no mask sees another, and no token a mask or a later token, one
 call can ask all slots. (In AR the token in the slot before predicts a slot.)
 
-Why it is exact: take a slot s, and fix the random numbers of all calls at the slots before
-it. No slot sees a later one, so these numbers alone fix, until s is final: the tokens
-before s; which calls ask s, with predictions p[1], p[2], ...; and K, the first of those
-that changes no slot before s. K makes s final, whether s itself changes or not. The random
-numbers at s are independent of all that. The first draw at s is from p[1], and couple turns
-a draw from p[k - 1] into one from p[k]. So the token ends as a draw from p[K], which was
-predicted from final tokens. (If s were final once its own guess stayed, K would depend on
-the token, and tokens likely in two predictions would come too often.)
+Why it is exact: take a slot s, and fix the random numbers drawn at the slots before it. No
+slot sees a later one, so as long as s is not final these numbers decide all of this:
+
+    - the tokens before s after each call;
+    - which calls ask s, and what they predict there: p[1], p[2], ...;
+    - the first of those calls in which no slot before s changes, the K-th of them.
+
+The K-th makes s final, whether s itself changes in it or not. The random numbers at s are
+independent of all that: its first token is a draw from p[1], and couple turns a draw from
+p[k - 1] into one from p[k]. So s ends as a draw from p[K], predicted from final tokens. (If
+s were final once its own guess stayed, K would depend on the token, and tokens likely in
+two predictions would come too often.)
 
 To predict all slots again until none changes is a fixed-point iteration, as in arXiv
 2002.03629; the coupling is from 2211.17192.
@@ -49,20 +54,20 @@ import torch
 from cache import Reading
 from data.devices import in_float64, upload
 from diffusion import (HEAD_ROWS, by_position, draw_from, listed, make_reading,
-                       prompt_first, random_order, rank_prompt_first, span, without_masks)
+                       prompt_first, random_order, rank_prompt_first, span, check_filled)
 from model import cross_entropy, shifted
 
-COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V): 8 MB
+COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V): about 8 MB
 
 
 # ---- the coupling, and the sampler as a plain loop
 
 def couple_rows(p, q, guess, mask_id):
     """Guesses (n,) are draws from q (n, V). Returns draws from p (n, V) that equal them as
-    often as possible: a guess x stays with probability min(1, p(x) / q(x)), and otherwise
-    is drawn from what p has more than q, max(p - q, 0) (speculative sampling, arXiv
+    often as possible: a guess x stays with probability min(1, p(x) / q(x)); otherwise the
+    token is drawn from the excess of p over q, max(p - q, 0) (speculative sampling, arXiv
     2211.17192). As min(p, q) + max(p - q, 0) = p, the result is a draw from p. Where guess
-    is mask_id there is none, and the draw is from p. (Writes into q.)"""
+    is mask_id there is none, and the draw is from p. q is overwritten."""
     has_guess = guess != mask_id                                     # (n,)
     q[~has_guess] = 0                            # then max(p - q, 0), below, is p
     # p and q of the guess itself (n,); where there is none any token will do
@@ -84,9 +89,9 @@ def couple_rows(p, q, guess, mask_id):
 def sample_exact_plain(predict, L, mask_id):
     """sample_exact as a plain loop: one text, left to right, all slots asked in each call,
     and no cache. predict(x (L,)) -> probabilities (L, V): row s for slot s, given x[:s],
-    the tokens before it. While x[:s] still holds a mask, row s may be anything: a poor
-    guess from a known q, which couple_rows corrects later. Returns ids (L,) and the number
-    of calls."""
+    the tokens before it. While x[:s] still holds a mask, row s may be anything: a draw from
+    it is a poor guess, but q is known, so couple_rows corrects it later. Returns ids (L,)
+    and the number of calls."""
     x = torch.full((L,), mask_id)
     q = None                             # what the guesses were drawn from
     final, calls = 0, 0
@@ -109,12 +114,20 @@ def sample_exact_plain(predict, L, mask_id):
 
 # ---- the sampler
 
+class Asked(typing.NamedTuple):
+    """What one call reads and is asked, in slots of each text, (B,) each."""
+    unread: torch.Tensor         # the first token that is not in the cache
+    guessed: torch.Tensor        # slots from here on hold no token yet
+    begin: torch.Tensor          # the first slot that is asked
+    end: torch.Tensor            # the one after the last
+
+
 def couple(model, h, h_old, x, mask_id, adjust=None):
     """couple_rows for guesses x (N,), with q what the states h_old (N, C) predict, and p
     what h (N, C) predicts: (N,). adjust: see sample_exact."""
     def probabilities(states):
-        """What states (n, C) predict: (n, V). A softmax in float32 is good enough, see
-        categorical."""
+        """What states (n, C) predict: (n, V). The softmax may be float32: its errors are
+        relative, see categorical."""
         logits = model.head(states)
         if adjust:
             logits = adjust(logits)
@@ -135,14 +148,16 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     one token at a time, as told above: for attention in the order of reveal, and for AR
     models, whose order is left to right. sample_exact_plain is the same without the cache.
     adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
-    ahead: with f slots final a call asks for the next ahead + f: few at first, when far
-    guesses are mostly wrong; None: all.
+    ahead: with f slots final a call asks for the next ahead + f: few at first, as guesses
+    far ahead are mostly wrong then; None: always all.
     max_calls: stop there and leave the guesses as they are, which is not exact.
     watch: called after each call with z and the bool (B, L) of its final tokens.
     Returns ids (B, L) and the calls that each text took (B,); a batch takes as many as its
-    slowest text. Raises ValueError (see how_to_ask), and FloatingPointError at predictions
-    of NaN."""
+    slowest text. Raises ValueError for no calls or none ahead (and see how_to_ask), and
+    FloatingPointError at predictions of NaN."""
     B, L = z.shape
+    if ahead == 0 or max_calls == 0:
+        raise ValueError("exact sampling needs a call, and a token ahead")
     ahead = L if ahead is None else min(ahead, L)
     # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
     ask, order = how_to_ask(model, z, mask_id)
@@ -153,37 +168,37 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     # guessed - 1 hold guesses, and the rest masks
     final = (x != mask_id).sum(1).cpu()
     guessed = final
-    # the first slot whose present token the cache lacks; -1: AR's start symbol, too, which
-    # ask_masks takes as 0
+    # the first slot whose present token the cache lacks: at first all, and for AR also the
+    # start symbol, in "slot" -1
     unread = torch.full_like(final, -1)
-    # a place for each slot's token and one for its mask (which AR does not use)
-    cache = model.cache(B, L, spare=L)
-    # what each slot's token was drawn from, (B, L, C): the head makes q of it anew, as q
-    # itself is V wide
+    # a place for each slot's token, and one for its mask, of which AR has none
+    cache = model.cache(B, L, spare=0 if model.config.causal else L)
+    # the state (B, L, C) that each slot's token was drawn from: kept instead of q, which is
+    # V wide; couple runs the head again
     states = None
     calls = torch.zeros(B, dtype=torch.long)                         # of each text
     made = 0                                                         # of the batch
-    while bool((final < L).any()) and made != max_calls:
+    while bool((final < L).any()) and made != max_calls:             # None: no limit
         made += 1
         calls += final < L
         # what is asked: the slots from `final` to `end` - 1 (B,), N together; of a finished
         # text none. `end` never falls, so every guess is asked again
-        end = (final + (ahead + final)).clamp(max=L)     # the next ahead + final slots
+        end = (2 * final + ahead).clamp(max=L)   # the more is final, the better are guesses
         if made == max_calls:
             end = torch.full_like(end, L)                # no slot may stay without a guess
-        call = Call(unread, guessed, begin=final, end=end)
-        h = ask(model, cache, order, x, call)                                    # (N, C)
+        asked = Asked(unread=unread, guessed=guessed, begin=final, end=end)
+        h = ask(model, cache, order, x, asked)                                   # (N, C)
         if states is None:
             states = h.new_zeros(B, L, h.shape[1])
 
         # each guess becomes a draw from its new prediction
-        at = listed(span(final, end), z.device)          # text and slot of each row of h
-        old = x.clone()
-        x[at] = couple(model, h, states[at], old[at], mask_id, adjust)
-        states[at] = h
+        where = listed(span(final, end), z.device)       # text and slot of each row of h
+        old = x.clone()                                  # to see what changes
+        x[where] = couple(model, h, states[where], x[where], mask_id, adjust)
+        states[where] = h
         # c (B,): the first slot that changed; a mask that became a guess counts. If none
-        # did, c is `end`, and `end` is L: below L it grows in every call, so the last slots
-        # asked were masks, which always change
+        # did, c = end, and end is L: while it is below L it grows in every call, so the
+        # last slots asked were masks, which always change
         changed = (x != old).cpu()
         c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
         final = (c + 1).minimum(end)
@@ -194,19 +209,10 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
         if watch:
             done = torch.arange(L) < final[:, None]      # (B, L), by slot
             watch(by_position(x, order_z), by_position(done, order))
-    return without_masks(by_position(x, order_z), mask_id), calls
+    return check_filled(by_position(x, order_z), mask_id), calls
 
 
-# ---- how one call asks: the states (N, C) that predict slots `begin` to `end` - 1, each
-# from the tokens before it
-
-class Call(typing.NamedTuple):
-    """What one call reads and asks, in slots of each text, (B,) each."""
-    unread: torch.Tensor         # the first token that is not in the cache
-    guessed: torch.Tensor        # slots from here on hold no token yet
-    begin: torch.Tensor          # the first slot that is asked
-    end: torch.Tensor            # the one after the last
-
+# ---- how one call asks
 
 def how_to_ask(model, z, mask_id):
     """What differs between models in sample_exact: (ask_masks or ask_tokens, order (B, L)).
@@ -222,46 +228,49 @@ def how_to_ask(model, z, mask_id):
     return ask_masks, prompt_first(random_order(z, mask_id), L)
 
 
-def ask_masks(model, cache, order, x, call):
+def ask_masks(model, cache, order, x, asked):
     """One call of a model with attention in the order of reveal: the states (N, C) of masks
-    at the slots that are asked. It reads, first, the tokens of x (B, L) that the cache
-    lacks; then the masks. Both the token of slot s and its mask see all tokens in the slots
-    before s. The cache keeps the token of slot s in place s, and its mask in place L + s:
-    in place s it would overwrite the guess there, which this call reads, too."""
-    masks = span(call.begin, call.end)
-    # the token of the last slot asked is not read: nothing that is asked comes after it
-    tokens = span(call.unread.clamp(min=0), (call.end - 1).minimum(call.guessed))
+    at the slots that are asked (an Asked), which predict them. It reads, first, the tokens
+    of x (B, L) that the cache lacks; then the masks. Both the token of slot s and its mask
+    see all tokens in the slots before s. The cache keeps the token of slot s in place s,
+    and its mask in place L + s: in place s it would overwrite the guess there, which this
+    call reads, too."""
+    masks = span(asked.begin, asked.end)
+    # the token of the last slot asked is not read: nothing that is asked comes after it.
+    # (clamp: "slot" -1 is AR's alone)
+    tokens = span(asked.unread.clamp(min=0), (asked.end - 1).minimum(asked.guessed))
     # a mask sees the slots before its own, as far as they hold tokens
-    limit = masks.slot.minimum(call.guessed[:, None])
+    limit = masks.slot.minimum(asked.guessed[:, None])
     new = make_reading(model, x, order, tokens, masks, limit, masks.slot + x.shape[1])
     return model.read(cache, new)
 
 
-def ask_tokens(model, cache, order, x, call):
+def ask_tokens(model, cache, order, x, asked):
     """ask_masks of an AR model, which predicts slot s at the token of slot s - 1, so that
     no masks are needed (skip this at a first reading):
 
-        place in the cache     0       1     2     3
-        what is there          start   one   day   tom       the token of slot place - 1
-        what it predicts       slot 0  1     2     3
+        place in the cache                        0       1      2      3
+        what is there: slot place - 1             start   one    day    tom
+        what its state predicts: slot place       one     day    tom    lost
 
     Slot `guessed` is the last that can be predicted: of later ones the token before is
-    missing. Their states are 0, so their first guesses are arbitrary draws, from head(0);
-    couple corrects them, as it does any."""
+    missing. For these the state is taken as 0. Any prediction will do for a first guess, as
+    long as couple is told it later."""
     B, L = x.shape
     by_place = shifted(x, model.mask_id)                             # (B, L)
     # from the place of slot `unread`'s token to the place that predicts the last slot
     # asked; a text that is finished asks for nothing
-    last = (call.end - 1).minimum(call.guessed)                      # (B,)
-    last = last.where(call.begin < call.end, call.unread)
-    places = span(call.unread + 1, last + 1)                         # (B, M)
+    last = (asked.end - 1).minimum(asked.guessed)                    # (B,)
+    last = last.where(asked.begin < asked.end, asked.unread)
+    places = span(asked.unread + 1, last + 1)                        # (B, M)
     idx = by_place.gather(1, upload(places.slot, x.device))
     new = Reading(idx=idx, pos=places.slot, place=places.slot, limit=places.slot,
                   valid=places.valid)
     h = model.read(cache, new)
+    # place p predicts slot p: so the same number serves
     states = h.new_zeros(B, L, h.shape[1])
     states[listed(places, x.device)] = h
-    return states[listed(span(call.begin, call.end), x.device)]      # (N, C)
+    return states[listed(span(asked.begin, asked.end), x.device)]    # (N, C)
 
 
 # ---- the same call on a given text: its likelihood
@@ -271,21 +280,24 @@ def nll_in_order(model, x, mask_id, order=None, known=0):
     """-log p(x | order) of each text of x (B, L), exactly and in one call, in nats: (B,).
     For attention in the order of reveal. order (B, L): positions, on the CPU; random ones
     unless given. known: how many slots, from the first on, are given and cost nothing: a
-    number, or (B, 1) on the CPU.
+    number, or (B,) on the CPU.
     The same reading as in sample_exact, with the text itself as the guess: a mask at each
     slot says what the token costs given those before it. The mean over orders is at least
     -log p(x), see nelbo, which estimates it with much more noise: here neither t nor masks
-    are drawn, only the order is, and every token counts."""
+    are drawn, only the order is, and every token counts. Raises ValueError for another
+    attention."""
     B, L = x.shape
+    if model.config.attention != "reveal":
+        raise ValueError("a likelihood in an order needs attention in the order of reveal")
     if order is None:                    # all are shuffled, as if all were masks
         order = random_order(torch.full_like(x, mask_id), mask_id)   # (B, L)
     by_slot = x.gather(1, upload(order, x.device))                   # (B, L)
     # all slots hold a token and none is in the cache; those that are not known are asked
-    begin = torch.as_tensor(known).reshape(-1).expand(B)             # (B,)
+    begin = torch.as_tensor(known).expand(B)                         # (B,)
     end = torch.full((B,), L)
-    call = Call(unread=torch.zeros(B, dtype=torch.long), guessed=end, begin=begin, end=end)
+    asked = Asked(unread=torch.zeros_like(end), guessed=end, begin=begin, end=end)
     cache = model.cache(B, L, spare=L)
-    h = ask_masks(model, cache, order, by_slot, call)                # (N, C)
+    h = ask_masks(model, cache, order, by_slot, asked)               # (N, C)
     slots = span(begin, end)
     of_slots = nats_of(model, h, by_slot[listed(slots, x.device)])   # (N,)
     nats = of_slots.new_zeros(B, L)              # on the device that has float64
@@ -302,7 +314,7 @@ def order_loss(model, x, mask_id, keep=None):
         return nll_in_order(model, x, mask_id).mean() / x.shape[1]
     # here the prompt is first in the order, and its `known` tokens are not counted
     order = rank_prompt_first(keep).argsort(1).cpu()                 # (B, L)
-    known = keep.sum(1, keepdim=True).cpu()                          # (B, 1)
+    known = keep.sum(1).cpu()                                        # (B,)
     return nll_in_order(model, x, mask_id, order, known).sum() / (~keep).sum()
 
 

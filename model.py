@@ -21,10 +21,11 @@ make all, as later ones look at them.) x[at] picks them:
 
     at = torch.arange(B)[:, None], positions         # positions (B, M): x[at] is (B, M, C)
 
-M is the most that a text needs; others fill up with any position, and the caller drops
-those states. Only attention mixes positions. *Who sees whom* is therefore an argument of
-the block: a function attend(q, k, v), here see_sequence, in cache.py (AR sampling, KV
-caches) others.
+M is the largest number that any text needs; texts that need fewer fill up with any
+position, and the caller drops those states.
+
+Only attention mixes positions, and there are several kinds of it. So each block is given
+its attention as a function attend(q, k, v): see_sequence, below, or one of cache.py's.
 """
 import functools
 import math
@@ -60,9 +61,10 @@ class ModelConfig:
     @property
     def masks_alike(self):
         """Whether a fully masked text has the same state at every position, so that a
-        sampler need compute only one. With rope alone it has: all positions enter a block
-        alike, so their values are equal; rotation changes only attention's weights, and any
-        weighted mean of equal values is that value. (A causal model has no masks.)"""
+        sampler need compute only one (diffusion.blank_states). With rope alone it has: all
+        positions enter a block alike, so their values are equal; rotation changes only
+        attention's weights, and any weighted mean of equal values is that value. (A causal
+        model has no masks.)"""
         return self.positions == "rope" and not self.causal
 
 
@@ -100,8 +102,8 @@ class Block(nn.Module):
         super().__init__()
         C = config.width
         self.heads = config.heads
-        # attention: queries, keys and values come from one product. (Linear, a subclass of
-        # PyTorch's, and gelu compute what those do, but compile to faster code)
+        # attention: queries, keys and values come from one product. (Linear and gelu, of
+        # data/fast.py, compute what PyTorch's do, but compile to faster code)
         self.norm1 = nn.LayerNorm(C)
         self.qkv = Linear(C, 3 * C, bias=config.attention_bias)
         self.attn_out = Linear(C, C, bias=config.attention_bias)
@@ -114,8 +116,8 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, at=None):
         """x (..., C) -> the same shape (unless `at`). rope: the tables of rotate, or None.
         attend(q, k, v), each (..., H, D), returns attention's output, of the same shape.
-        at: given to the last block only, and handed on to attend: what both return is then
-        at those positions alone."""
+        at: given to the last block only; it and attend then return those positions alone.
+        """
         qkv = self.qkv(self.norm1(x))                                # (..., 3 C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, D) each
         if rope is not None:
@@ -187,10 +189,10 @@ class Transformer(nn.Module):
                 raise ValueError(f"{name}: one of {known}, not {getattr(config, name)!r}")
         self.config = config
         self.mask_id = config.vocab      # of a causal model: the start of a text
-        # how it is run; not saved. bf16, True: the blocks' matrix products in bfloat16
+        # how it is run, which is not saved. bf16: the blocks' matrix products in bfloat16
         # (autocast); weights and the stream x stay float32
         self.bf16 = False
-        # recompute, True: gradient checkpointing: less memory, one more pass of each block
+        # recompute: gradient checkpointing: less memory, one more pass of each block
         self.recompute = False
 
         # the tensors
@@ -204,7 +206,7 @@ class Transformer(nn.Module):
 
         # the rotary tables (context, D/2): position times the pair's frequency
         D = config.width // config.heads
-        # from a turn of 1 radian per position down to about 1/10000
+        # from a turn of 1 radian per position, falling towards 1/10000
         frequency = 10000.0 ** (-torch.arange(0, D, 2) / D)          # (D/2,)
         angle = torch.arange(config.context)[:, None] * frequency
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -223,8 +225,8 @@ class Transformer(nn.Module):
 
     def run(self, idx, pos, attends, at=None):
         """Embedding and blocks: ids idx (...) -> states (..., C), before the last norm.
-        The shape of idx is (B, L) from hidden, others from cache.py and tools/static.py;
-        that of its positions pos broadcasts to it.
+        idx is (B, L) when hidden calls, and has other shapes in cache.py; pos, where in
+        their texts the ids stand, broadcasts to it.
         attends: a function attend(q, k, v) for each block. From hidden all are the same;
         with a KV cache each block has keys of its own. at: see the top, or read_cached."""
         # what stands where
@@ -240,9 +242,9 @@ class Transformer(nn.Module):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
-                    # only for sampling. block.compile(), which train.py calls, compiles
-                    # block(...), but not block.forward(...): here M differs from call to
-                    # call, and would be compiled each time
+                    # only for sampling, where M differs from call to call: a block that is
+                    # compiled (train.py) would be compiled again for each M, unless it is
+                    # called by .forward
                     x = block.forward(x, rope, attend, at)
                 elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -253,16 +255,16 @@ class Transformer(nn.Module):
     def hidden(self, idx, at=None, rank=None, pos=None):
         """States of whole sequences: ids (B, L) in 0..V -> (B, L, C); with `at`, two index
         tensors, of texts (B, 1) and positions (B, M), only the states there, (B, M, C).
-        rank (B, L): for attention "reveal" alone, when each token was revealed (only the
-        order of the numbers counts, and at masks they do not). A training text was revealed
-        in no order: without rank one is drawn at random, anew in every call.
+        rank (B, L): for attention "reveal" alone, when each token was revealed. Only the
+        order of these numbers counts; those at masks are ignored. A training text has no
+        order: without rank a random one is drawn, anew in every call.
         pos: positions (L,) or (B, L), 0..L-1 unless given (only tests do).
         Raises ValueError for more positions than the context, or `at` of a causal model."""
         B, L = idx.shape
         if L > self.config.context:
             raise ValueError(f"{L} tokens, but the context is {self.config.context}")
         if at is not None and self.config.causal:
-            # is_causal lets row i of q see rows 0 to i of k; in q[at] row i is another one
+            # is_causal lets query i see keys 0 to i, but query i of q[at] is another one
             raise ValueError("a causal model's hidden computes all positions")
         if pos is None:
             pos = torch.arange(L, device=idx.device)
@@ -276,8 +278,8 @@ class Transformer(nn.Module):
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
-        # bfloat16 is for the blocks: logits are drawn from and compared. (Only bench.py
-        # turns the head's matrix into another type than float32)
+        # bfloat16 logits are too coarse to draw tokens from. (The matrix has another type
+        # than float32 only where bench.py times that)
         h = self.norm(h.float()).to(self.lm_head.weight.dtype)
         return self.lm_head(h).float()
 
@@ -293,10 +295,10 @@ class Transformer(nn.Module):
         CHUNK logits; f maps a chunk's logits (n, V) and rows (n, ...) to (n,)."""
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
-        # HeadSum: f(F.linear(h, W, b), *rows).sum(), by chunks; its forward computes each
-        # chunk's gradients, too, then drops the logits
+        # HeadSum (data/fast.py) is f(F.linear(h, W, b), *rows).sum(): for each chunk it
+        # makes logits, f of them and the gradient, adds both up, and frees the logits
         if not torch.is_grad_enabled():
-            W, b = W.detach(), b.detach()        # or it would compute some in vain
+            W, b = W.detach(), b.detach()        # or it would compute gradients in vain
         return HeadSum.apply(f, rows_at_a_time(len(W)), h, W, b, *rows)
 
     # ---- with a KV cache (cache.py); SDTT needs none, so skip it at a first reading
@@ -334,7 +336,7 @@ def shifted(x, start_id):
 @torch.no_grad()
 def nll(model, x):
     """Negative log-likelihood of x (B, L) under a causal model, (B, L), in nats."""
-    # states that have seen the tokens before each token, and not the token
+    # the state at a position has read the tokens before it, but not its own
     h = model.hidden(shifted(x, model.mask_id)).flatten(0, 1)        # (B L, C)
     # the head for a part of the tokens at a time: all logits would take much memory. (Not
     # by chunked_sum: each token's number is wanted)

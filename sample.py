@@ -24,9 +24,9 @@ from data.checkpoints import load_model
 from data.cost import CallsOfTexts, calls_as_text, cost_of, counted_calls
 from data.dataset import make_tokenizer
 from data.files import UserError
-from data.orders import ORDERS, refuse_order, sample_confident
+from data.orders import ORDERS, check_order, sample_confident
 from data.processes import spread, start
-from data.prompts import known_tokens, refuse_until_end, up_to_end
+from data.prompts import known_tokens, check_until_end, up_to_end
 from data.script import (EXACT, command, device_flag, flag, parse_flags,
                          steps_or_exact)
 from diffusion import categorical, sample, sharpen
@@ -34,8 +34,8 @@ from exact import sample_exact
 
 BATCH = 32                               # texts that are written at a time
 DEFAULT_STEPS = 32               # of a teacher, which was not distilled for any number
-# without a checkpoint: this student, in more steps than the 2 that it was distilled for, in
-# which few of its stories are valid
+# without a checkpoint: this student, in 8 steps. It was distilled for 2, in which few of
+# its stories are valid
 OURS = ROOT / "weights/round7.pt"
 OUR_STEPS = 8
 
@@ -108,7 +108,7 @@ class Sampling:
         gaps. Returns the texts (B, L) and how many network calls each one needed (B,), or
         None if each needed all calls of the batch."""
         # known, then masks; for AR, too, as sample_exact needs it
-        z = only_known(model, known, self.length)                    # (B, L)
+        z = with_masks_behind(model, known, self.length)                    # (B, L)
         calls = None
         if self.steps == EXACT:
             # diffusion in the order of reveal, or AR: several tokens a call
@@ -121,15 +121,15 @@ class Sampling:
             x = sample_confident(model, z, self.steps, model.mask_id, self.draw)
         else:
             # diffusion in steps, with a KV cache if the attention is "reveal". A text needs
-            # a call only in steps that reveal something of it: so after each call `count`
-            # adds one for every text that has changed
+            # a call only in steps that reveal something of it: watch is called after each
+            # call, and count.calls then grows for every text that has changed
             count = CallsOfTexts(z)
             x = sample(model, z, self.steps, model.mask_id, self.draw, watch=count)
             calls = count.calls.cpu()
         return x, calls                                              # (B, L), (B,) or None
 
 
-def only_known(model, known, length):
+def with_masks_behind(model, known, length):
     """Texts (B, L) that begin with known (B, P), and have masks behind it. length: L; None:
     the model's context."""
     length = length or model.config.context
@@ -138,7 +138,7 @@ def only_known(model, known, length):
     return z
 
 
-def refuse_exact(steps, max_calls, model, path):
+def check_exact(steps, max_calls, model, path):
     """Raise UserError if flags of exact sampling cannot be met. steps: a list, since
     tools.evaluate has several; path: of the model, for the message."""
     exact = EXACT in steps
@@ -154,8 +154,9 @@ def refuse_exact(steps, max_calls, model, path):
 def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None):
     """n texts (n, L) on the CPU, drawn as `sampling` says. procs: the processes of this run
     (on a laptop one), which share the work; every one returns all n. With the same seed,
-    steps, length and prompt, `sample` reveals the same positions in each step of any model,
-    as it plans before it draws tokens: so a teacher and its student can be compared.
+    steps, length and prompt any diffusion model reveals the same positions in each step,
+    as `sample` draws its plan before any token: so a teacher and its student can be
+    compared.
     prompts: the texts' first tokens (n, P), for diffusion with mask_id in the gaps.
     title: of a progress bar. costs: a list that gets the Cost of each batch."""
     if prompts is None:
@@ -179,11 +180,12 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
 
 
 def main():
-    # checkpoint: the help text of the argument without --
+    # checkpoint=: the help text of the argument without --
     config = parse_flags(SampleConfig, __doc__,
                          checkpoint="of train.py, distill.py or tools.convert [the student "
                          "in weights/]")
-    # without arguments, in a terminal: as if called by python -m tools.animate
+    # without arguments, in a terminal: as if called by python -m tools.animate, which has
+    # flags of its own
     if len(sys.argv) == 1 and sys.stdout.isatty():
         runpy.run_module("tools.animate", run_name="__main__", alter_sys=True)
         return
@@ -195,14 +197,14 @@ def main():
     model, content = load_model(config.checkpoint, procs.device)     # averaged weights
     tokenizer = make_tokenizer(content["tokenizer"])
 
-    refuse_exact([config.steps], config.max_calls, model, config.checkpoint)
-    refuse_until_end(config, tokenizer)
-    refuse_order(config.order, model, config.checkpoint)
+    check_exact([config.steps], config.max_calls, model, config.checkpoint)
+    check_until_end(config, tokenizer)
+    check_order(config.order, model, config.checkpoint)
     # every text begins with the same known tokens
     known = known_tokens(config, model, tokenizer)                   # (P,)
     prompts = known.expand(config.num_samples, -1)                   # (n, P)
-    # --steps, or those for which a student was distilled, or (a teacher) DEFAULT_STEPS; of
-    # AR they only enter the seed
+    # --steps, or those for which a student was distilled, or (a teacher) DEFAULT_STEPS. AR
+    # takes no steps, but the number is part of its seed, see draw_samples
     steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
     # to add a flag: in SampleConfig, in Sampling, here, and where Sampling uses it
     sampling = Sampling(steps=steps, seed=config.seed, temperature=config.temperature,

@@ -53,7 +53,7 @@ class LoopConfig:
         choices=["rope", "learned", "both"])
     attention: str | None = flag(
         None, "of diffusion models: full, or reveal: in the order of reveal, with an exact "
-        "KV cache [full; of distill.py, that of --teacher, if given]",
+        "KV cache [full; in distill.py that of --teacher, if given]",
         choices=["full", "reveal"])
     out: str | None = flag(
         None, "folder of the results [out/DATASET-PRESET, with --attention reveal "
@@ -70,6 +70,7 @@ class LoopConfig:
     warmup: int = flag(50, "steps of linear warm-up", low=0)
     final_lr: float = flag(
         0.1, "last learning rate as a share of the highest", low=0, high=1)
+    # Muon: see common.make_optimizers
     optimizer: str = flag("muon", "muon: Muon for the hidden matrices, AdamW for the rest",
                           choices=["muon", "adamw"])
     weight_decay: float = flag(0.0, "decoupled weight decay", low=0)
@@ -118,11 +119,10 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         if self.steps is None:
-            on_stories, on_text = DEFAULT_STEPS[self.objective]      # optimizer steps
+            on_stories, on_text = DEFAULT_STEPS[self.objective]
+            stories = Path(self.dataset).name == "stories"
             # real text has more to learn than stories
-            self.steps = on_text
-            if Path(self.dataset).name == "stories":
-                self.steps = on_stories
+            self.steps = on_stories if stories else on_text
             if self.init:                # it need not begin from nothing
                 self.steps //= 3
 
@@ -138,10 +138,14 @@ class TrainConfig(LoopConfig):
 # ---- pretraining. Names that are used from here on:
 #
 # procs     the processes: this one is number .rank of .world, on .device
-# run       a Run, all that a checkpoint keeps: .path; .step of .steps done; .model, .ema
-#           (its averaged copy, in eval mode) and .optimizers; .content, what else the file
-#           says; .micro, see micro_batches; .updates_before, updates of ema in earlier
-#           rounds, 0 in train.py
+# run       a Run, all that a checkpoint keeps:
+#     .path           the file
+#     .step, .steps   steps done, and all of them
+#     .model, .ema    the model, and its averaged copy, in eval mode
+#     .optimizers     with their state
+#     .content        what else the file says
+#     .micro          sequences of a micro-batch, see micro_batches
+#     .updates_before updates of ema in earlier rounds; 0 in train.py
 # loss      f(model, x, keep=keep) -> scalar, a mean over tokens (in distill.py over masked
 #           ones). It draws its own noise: t and the masks
 # data      the dataset: data.batch draws x and keep; data.texts: whether each row begins a
@@ -191,16 +195,17 @@ def new_model(config, data):
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
     # attention's linear layers have biases, as in GPT-2; but a diffusion model with rope
-    # alone (masks_alike) has none, as in the published MDLM
-    model_config.attention_bias = not model_config.masks_alike
+    # alone has none, as in the published MDLM
+    rope_alone = model_config.positions == "rope" and not config.causal
+    model_config.attention_bias = not rope_alone
     return Transformer(model_config)
 
 
 def train(config, procs, as_saved=False):
     """Train what a TrainConfig says, or what is left of it. Returns the checkpoint's path;
     by then the file is complete, for all processes.
-    as_saved: a checkpoint that was made with other flags goes on with its own, instead of
-    being refused."""
+    as_saved: go on with a checkpoint that was made with other flags, by its flags, instead
+    of refusing it."""
     if as_saved and config.path.exists():
         config = with_saved_flags(config, MAY_CHANGE)
     data = load_data(config.dataset, procs)          # stories are made if missing
@@ -230,7 +235,8 @@ def train(config, procs, as_saved=False):
     if config.causal:
         loss = functools.partial(ar_loss, mask_id=model.mask_id)
     # and what is shown of validation text: the same; but with attention "reveal" one pass
-    # scores all tokens in one order, which is the same bound with less noise
+    # scores all tokens in one order, which is the same bound with less noise (and no
+    # gradient)
     val_loss = None
     if model.config.attention == "reveal":
         val_loss = functools.partial(order_loss, mask_id=model.mask_id)
@@ -281,8 +287,8 @@ def fit(config, procs, data, run, loss, val_loss=None):
             if procs.device.type == "cpu" or show_now or log_now or save_now:
                 guard.check_losses()
 
-            # the step; then the average. Its decay begins low and rises to config.ema, so
-            # that it soon forgets the first weights (updates of earlier rounds count, too)
+            # the step; then the averaged weights. Their decay rises to config.ema, so that
+            # they soon forget the first, random ones (updates of earlier rounds count, too)
             optimizer_step(config, run, step)
             ema_update(run.ema, run.model, config.ema, run.updates_before + step)
             run.step = step + 1          # steps done
@@ -294,10 +300,9 @@ def fit(config, procs, data, run, loss, val_loss=None):
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
-            # validation: 4 batches for a log line, 1 before a save. guard.check_losses
-            # looked before this step was taken; should the step make the weights NaN, only
-            # this loss shows it, before they are saved. (All processes get the same value,
-            # and so stop together)
+            # validation: 4 batches for a log line, 1 before a save. The losses above are of
+            # the weights before this step: if the step has made them NaN, only this shows
+            # it. (All processes get the same value, and so stop together)
             if log_now or save_now:
                 batches = 4 if log_now else 1
                 value = validate(run.ema, val_loss or loss, data, config, batches)

@@ -9,7 +9,7 @@ import torch
 
 from data.devices import in_float64
 from data.files import UserError
-from diffusion import blank_states, categorical, draw_tokens, random_order, without_masks
+from diffusion import blank_states, categorical, draw_tokens, random_order, check_filled
 
 ORDERS = ["random", "confidence"]        # as --order names them; random is the model's own
 
@@ -44,7 +44,7 @@ def sample_confident(model, z, steps, mask_id, draw=categorical):
         chosen = first[:, :count]                                    # (B, count)
         z.scatter_(1, left.gather(1, chosen), ids.view_as(left).gather(1, chosen))
         left = left.gather(1, first[:, count:])                      # (B, n - count)
-    return without_masks(z, mask_id)
+    return check_filled(z, mask_id)
 
 
 def even_counts(n, steps):
@@ -69,7 +69,7 @@ def draw_with_confidence(model, h, draw):
         ids = draw(logits)                                           # (n,)
         # float64: in float32 every probability from 1 - 3e-8 on would be 1
         p = in_float64(logits).softmax(-1)                           # (n, V)
-        # where predictions are NaN the draw is V, which without_masks will find
+        # where predictions are NaN the draw is V, which check_filled will find
         token = ids.clamp(max=p.shape[-1] - 1)[:, None]              # (n, 1)
         sure.append(p.gather(1, token.to(p.device))[:, 0])
         return ids
@@ -78,7 +78,7 @@ def draw_with_confidence(model, h, draw):
     return ids, torch.cat(sure)
 
 
-def refuse_order(order, model, path):
+def check_order(order, model, path):
     """Raise UserError where --order asks for what a model cannot do. path: the model's."""
     attention = model.config.attention
     if order == "confidence" and attention != "full":

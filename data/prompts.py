@@ -65,7 +65,7 @@ def known_tokens(config, model, tokenizer):
     return torch.tensor(ids, dtype=torch.long)
 
 
-def refuse_until_end(config, tokenizer):
+def check_until_end(config, tokenizer):
     """Raise UserError where --until_end is asked for and means nothing."""
     if not config.until_end:
         return

@@ -20,7 +20,8 @@ from diffusion import sample
 from helpers import call, refused, start_server
 from model import PRESETS, ModelConfig, Transformer
 from toy import ancestral_law, chi_square, count, exact_model, joint
-from tools import bench_setup, bench_train, crossover, figures, machine, others, static
+from tools import (bench_setup, bench_train, crossover, fast_models, figures, machine, others,
+                   static)
 from tools.joint import sample_joint
 
 LIMIT = 1e-6                     # a chi-square test fails below this chance
@@ -191,7 +192,7 @@ def test_bfloat16_is_in_the_matrices_and_logits_are_float32():
     """Norms and embeddings stay float32; logits move by bfloat16's rounding. No false alarm."""
     model, z = model_of(), torch.randint(30, (2, 16))
     exact = model(z)
-    half = machine.prepare(model, "bfloat16", False, CPU)
+    half = fast_models.prepare(model, "bfloat16", False, CPU)
     types = {name: p.dtype for name, p in half.named_parameters()}
     assert types["blocks.0.qkv.weight"] == types["lm_head.weight"] == torch.bfloat16
     assert types["embed.weight"] == types["norm.weight"] == torch.float32
@@ -245,7 +246,7 @@ def test_line_leaves_blanks_and_ends_in_the_error():
 def folder(tmp_path, monkeypatch, small_nano):
     """A folder of tiny checkpoints, a tiny preset, and a machine that is not measured."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "limits", lambda device, dtype: dict(
+    monkeypatch.setattr(machine, "limits", lambda device, dtype: dict(
         device="CPU", threads=2, torch="x", dtype="float32", load=0.0, bytes_per_s=1e9,
         flop_per_s=1e9))
     # a CPU without instructions for bfloat16, whatever this one has
@@ -360,7 +361,7 @@ def test_a_small_network_is_compiled_whole_a_large_one_block_by_block(monkeypatc
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic: compiled_blocks.append(block))
     torch.compiler.reset()
     plain = model_of(attention=attention, layers=1)
-    small = machine.prepare(copy.deepcopy(plain), "float32", True, CPU)
+    small = fast_models.prepare(copy.deepcopy(plain), "float32", True, CPU)
     written = []
     for model in plain, small:
         torch.manual_seed(0)
@@ -371,8 +372,8 @@ def test_a_small_network_is_compiled_whole_a_large_one_block_by_block(monkeypatc
     assert written[0] == written[1]
     # one of many texts and positions, and at most one each for one position and one token
     assert 1 <= counter.frame_count <= 3 and not compiled_blocks
-    monkeypatch.setattr(machine, "SMALL_MODEL", 0)
-    large = machine.prepare(copy.deepcopy(plain), "float32", True, CPU)
+    monkeypatch.setattr(fast_models, "SMALL_MODEL", 0)
+    large = fast_models.prepare(copy.deepcopy(plain), "float32", True, CPU)
     assert compiled_blocks == list(large.blocks) and "run" not in vars(large)
 
 
@@ -382,8 +383,8 @@ def test_large_matrices_are_multiplied_by_onednn_where_that_is_faster(monkeypatc
     plain = model_of(attention="causal", layers=1, width=512)
     ids = torch.randint(29, (2, 16))
     for gain, dtype, changed in ((2.0, "float32", 4), (1.0, "float32", 0), (2.0, "bfloat16", 0)):
-        monkeypatch.setattr(machine, "onednn_gain", lambda: gain)
-        model = machine.prepare(copy.deepcopy(plain), dtype, True, CPU)
+        monkeypatch.setattr(fast_models, "onednn_gain", lambda rows: gain)
+        model = fast_models.prepare(copy.deepcopy(plain), dtype, True, CPU)
         own = [m for m in model.modules() if "forward" in vars(m)]
         assert len(own) == changed       # not the head's, which is small
         if changed:
@@ -396,14 +397,14 @@ def test_large_matrices_are_multiplied_by_onednn_where_that_is_faster(monkeypatc
 def test_onednn_gain_is_a_ratio_of_times(monkeypatch):
     """3 s by PyTorch's choice, 2 s by oneDNN; 0 without it. No chance involved."""
     times = iter([3.0] * 3 + [2.0] * 3)
-    monkeypatch.setattr(machine, "seconds", lambda run, device: next(times))
-    machine.onednn_gain.cache_clear()
+    monkeypatch.setattr(fast_models, "seconds", lambda run, device: next(times))
+    fast_models.onednn_gain.cache_clear()
     if torch.backends.mkldnn.is_available():
-        assert machine.onednn_gain() == 1.5
-    machine.onednn_gain.cache_clear()
+        assert fast_models.onednn_gain(8) == 1.5
+    fast_models.onednn_gain.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert machine.onednn_gain() == 0
-    machine.onednn_gain.cache_clear()
+    assert fast_models.onednn_gain(8) == 0
+    fast_models.onednn_gain.cache_clear()
 
 
 def test_more_work_is_left_to_the_plain_sampler():
@@ -445,7 +446,7 @@ def test_training_rows(folder, monkeypatch):
     monkeypatch.setattr(bench_train, "in_new_process", in_new_process)
     monkeypatch.setattr(bench_train, "keep_blocks_below", lambda size: None)
     monkeypatch.setattr(bench_train, "VOCAB", 50)
-    monkeypatch.setattr(bench_train, "limits", bench.limits)
+    monkeypatch.setattr(bench_train, "limits", machine.limits)
     call(bench_train, "--preset", "nano", "--batch", 2, "--length", 16, "--repeats", 1,
          "--json", "rows.json")
     rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
@@ -460,7 +461,7 @@ def test_what_does_not_fit_says_so_and_the_run_goes_on(folder, monkeypatch, caps
     sentence. No chance involved."""
     need = machine.least_memory
     monkeypatch.setattr(machine, "free_bytes", lambda device: 10 ** 7)
-    monkeypatch.setattr(bench, "least_memory", lambda row, config: (
+    monkeypatch.setattr(machine, "least_memory", lambda row, config: (
         10 ** 8 if row["batch"] == 2 else need(row, config)))
     flags = ["--engine", "ar", "diffusion", "--steps", "2", "--repeats", "1", "--no-compile"]
     call(bench, *flags, "--batch", 1, 2, "--samples", 2)
@@ -531,7 +532,7 @@ def test_other_packages_stand_beside_ours(folder, monkeypatch, capsys):
     monkeypatch.setattr(others, "engines_of", lambda config: [
         (name, dtype, lambda B, dtype=dtype: lambda: dtype) for name, dtype in engines])
     monkeypatch.setattr(others, "seconds", lambda run, device: times[run()])
-    monkeypatch.setattr(others, "limits", bench.limits)
+    monkeypatch.setattr(others, "limits", machine.limits)
     monkeypatch.setattr(others, "package", lambda name: None)
     call(others, "--batch", 1, 2, "--length", 10, "--json", "rows.json")
     rows = json.loads((folder.parent.parent / "rows.json").read_text())["rows"]
@@ -544,11 +545,11 @@ def test_other_packages_stand_beside_ours(folder, monkeypatch, capsys):
                                         (3.0, "")])
 def test_emulated_bfloat16_is_allowed_and_said(monkeypatch, capsys, gain, said):
     """In one line, and only where it is asked for on a CPU. No chance involved."""
-    monkeypatch.setattr(machine, "bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(fast_models, "bfloat16_gain", lambda: gain)
     for dtype, device in (("float32", CPU), ("bfloat16", torch.device("cuda"))):
-        machine.warn_of_emulation([dtype], device)
+        fast_models.warn_of_emulation([dtype], device)
         assert not capsys.readouterr().out
-    machine.warn_of_emulation(["bfloat16"], CPU)
+    fast_models.warn_of_emulation(["bfloat16"], CPU)
     shown = capsys.readouterr().out
     assert said in shown and shown.count("\n") == bool(said)
 

@@ -12,7 +12,7 @@ from cache import KVCache, Reading, decode, generate
 from diffusion import categorical
 from model import ModelConfig, Transformer, nll
 from test_model import CLOSE, POSITIONS, VISIBLE, far, model_of
-from tools.machine import compiled_decode
+from tools.fast_models import compiled_decode
 from toy import all_sequences, chi_square, count
 
 LIMIT = 1e-6                     # a chi-square test fails below this chance

@@ -26,7 +26,7 @@ from data.dataset import write_data
 from data.files import UserError
 from helpers import call, refused
 from model import ModelConfig, Transformer
-from tools import convert
+from tools import convert, machine
 
 safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.usefixtures("small_nano")
@@ -311,7 +311,7 @@ def test_scripts_run_on_converted_checkpoints(tmp_path, monkeypatch, capsys, mdl
     on a GPU), bench, and AR text: vocabulary, context and heads are those of the files. No chance
     involved."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "limits", lambda *_: dict(       # measuring them takes a while
+    monkeypatch.setattr(machine, "limits", lambda *_: dict(     # measuring them takes a while
         device="CPU", threads=2, torch="2", dtype="float32", load=0, bytes_per_s=1, flop_per_s=1))
     gpt2 = publish(tmp_path / "gpt2", GPT2 | {"vocab_size": 30}, gpt2_tensors(V=30))
     for folder in (mdlm, gpt2):

@@ -42,7 +42,7 @@ from exact import nll_in_order, sample_exact
 from helpers import NANO, call, make_dataset
 from model import ModelConfig, Transformer, nll, sees_in_order, see_sequence, shifted
 from test_processes import distil_on_the_way, together
-from tools import compiled_ar, machine, static
+from tools import compiled_ar, fast_models, machine, static
 from toy import Model, Ordered, all_sequences, ancestral_law, chi_square, count, exact_model, joint
 
 SAME = 1e-4
@@ -331,7 +331,7 @@ def waits_of(run, device):
 def compiled_as_in_bench(device, step):
     """cache.decode or compiled_ar.decode_and_draw, as bench.py compiles it on a GPU."""
     if device.type == "cuda":
-        return machine.compiled_decode(device, BATCH, step)
+        return fast_models.compiled_decode(device, BATCH, step)
     return torch.compile(step, fullgraph=True, backend="eager")
 
 
@@ -423,7 +423,7 @@ def test_compiled_decoding_gives_the_logits_of_whole_sequences(device, form):
 
     def prepared(where):
         if form == "bfloat16 weights":
-            return machine.prepare(copy.deepcopy(plain), "bfloat16", False, where)
+            return fast_models.prepare(copy.deepcopy(plain), "bfloat16", False, where)
         return at_work(plain, where, form == "bfloat16 blocks").requires_grad_(False)
 
     def whole(model):

@@ -25,7 +25,7 @@ from helpers import call, make_dataset, refused
 from model import sees_in_order
 from toy import all_sequences, chi_square, count
 from toy import network as model_of
-from tools import convert, exact
+from tools import convert, exact, machine
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
@@ -252,7 +252,7 @@ def attention_of(path):
 def test_the_whole_path_with_reveal(folder, monkeypatch, capsys):
     """A reveal teacher is trained and distilled in a folder of its own; a full one is adapted
     first; samples and the benchmark take the students. No chance involved."""
-    monkeypatch.setattr(bench, "limits", lambda *_: dict(       # measuring them takes a while
+    monkeypatch.setattr(machine, "limits", lambda *_: dict(     # measuring them takes a while
         device="CPU", threads=2, torch="2", dtype="float32", load=0, bytes_per_s=1, flop_per_s=1))
     monkeypatch.setattr(train.TrainConfig, "__post_init__", lambda self: setattr(
         self, "steps", self.steps or 2))

@@ -36,7 +36,7 @@ from data.results import round_files
 from data.script import command, device_flag, flag, package, parse_flags
 from diffusion import categorical, sample, sharpen
 from exact import sample_exact
-from sample import (DEFAULT_STEPS, EXACT, OUR_STEPS, OURS, refuse_exact,
+from sample import (DEFAULT_STEPS, EXACT, OUR_STEPS, OURS, check_exact,
                     steps_or_exact)
 
 PAGE = Path(__file__).with_name("animate.html")
@@ -526,7 +526,7 @@ def recorder(config, procs, path, title, steps):
     length = config.length or model.config.context
     # what was asked for, or what a student was distilled for
     steps = steps or content.get("sampling_steps") or DEFAULT_STEPS
-    refuse_exact([steps], None, model, path)
+    check_exact([steps], None, model, path)
 
     def law(logits):
         return sharpen(logits, config.temperature, config.top_p)

@@ -1,5 +1,5 @@
-"""What bench.py compares: its flags, what they are where they are not given; models,
-trained or random; the rows of its table, before they are measured; how good texts are."""
+"""What bench.py needs around its timing: the flags and their defaults, the models, the rows
+that are to be measured, and how good the texts are."""
 import copy
 import itertools
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from data.results import round_files
 from data.script import device_flag, flag
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
-from tools.machine import (bfloat16_gain, can_compile, prepare, warn_of_emulation,
-                           with_stance)
+from tools.compiled_ar import can_draw
+from tools.fast_models import (bfloat16_gain, can_compile, prepare, warn_of_emulation,
+                               with_stance)
 
 VOCAB = 50257                            # of random weights: GPT-2's
-WRITTEN = 32                             # texts at a time, for quality
-GAIN = 1.2                               # bfloat16 is timed, too, where it gains this
+QUALITY_BATCH = 32                       # texts at a time, where quality is measured
+GAIN = 1.2               # bfloat16 is timed, too, where it multiplies this much faster
 # what a table shows of a row, and how
 SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
          ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
@@ -31,7 +32,7 @@ QUALITY = (("gen_ppl", ">8.2f"), ("entropy", ">8.2f"), ("of all", ">7.2f"))
 
 @dataclass
 class BenchConfig:
-    """The flags of bench.py; set_defaults fills in what is not given."""
+    """The flags of bench.py; set_defaults and set_length fill in what is not given."""
     # what is compared
     preset: list[str] | None = flag(
         None, "random weights of these sizes [checkpoints, or small]",
@@ -46,8 +47,9 @@ class BenchConfig:
     batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4]", low=1)
     length: list[int] | None = flag(
         None, "tokens of a text [the checkpoints' context; random weights 128]", low=2)
-    steps: list[int] | None = flag(None, "of diffusion [4 8 16 32 64; random to 32]", low=1)
-    repeats: int = flag(3, "timed runs of each, but of diffusion-naive one", low=1)
+    steps: list[int] | None = flag(
+        None, "of diffusion [4 8 16 32 64; random weights 4 8 16 32]", low=1)
+    repeats: int = flag(3, "timed runs of each engine, one of diffusion-naive", low=1)
     samples: int = flag(128, "texts for perplexity and entropy", low=2)
     # where and how
     device: str = device_flag()
@@ -63,12 +65,15 @@ class BenchConfig:
                                   "matplotlib)")
 
 
-def set_defaults(config, device, known):
-    """Fill in the flags that were not given. known: names of engines. Raises UserError on
+def set_defaults(config, device, engines):
+    """Fill in the flags that were not given. engines: bench.ENGINES. Raises UserError on
     what cannot be done."""
     for name in config.engine or []:
-        if name not in known:
-            raise UserError(f"--engine {name}: give some of {', '.join(known)}")
+        if name not in engines:
+            raise UserError(f"--engine {name}: give some of {', '.join(engines)}")
+    if config.preset and (config.checkpoint or config.out):
+        raise UserError("--preset means random weights: give no --checkpoint or --out "
+                        "beside it")
     # trained weights, where there are some and no others are asked for
     found = any(Path("out").glob("*/ar.pt"))
     trained = not config.preset and bool(config.checkpoint or config.out or found)
@@ -97,11 +102,13 @@ def set_defaults(config, device, known):
     warn_of_emulation(config.dtype, device)
     if config.compile is None:
         config.compile = can_compile()
+    # what is compiled draws, too: on a device without float64 nothing is
+    config.compile = config.compile and can_draw(device)
 
 
 def default_dtypes(device):
-    """In which types of numbers each engine is timed: AR's and diffusion's best may
-    differ."""
+    """The dtypes that each engine is timed in: both where bfloat16 gains, as it may do so
+    for one engine and not for another."""
     if device.type == "cuda":
         return ["bfloat16"]
     if device.type == "cpu" and bfloat16_gain() > GAIN:
@@ -121,20 +128,7 @@ def columns_of(config):
 
 # ---- the models
 
-def models_of(config, device, preset, engines):
-    """{dtype: {attention: {label: model}}}: random ones of a preset, or (None) checkpoints.
-    engines: bench.ENGINES."""
-    models = {}
-    for dtype in config.dtype:
-        if preset is None:
-            models[dtype] = checkpoints(config, device, dtype)
-        else:
-            needed = {engines[name].attention for name in config.engine}
-            models[dtype] = random_weights(config, device, preset, needed, dtype)
-    return models
-
-
-def files(config):
+def checkpoint_files(config):
     """The checkpoints to compare: --checkpoint, or AR, teacher and last student of a
     folder."""
     if config.checkpoint:
@@ -151,110 +145,142 @@ def files(config):
     rounds = round_files(folder)
     if rounds:
         paths.append(rounds[-1])
+    # (a folder without ar.pt is refused when that is opened)
     if len(paths) == 1 and paths[0].exists():
         raise UserError(f"{folder} has no teacher.pt or round file beside ar.pt; run "
                         "distill.py or choose another --out")
     return paths
 
 
-def checkpoints(config, device, dtype):
-    """The models of files(config), {attention: {label: model}}. Raises UserError where they
-    cannot be compared."""
+def load_checkpoints(config):
+    """The trained models to compare, {label: model}, on the CPU; {} with --preset. Raises
+    UserError where they cannot be compared."""
     models = {}
-    for name, path in figures.names(files(config)).items():
-        models[name], _ = load_model(path)
-    # texts of one length that all can write, of the same tokens
-    context = min(model.config.context for model in models.values())
+    if config.preset:
+        return models
+    for label, path in figures.names(checkpoint_files(config)).items():
+        models[label], _ = load_model(path)
+    vocab = {label: model.config.vocab for label, model in models.items()}
+    if len(set(vocab.values())) > 1:
+        raise UserError(f"checkpoints of different vocabularies, {vocab}, cannot be "
+                        "compared; choose another --out")
+    return models
+
+
+def judge_of(trained, device):
+    """The first AR model among the trained ones {label: model}, a copy in float32 whatever
+    is timed; None if there is none. (AR's own texts are judged by the model that wrote
+    them.)"""
+    for model in trained.values():
+        if model.config.causal:
+            return copy.deepcopy(model).to(device).eval()
+    return None
+
+
+def set_length(config, trained):
+    """Fill in --length, if it is not given: the most that all trained models {label: model}
+    can write. Raises UserError if it is too long for them."""
+    if not trained:
+        return
+    context = min(model.config.context for model in trained.values())
     config.length = config.length or [context]
     if max(config.length) > context:
         raise UserError(f"--length {max(config.length)} is beyond the context of the "
                         f"checkpoints, {context} tokens")
-    vocab = {name: model.config.vocab for name, model in models.items()}
-    if len(set(vocab.values())) > 1:
-        raise UserError(f"checkpoints of different vocabularies, {vocab}, cannot be "
-                        "compared; choose another --out")
-
-    found = {attention: {} for attention in CHOICES["attention"]}
-    for label, model in models.items():
-        if model.config.causal and "judge" not in found:
-            # the first AR model, in float32 whatever is timed
-            found["judge"] = {label: copy.deepcopy(model).to(device).eval()}
-        prepare(model, dtype, config.compile, device)
-        found[model.config.attention][label] = model
-    return found
 
 
-def random_weights(config, device, preset, needed, dtype):
-    """Models of random weights in the size of a preset, {attention: {"random": model}}, of
-    each attention that is `needed`."""
-    sizes = dict(PRESETS[preset])
-    sizes["context"] = max(*config.length, sizes["context"])
-    seed_all("bench", preset)
+def models_of(config, device, preset, trained, engines):
+    """What is timed, {dtype: {attention: {label: model}}}: the trained models {label:
+    model}, or those of a preset with random weights. engines: bench.ENGINES."""
     models = {}
+    for dtype in config.dtype:
+        if preset:
+            found = random_models(config, preset, engines)
+        else:
+            found = [(label, copy.deepcopy(model)) for label, model in trained.items()]
+        models[dtype] = {attention: {} for attention in CHOICES["attention"]}
+        for label, model in found:
+            prepare(model, dtype, config.compile, device)
+            models[dtype][model.config.attention][label] = model
+    return models
+
+
+def random_models(config, preset, engines):
+    """[(label, model)]: a model of the preset's size, with random weights, for each
+    attention that an engine of the config needs."""
+    needed = {engines[name].attention for name in config.engine}
+    seed_all("bench", preset)
+    models = []
     for attention in CHOICES["attention"]:
         if attention in needed:
-            model = Transformer(ModelConfig(VOCAB, attention=attention, **sizes))
-            prepare(model, dtype, config.compile, device)
-            models[attention] = {"random": model}
+            shape = shape_of(preset, attention, max(config.length))
+            models.append(("random", Transformer(shape)))
     return models
+
+
+def shape_of(preset, attention, length):
+    """The ModelConfig of a preset, its context at least `length`."""
+    sizes = dict(PRESETS[preset])
+    sizes["context"] = max(length, sizes["context"])
+    return ModelConfig(VOCAB, attention=attention, **sizes)
 
 
 # ---- the rows
 
 def rows_of(config, models, preset, B, L, engines):
-    """What is to be measured at batch B and length L: [(row, model)], the rows not yet
-    filled. models: see models_of; engines: bench.ENGINES."""
-    rows = []
+    """What is to be measured at batch B and length L: [(row, engine, model)], the rows not
+    yet filled. models: see models_of; engines: bench.ENGINES."""
+    group = []
     for name, dtype in itertools.product(config.engine, config.dtype):
         engine = engines[name]
-        chosen = list(models[dtype].get(engine.attention, {}).items())
-        if engine.slow:
-            # beside others it is timed once: at the first batch size, in one dtype, of the
-            # last student
-            first = B == config.batch[0] and dtype == config.dtype[0]
-            if len(config.engine) > 1 and not first:
+        chosen = list(models[dtype][engine.attention].items())
+        if engine.slow and len(config.engine) > 1:
+            # beside others: at the smallest batch, in one dtype
+            if B != config.batch[0] or dtype != config.dtype[0]:
                 continue
-            chosen = chosen[-1:]
+        if engine.slow:
+            chosen = chosen[-1:]                         # the last student
         all_steps = config.steps if engine.in_steps else [None]
-        for (label, model), steps in itertools.product(chosen, all_steps):
-            params = sum(p.numel() for p in model.parameters())      # all weights
-            row = dict(engine=name, model=label, preset=preset, params=params, steps=steps,
-                       batch=B, length=L, dtype=dtype)
-            rows.append((row, model))    # times follow in bench.measure
-    return rows
+        for label, model in chosen:
+            params = sum(p.numel() for p in model.parameters())
+            for steps in all_steps:
+                row = dict(engine=name, model=label, preset=preset, params=params,
+                           steps=steps, batch=B, length=L, dtype=dtype)
+                group.append((row, engine, model))
+    return group
 
 
-def fill_quality(config, group, models, known, engines):
-    """Perplexity and entropies of the texts that each row's engine writes, into the rows.
-    The folder's AR model, if there is one, is the judge. known: what is measured already;
-    at another batch size it is the same."""
-    judges = models[config.dtype[0]].get("judge")        # {label: model}
-    if not judges:
-        return
-    judge = next(iter(judges.values()))
-    for row, model in group:
-        engine, L, steps = engines[row["engine"]], row["length"], row["steps"]
+# ---- how good texts are
+
+def fill_quality(config, group, judge, known):
+    """Perplexity and entropies of the texts that each row's engine writes, into the rows of
+    a group, see rows_of. judge: an AR model. known: what is measured already; at another
+    batch size it is the same."""
+    for row, engine, model in group:
         if "error" in row or engine.slow:
             continue
+        L, steps = row["length"], row["steps"]
         key = row["engine"], row["model"], row["dtype"], L, steps
         if key not in known:
             seed_all("quality", L, steps)
-            # WRITTEN texts at a time, whatever the row's batch size: this is not timed, and
-            # to compile for another size would take longer than to write them
-            write = with_stance("force_eager", engine.make(model, WRITTEN, L, steps, False))
+            # QUALITY_BATCH at a time, and uncompiled: to compile for another size would
+            # take longer than to write them
+            write = engine.make(model, QUALITY_BATCH, L, steps, False)
+            write = with_stance("force_eager", write)
             known[key] = quality(judge, write, config.samples)
         row.update(known[key])
 
 
 def quality(judge, write, n):
-    """Perplexity of n texts under the AR model `judge`, and both entropies, without their
-    standard errors. write() -> WRITTEN texts (WRITTEN, L)."""
+    """Of n texts: perplexity under the AR model `judge`, entropy within a text and of all.
+    write() -> QUALITY_BATCH texts (QUALITY_BATCH, L)."""
     texts = []
-    while len(texts) * WRITTEN < n:
+    while len(texts) * QUALITY_BATCH < n:
         texts.append(write())
     x = torch.cat(texts)[:n]                                         # (n, L)
-    gen, _ = gen_ppl(make_judge(judge), x)                           # exp of mean nats
+    # (without their standard errors)
+    gen, _ = gen_ppl(make_judge(judge), x)               # exp of the mean nats per token
     x, vocab = x.cpu(), judge.config.vocab               # all models here share it
-    within, _ = entropy(x, vocab)                                    # in each text
-    pooled, _ = pooled_entropy(x, vocab)                             # of all texts
+    within, _ = entropy(x, vocab)
+    pooled, _ = pooled_entropy(x, vocab)
     return {"gen_ppl": gen, "entropy": within, "of all": pooled}

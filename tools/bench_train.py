@@ -25,9 +25,10 @@ from diffusion import (categorical, mask_rate, mask_share, nelbo, q_sample, reve
                        sample_t)
 from distill import divergence, sdtt_loss
 from model import PRESETS, ModelConfig, Transformer, shifted
+from tools.fast_models import warn_of_emulation
 from tools.machine import (OutOfMemory, describe, fill_times, header, in_new_process,
                            keep_blocks_below, limits, line, room_for, seconds,
-                           training_flop, warn_of_emulation, with_peak_bytes)
+                           training_flop, with_peak_bytes)
 from train import ar_loss
 
 COLUMNS = (("objective", "<10"), ("form", "<10"), ("preset", "<8"), ("batch", ">5"),

@@ -18,7 +18,7 @@ from data.measures import add_mean, choice_entropy, in_steps, tally
 from data.processes import start
 from data.script import command, device_flag, flag, parse_flags
 from data.stories import language
-from sample import Sampling, draw_samples, refuse_exact, steps_or_exact
+from sample import Sampling, draw_samples, check_exact, steps_or_exact
 from tools import figures
 from tools.evaluate import open_data, open_models
 
@@ -125,7 +125,7 @@ def main():
     models = {}
     paths = figures.names(config.checkpoint)         # {short name: path}
     for name, (model, _) in opened.items():
-        refuse_exact(config.steps, None, model, paths[name])
+        check_exact(config.steps, None, model, paths[name])
         if model.config.context < data.stride:
             raise UserError(f"{paths[name]} writes at most {model.config.context} tokens, "
                             f"a story has {data.stride}")

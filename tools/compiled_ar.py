@@ -6,7 +6,7 @@ import torch
 from cache import decode, generate
 from data.devices import float64_device
 from diffusion import draw_from
-from tools.machine import compiled_decode
+from tools.fast_models import compiled_decode
 
 
 def can_draw(device):

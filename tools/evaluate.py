@@ -25,13 +25,13 @@ from data.files import UserError, read_text, write_json
 from data.lambada.prepare import parse_lambada
 from data.measures import (NO_VALUE, add_mean, exp, make_judge, mean_se, perplexity,
                            step_key)
-from data.orders import ORDERS, refuse_order
+from data.orders import ORDERS, check_order
 from data.processes import Processes, spread, start
 from data.prompts import ends_of
 from data.results import sample_row
 from data.script import command, device_flag, flag, package, parse_flags
 from model import Transformer
-from sample import BATCH, EXACT, draw_samples, refuse_exact, steps_or_exact
+from sample import BATCH, EXACT, draw_samples, check_exact, steps_or_exact
 from tools import figures, likelihood
 from tools.joint import PublicSampling
 from tools.metrics import diversity, mauve, self_bleu
@@ -268,9 +268,9 @@ def refuse_together(config, models, data):
     a package that is missing."""
     paths = figures.names(config.checkpoint)
     for name, (model, _) in models.items():
-        refuse_exact(config.steps, config.max_calls, model, paths[name])
+        check_exact(config.steps, config.max_calls, model, paths[name])
         for order in config.order:
-            refuse_order(order, model, paths[name])
+            check_order(order, model, paths[name])
     if config.joint and EXACT in config.steps:
         raise UserError(f"--joint draws in steps; leave it or --steps {EXACT} out")
     if config.joint and config.order != ["random"]:

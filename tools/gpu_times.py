@@ -106,7 +106,8 @@ def hardware(device, machine):
 
 
 def group_of(device, size, B, name, compiled):
-    """bench.py's config and [(row, model)] for one of its engines, with random weights."""
+    """bench.py's config and [(row, engine, model)] for one of its engines, with random
+    weights."""
     config = BenchConfig(preset=[size.preset], engine=[ENGINES[name]], batch=[B],
                          length=[size.length], steps=size.steps, repeats=size.repeats,
                          compile=None if compiled else False)
@@ -114,7 +115,7 @@ def group_of(device, size, B, name, compiled):
     config.dtype = ["bfloat16" if device.type == "cuda" else "float32"]
     set_defaults(config, device, bench.ENGINES)
     with device:                         # the weights are drawn where they are used
-        models = models_of(config, device, size.preset, bench.ENGINES)
+        models = models_of(config, device, size.preset, {}, bench.ENGINES)
     return config, rows_of(config, models, size.preset, B, size.length, bench.ENGINES)
 
 
@@ -122,7 +123,7 @@ def engine_times(device, machine, size, B, name):
     """Seconds for B texts, with all that bench.py says of them. On a CPU not compiled."""
     config, group = group_of(device, size, B, name, compiled=device.type == "cuda")
     bench.measure(config, group, device, {config.dtype[0]: machine})
-    for row, _ in group:
+    for row, _, _ in group:
         yield dict(row, what=name, unit="s", measured=row.get("seconds"))
 
 
@@ -224,7 +225,7 @@ def wait_counts(device, size):
     """How often the CPU waits for the GPU in a call of the network, of one text."""
     for name in ENGINES:
         _, group = group_of(device, size, 1, name, compiled=False)
-        row, model = group[0]
+        row, _, model = group[0]
         engine = bench.ENGINES[row["engine"]]
         run = engine.make(model, row["batch"], row["length"], row["steps"], False)
         run()                            # some things are done the first time only

@@ -9,8 +9,8 @@ import diffusion
 from cache import NOT_FINITE
 from data.devices import float64_device
 from diffusion import draw_from, sharpen
-from sample import Sampling, only_known
-from tools.machine import with_stance
+from sample import Sampling, with_masks_behind
+from tools.fast_models import with_stance
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ class PublicSampling(Sampling):
         """See Sampling.write."""
         if not self.joint or model.config.causal:
             return super().write(model, known)
-        z = only_known(model, known, self.length)
+        z = with_masks_behind(model, known, self.length)
         dtype = {32: torch.float32, 64: torch.float64}[self.precision]
         x = sample_joint(model, z, self.steps, model.mask_id, dtype, self.temperature)
         return x, None

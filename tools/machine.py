@@ -6,21 +6,16 @@ import collections
 import concurrent.futures
 import contextlib
 import ctypes
-import functools
 import gc
 import multiprocessing
 import os
 import re
-import shutil
 import statistics
-import types
 import warnings
 from pathlib import Path
 from time import perf_counter
 
 import torch
-
-from cache import decode
 
 
 def seconds(run, device):
@@ -182,144 +177,6 @@ def describe(machine):
         text += (f"\nwarning: the machine is busy (load {load}); times may be several "
                  "times too long")
     return text
-
-
-def bfloat16_gain():
-    """How many times as fast as in float32 this CPU multiplies matrices in bfloat16: well
-    above 1 where it has instructions for that, far below where they are emulated."""
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, dtype=dtype)
-        product = functools.partial(torch.mm, a, a)
-        times[dtype] = min(seconds(product, torch.device("cpu")) for _ in range(3))
-    return times[torch.float32] / times[torch.bfloat16]
-
-
-def warn_of_emulation(dtypes, device):
-    """Say so, in a line, where bfloat16 is asked for and this CPU only emulates it."""
-    if "bfloat16" in dtypes and device.type == "cpu":
-        gain = bfloat16_gain()
-        if gain < 1:
-            print(f"this CPU emulates bfloat16: its products take {1 / gain:.1f} times as "
-                  "long as in float32")
-
-
-def prepare(model, dtype, compiled, device):
-    """A model as it is timed, on a GPU and on a CPU: its matrices in dtype (autocast does
-    the rest: norms and the residual stream stay float32), multiplied by what does it
-    fastest on this CPU; diffusion's network compiled if asked for."""
-    model = model.to(device).eval().requires_grad_(False)
-    if dtype == "bfloat16":
-        model.bf16 = True
-        for module in [*model.blocks.modules(), model.lm_head]:
-            if isinstance(module, torch.nn.Linear):
-                module.bfloat16()
-    elif device.type == "cpu" and onednn_gain() > 1.1:
-        multiply_by_onednn(model)
-    # of AR generate's decoding step is compiled instead
-    if compiled and not model.config.causal:
-        compile_network(model)
-    return model
-
-
-LARGE_MATRIX = 2 ** 18                   # weights, from which on oneDNN may be faster
-
-
-# an operation of our own, as the compiler cannot take oneDNN's apart
-@torch.library.custom_op("nanosdtt::linear", mutates_args=())
-def onednn_linear(x: torch.Tensor, weight: torch.Tensor,
-                  bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear by oneDNN instead of MKL, which PyTorch uses for float32; no gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@onednn_linear.register_fake
-def _(x, weight, bias):
-    """The shape of its result, for the compiler."""
-    return x.new_empty(*x.shape[:-1], len(weight))
-
-
-def multiply_by_onednn(model):
-    """Have a model's large matrices multiplied by onednn_linear."""
-    def forward(module, x):
-        return onednn_linear(x, module.weight, module.bias)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module.weight.numel() >= LARGE_MATRIX:
-            module.forward = types.MethodType(forward, module)
-
-
-@functools.cache
-def onednn_gain():
-    """How many times as fast as PyTorch's own choice oneDNN multiplies a few rows by large
-    matrices here; 0 where PyTorch has no oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        return 0.0
-    x = torch.ones(8, 768)
-    matrices = [torch.ones(3072, 768) for _ in range(8)]             # more than caches hold
-    times = {}
-    for linear in (torch.nn.functional.linear, onednn_linear):
-        def multiply():
-            for matrix in matrices:
-                linear(x, matrix, None)
-        times[linear] = min(seconds(multiply, torch.device("cpu")) for _ in range(3))
-    return times[torch.nn.functional.linear] / times[onednn_linear]
-
-
-SMALL_MODEL = 1e7                        # weights of all blocks
-
-
-def compile_network(model):
-    """Compile what computes most: of a small model embedding and blocks together, for any
-    number of positions, as there most time goes into starting operations; of a large one
-    each block, as to compile all of them together would take minutes."""
-    config = model.config
-    if 12 * config.layers * config.width ** 2 < SMALL_MODEL:
-        run = torch.compile(type(model).run, dynamic=True)
-        model.run = types.MethodType(run, model)         # a copy of the model gets its own
-        return
-    dynamic = None                       # the compiler decides
-    if config.attention == "reveal":
-        dynamic = True                   # each cached step has another number of tokens
-    for block in model.blocks:
-        block.compile(dynamic=dynamic)
-
-
-def forget_compiled():
-    """Have PyTorch's compiler begin anew, for one batch size. (Having seen two it would
-    compile for any; size 1, as in the first step of diffusion, always has its own form.)"""
-    torch.compiler.reset()
-    # models, dtypes and shapes share one function's compiled forms: the usual 8 may be too
-    # few. And two sizes that are equal once are no reason to compile for that
-    torch._dynamo.config.recompile_limit = 64
-    torch.fx.experimental._config.use_duck_shape = False
-
-
-def can_compile():
-    """Whether there is the C++ compiler that torch.compile needs."""
-    return bool(shutil.which("g++"))
-
-
-def compiled_decode(device, B, decode=decode):
-    """cache.decode (or one that draws, too) for B texts by torch.compile: as CUDA graphs
-    on a GPU, one for each value of `extent`; on a CPU, from 2 texts on, with weights packed
-    anew (later changes are not seen)."""
-    if torch.device(device).type == "cuda":
-        return torch.compile(decode, fullgraph=True, mode="reduce-overhead")
-    step = torch.compile(decode, fullgraph=True)
-    if B == 1:
-        return step
-    packed = torch._inductor.config.patch(freezing=True)         # for this function alone
-    return packed(step)
-
-
-def with_stance(stance, run):
-    """run, a function without arguments, under a stance of PyTorch's compiler: with
-    "force_eager" compiled code is not used; with "eager_on_recompile" it is, and what is
-    new to the compiler runs as it is."""
-    def f():
-        with torch.compiler.set_stance(stance):
-            return run()
-    return f
 
 
 # ---- what a run needs: rows are dicts with engine, batch, length, nfe, seconds

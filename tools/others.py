@@ -23,10 +23,10 @@ from bench import ar_engine
 from data.files import write_json
 from data.processes import start
 from data.script import command, flag, package, parse_flags
-from model import PRESETS, ModelConfig, Transformer
-from tools.bench_setup import VOCAB, default_dtypes
-from tools.machine import (can_compile, describe, fill_times, forget_compiled, header,
-                           limits, line, prepare, roofline, seconds)
+from model import PRESETS, Transformer
+from tools.bench_setup import default_dtypes, shape_of
+from tools.fast_models import can_compile, forget_compiled, prepare
+from tools.machine import describe, fill_times, header, limits, line, roofline, seconds
 
 CPU = torch.device("cpu")
 COLUMNS = (("engine", "<13"), ("dtype", "<9"), ("batch", ">5"), ("length", ">7"),
@@ -132,16 +132,9 @@ def gpt2_spec(shape):
 
 # ---- the comparison
 
-def shape_of(config):
-    """The ModelConfig of all models."""
-    sizes = dict(PRESETS[config.preset])
-    sizes["context"] = max(config.length, sizes["context"])
-    return ModelConfig(VOCAB, attention="causal", **sizes)
-
-
 def engines_of(config):
     """[(name, dtype, engine)] of what the flags ask for."""
-    shape = shape_of(config)
+    shape = shape_of(config.preset, "causal", config.length)
     dtypes = default_dtypes(CPU)                         # bfloat16, too, where it gains
     wanted = [("ours", ours, dtypes), ("transformers", transformers, dtypes),
               ("ctranslate2", ctranslate2, ["float32", "int8"])]
@@ -158,6 +151,7 @@ def engines_of(config):
 def compare(config, engines, B, machine):
     """The rows of one batch size. machine: see tools.machine.limits."""
     forget_compiled()
+    shape = shape_of(config.preset, "causal", config.length)
     rows, runs, times = [], [], []
     for name, dtype, engine in engines:
         rows.append(dict(engine=name, dtype=dtype, preset=config.preset, batch=B,
@@ -173,7 +167,7 @@ def compare(config, engines, B, machine):
         row["ms a token"] = 1000 * row["seconds"] / config.length
         row["roofline"] = None
         if row["dtype"] != "int8":       # how many bytes that reads is not known
-            row["roofline"] = roofline(row | {"engine": "ar"}, shape_of(config), machine)
+            row["roofline"] = roofline(row | {"engine": "ar"}, shape, machine)
     best = min(row["seconds"] for row in rows if row["engine"] == "ours")
     for row in rows:
         row["vs ours"] = best / row["seconds"]

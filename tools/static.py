@@ -1,50 +1,47 @@
-"""Diffusion samplers whose every step, the draw included, is one compiled call of one of
-two shapes.
+"""Diffusion samplers in which a whole step, the draw included, is one compiled call.
 
 diffusion.sample computes just the positions that a step needs, a number that differs from
-step to step; embedding, head and draw are plain PyTorch. For few and short texts and a
-small model most of its time goes into starting operations. Here, instead, each step of a
-run has M places in each text, at least the most that any text reveals in one step; the rest
-of them are gaps, which point to a spare position behind the text, where nothing is ever
-read for the result. So the whole step (blocks, head, draw, writing into the text) has one
-of two shapes (see trial_sizes; a rare plan needs another), and is compiled as one piece.
-The distribution is that of diffusion.sample; the gaps are wasted work, so that for many
-positions diffusion.sample is faster: bench.py asks pays_for.
+step to step; its head, its draw and its bookkeeping are plain PyTorch. For few and short
+texts and a small model most of its time goes into starting operations. Here, instead, each
+step of a run handles M columns for each text: M is at least the most positions that any
+text reveals in one step, and columns that are not needed are *gaps*. A gap points to one
+spare position behind the text, whose content never enters the result. So all steps of a run
+have one shape, and each (network, head, draw, writing into the text) is compiled as one
+piece. M has one of two values (see trial_sizes; a rare plan needs another). The
+distribution is that of diffusion.sample. Gaps are wasted work, so for many positions
+diffusion.sample is faster: bench.py asks pays_for.
 
 Names are those of diffusion.plan and cache.py: slot i of a text is the i-th position to be
 revealed, and its place in the KV cache; order (B, L) has the position of each slot, when
 (B, L) the step in which each slot is revealed. An example with the cache: L = 4, order
-2 0 3 1, when 0 0 1 2, M = 2 (not rounded up). The spare place, and position, is 4:
+2 0 3 1, when 0 0 1 2, M = 2 (not rounded up). Gaps have slot, place and position 4:
 
     step     reads tokens of slots    reveals slots    at positions
     0        4 4                      0 1              2 0
     1        0 1                      2 4              3 4
     2        2 4                      3 4              1 4
 """
-import typing
-
 import torch
 import torch.nn.functional as F
 
 from cache import for_each_block
 from data.devices import upload
-from diffusion import plan, prompt_first, span, steps_of, without_masks
-from tools.compiled_ar import can_draw, draw, keep_in_place
+from diffusion import check_filled, plan, span, steps_of
+from tools.compiled_ar import draw, keep_in_place
 
-# multiplications of a call that computes all positions, up to which this is faster (nano,
-# 50 tokens, two CPU cores): 8 texts gain, with the cache in 32 steps, but hardly in 8; 16
-# with the cache lose. On a GPU it may be far too low
+# the most work, in multiplications of one pass over all positions, for which this is
+# faster. nano, 50 tokens, two CPU cores: 8 texts gain (with the cache hardly in 8 steps),
+# 16 lose with the cache. For a GPU the limit may be far too low
 FEW = 3e8
 MULTIPLE_OF = 4          # M is rounded up to a multiple of this, but to L at most
 PLANS = 64               # trial plans that are drawn to find M
 
 
 def pays_for(model, B, L):
-    """Whether B texts of L tokens are little enough work for gaps not to matter (and the
-    device can draw)."""
+    """Whether B texts of L tokens are so little work that gaps do not matter."""
     config = model.config
     size = 12 * config.layers * config.width ** 2        # weights of the blocks
-    return B * L * size <= FEW and can_draw(model.embed.weight.device)
+    return B * L * size <= FEW
 
 
 # ---- one step, of full attention and with a KV cache. z (B, L + 1): ids, the last column
@@ -59,12 +56,12 @@ def full_step(model, z, pos, u, draw):
     z.scatter_(1, pos, draw(model.head(h), u))
 
 
-def cached_step(model, z, cache, reading, u, draw):
+def cached_step(model, z, cache, stacked, u, draw):
     """Read the tokens that the step before revealed, and reveal M positions more, by random
-    numbers u (B, M, 1). reading (3, B, 2 M): pos, place and limit of cache.Reading, the
-    tokens' in its first half. Gaps have the spare place L, which no limit lets a real
-    position see."""
-    pos, place, limit = reading                                      # (B, 2 M) each
+    numbers u (B, M, 1). stacked (3, B, 2 M): pos, place and limit of a cache.Reading, of
+    the tokens in its first half, of the masks in its second. Gaps have place L, which is
+    beyond every limit."""
+    pos, place, limit = stacked                                      # (B, 2 M) each
     M = pos.shape[1] // 2
     L = z.shape[1] - 1
     idx = z.gather(1, pos)                                           # (B, 2 M)
@@ -72,33 +69,28 @@ def cached_step(model, z, cache, reading, u, draw):
     # who sees whom
     places = torch.arange(cache.places, device=z.device)
     sees = (places < limit[..., None]) | (places == place[..., None])    # (B, 2 M, L + 1)
-    attends = for_each_block(see_places, cache, where=Where(place, sees))
+    attends = for_each_block(see_places, cache, place=place, sees=sees)
     # the states of the masks alone
     at = slice(None), slice(M, None)
     h = model.run(idx, pos.clamp(max=L - 1), attends, at)            # (B, M, C)
     z.scatter_(1, pos[:, M:], draw(model.head(h), u))
 
 
-class Where(typing.NamedTuple):
-    """Places of W positions of each text."""
-    place: torch.Tensor          # (B, W) where key and value are stored
-    sees: torch.Tensor           # (B, W, S) bool: which places each sees, S = L + 1
-
-
-def see_places(q, k, v, keys, values, where, at=None):
+def see_places(q, k, v, keys, values, place, sees, at=None):
     """cache.see_cache for W positions in every text, gaps included: q, k, v (B, W, H, D) ->
-    the same shape, or only the outputs at `at`. keys, values (B, H, S, D)."""
-    place, sees = where
-    # store the new ones; scatter_ wants an index for each number of k: (B, H, W, D)
+    the same shape, or with `at` only those there, M of W. keys, values (B, H, S, D), S = L
+    + 1 places. place (B, W): where the new keys and values are stored; sees (B, W, S) bool:
+    which places each position sees."""
+    # store them; scatter_ wants an index for each number of k: (B, H, W, D)
     index = place[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
     keys.scatter_(2, index, k.transpose(1, 2))
     values.scatter_(2, index, v.transpose(1, 2))
     # and look at the places that are seen
     if at is not None:
         q, sees = q[at], sees[at]
-    q = q.transpose(1, 2)                                            # (B, H, W, D)
+    q = q.transpose(1, 2)                                            # (B, H, W or M, D)
     y = F.scaled_dot_product_attention(q, keys, values, sees[:, None])
-    return y.transpose(1, 2)                                         # (B, W, H, D)
+    return y.transpose(1, 2)                                         # (B, W or M, H, D)
 
 
 # ---- the samplers
@@ -107,7 +99,7 @@ class StaticSampler:
     """diffusion.sample for B texts of L masks, as a function without arguments; the first
     run compiles. calls: of its last run, how many positions each call computed, the gaps
     included. (The cache is not emptied between runs: each place that is seen was written in
-    this run.) draw, backend: other ones are for tests."""
+    this run.) draw, backend: others only in tests."""
 
     def __init__(self, model, B, L, steps, draw=draw, backend="inductor"):
         device = model.embed.weight.device
@@ -117,14 +109,17 @@ class StaticSampler:
         self.sizes = self.trial_sizes()
         self.calls = []
         self.compiled = False
-        self.cache = None
-        step = full_step
-        if model.config.attention == "reveal":
-            self.cache = model.cache(B, L, spare=1)
-            step = cached_step
-            keep_in_place(*self.cache.k, *self.cache.v)
+        self.cached = model.config.attention == "reveal"
+        # what every step works on, and what makes the rest that it is given
+        step, self.works_on, self.steps_of_plan = full_step, [model, self.z], full_steps
+        if self.cached:
+            cache = model.cache(B, L, spare=1)                       # S = L + 1 places
+            keep_in_place(*cache.k, *cache.v)
+            step, self.steps_of_plan = cached_step, cached_steps
+            self.works_on.append(cache)
         keep_in_place(self.z)
         mode = "reduce-overhead" if device.type == "cuda" else None
+        # (on a CPU weights packed as in compiled_decode gained nothing here)
         self.step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode,
                                   backend=backend)
 
@@ -138,7 +133,7 @@ class StaticSampler:
         with torch.random.fork_rng(devices=[]):
             needed = sorted(most_revealed(self.plan()[1]) for _ in range(PLANS))
         sizes = set()
-        for most in needed[3 * PLANS // 4], needed[-1]:
+        for most in (needed[3 * PLANS // 4], needed[-1]):
             rounded_up = -(-most // MULTIPLE_OF) * MULTIPLE_OF
             sizes.add(min(rounded_up, self.blank.shape[1]))
         return sorted(sizes)
@@ -149,6 +144,7 @@ class StaticSampler:
         self.compiled = True
         with torch.random.fork_rng(devices=[]):
             for M in self.sizes:
+                # a plan that M is enough for
                 order, when = self.plan()
                 while most_revealed(when) > M:
                     order, when = self.plan()
@@ -158,67 +154,65 @@ class StaticSampler:
         if not self.compiled:
             self.warm_up()
         order, when = self.plan()
-        # a rare plan needs more than the largest M: another shape, compiled anew (by
-        # bench.py run uncompiled)
         needed = most_revealed(when)
-        enough = [M for M in self.sizes if M >= needed] or [needed]
+        enough = [M for M in self.sizes if M >= needed]
+        if not enough:
+            # a rare plan: another shape, which is compiled now (in bench.py run uncompiled)
+            enough = [needed]
         return self.run(order, when, enough[0])
 
     @torch.no_grad()
     def run(self, order, when, M):
-        """The texts (B, L) of a plan, in steps of M places."""
+        """The texts (B, L) of a plan, in steps of M columns."""
         self.z.fill_(self.model.mask_id)
         self.calls.clear()
-        if self.cache is None:
-            self.run_full(order, when, M)
-        else:
-            self.run_cached(order, when, M)
+        # all that does not depend on the network comes first
+        (B, L), device = order.shape, self.z.device
+        steps = upload(self.steps_of_plan(order, when, M), device)
+        numbers = torch.rand((len(steps), B, M, 1), dtype=torch.float64, device=device)
+        # positions that a call computes: M tokens and M masks of each text, or all
+        cost = B * 2 * M if self.cached else B * L
+        for given, u in zip(steps, numbers):
+            self.step(*self.works_on, given, u, self.draw)
+            self.calls.append(cost)
         # raises FloatingPointError if a mask is left
-        return without_masks(self.z[:, :-1].clone(), self.model.mask_id)
+        return check_filled(self.z[:, :-1].clone(), self.model.mask_id)
 
-    def run_full(self, order, when, M):
-        """Fill self.z by the plan of reveals, M at most in a step."""
-        B, L = order.shape
-        order = with_spare(order)                                    # (B, L + 1)
-        all_pos = []
-        for i in range(steps_of(when)):
-            known, end = (when < i).sum(1), (when <= i).sum(1)       # (B,)
-            slots = padded(span(known, end), M, L)
-            all_pos.append(order.gather(1, slots))                   # (B, M)
-        all_pos = upload(torch.stack(all_pos), self.z.device)
-        for pos, u in zip(all_pos, self.uniform(len(all_pos), M)):
-            self.step(self.model, self.z, pos, u, self.draw)
-            self.calls.append(B * L)
 
-    def uniform(self, steps, M):
-        """The random numbers of all draws, (steps, B, M, 1)."""
-        return torch.rand((steps, len(self.z), M, 1), dtype=torch.float64,
-                          device=self.z.device)
+# ---- a plan as the steps are given it
 
-    def run_cached(self, order, when, M):
-        """run_full for attention in the order of reveal."""
-        B, L = order.shape
-        # (there is no prompt: this only draws random numbers, as sample_cached does, so
-        # that both write the same texts from one seed)
-        order = with_spare(prompt_first(order, L))                   # (B, L + 1)
-        readings = []
-        cached = torch.zeros(B, dtype=torch.long)
-        for i in range(steps_of(when)):
-            known, end = (when < i).sum(1), (when <= i).sum(1)       # (B,)
-            tokens = padded(span(cached, known), M, L)
-            masks = padded(span(known, end), M, L)
-            place = torch.cat((tokens, masks), 1)                    # (B, 2 M)
-            pos = order.gather(1, place)
-            # a token sees the places before its own, a mask all tokens; a gap among the
-            # tokens itself alone, one among the masks whatever masks see
-            limit = torch.cat((tokens.masked_fill(tokens == L, 0),
-                               known[:, None].expand(B, M)), 1)
-            readings.append(torch.stack((pos, place, limit)))
-            cached = known
-        readings = upload(torch.stack(readings), self.z.device)      # (steps, 3, B, 2 M)
-        for reading, u in zip(readings, self.uniform(len(readings), M)):
-            self.step(self.model, self.z, self.cache, reading, u, self.draw)
-            self.calls.append(B * 2 * M)
+def full_steps(order, when, M):
+    """pos of each full_step, (steps, B, M), for a plan order, when (B, L)."""
+    L = order.shape[1]
+    order = with_spare(order)                                        # (B, L + 1)
+    all_pos = []
+    for i in range(steps_of(when)):
+        known, end = (when < i).sum(1), (when <= i).sum(1)           # (B,)
+        slots = padded(span(known, end), M, L)                       # (B, M)
+        all_pos.append(order.gather(1, slots))
+    return torch.stack(all_pos)
+
+
+def cached_steps(order, when, M):
+    """`stacked` of each cached_step, (steps, 3, B, 2 M), for a plan order, when (B, L)."""
+    B, L = order.shape
+    order = with_spare(order)                                        # (B, L + 1)
+    readings = []
+    cached = torch.zeros(B, dtype=torch.long)
+    for i in range(steps_of(when)):
+        known, end = (when < i).sum(1), (when <= i).sum(1)           # (B,)
+        tokens = padded(span(cached, known), M, L)                   # (B, M)
+        masks = padded(span(known, end), M, L)
+        place = torch.cat((tokens, masks), 1)                        # (B, 2 M)
+        pos = order.gather(1, place)
+        # a token sees the places before its own, a mask all tokens that are known. (What
+        # gaps see does not matter: among tokens themselves alone, among masks what masks
+        # see)
+        limit = torch.cat((tokens.masked_fill(tokens == L, 0),
+                           known[:, None].expand(B, M)), 1)
+        readings.append(torch.stack((pos, place, limit)))
+        cached = known
+    return torch.stack(readings)
 
 
 def most_revealed(when):

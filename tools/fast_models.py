@@ -1,0 +1,167 @@
+"""Models as they are timed: which numbers they compute in, what multiplies their matrices,
+and what of them is compiled.
+"""
+import functools
+import shutil
+import types
+
+import torch
+
+from cache import decode
+from tools.machine import seconds
+
+
+# ---- which numbers
+
+def bfloat16_gain():
+    """This CPU's speed at bfloat16 products, as a multiple of float32's: well above 1 where
+    it has instructions for them, far below where they are emulated."""
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        product = functools.partial(torch.mm, a, a)
+        times[dtype] = min(seconds(product, torch.device("cpu")) for _ in range(3))
+    return times[torch.float32] / times[torch.bfloat16]
+
+
+def warn_of_emulation(dtypes, device):
+    """Say so, in a line, where bfloat16 is asked for and this CPU only emulates it."""
+    if "bfloat16" in dtypes and device.type == "cpu":
+        gain = bfloat16_gain()
+        if gain < 1:
+            print(f"this CPU emulates bfloat16: its products take {1 / gain:.1f} times as "
+                  "long as in float32")
+
+
+# ---- a model, prepared
+
+def prepare(model, dtype, compiled, device):
+    """Make a model ready to be timed, in place, and return it: its matrices in dtype (norms
+    and the residual stream stay float32), on a CPU the faster of two libraries for their
+    products; and, if asked for, diffusion's network compiled."""
+    model = model.to(device).eval().requires_grad_(False)
+    # rows that a product has: AR's one for each text, diffusion's for each position
+    rows = 8 if model.config.causal else 128
+    if dtype == "bfloat16":
+        model.bf16 = True
+        for module in [*model.blocks.modules(), model.lm_head]:
+            if isinstance(module, torch.nn.Linear):
+                module.bfloat16()
+    elif device.type == "cpu" and onednn_gain(rows) > ONEDNN_GAIN:
+        multiply_by_onednn(model)
+    # (of AR the decoding step is compiled, by compiled_decode)
+    if compiled and not model.config.causal:
+        compile_network(model)
+    return model
+
+
+# ---- what multiplies large matrices
+
+LARGE_MATRIX = 2 ** 18   # weights; for smaller matrices oneDNN gains nothing
+ONEDNN_GAIN = 1.1        # it multiplies them where it is this much faster
+
+
+# an operation of our own, as torch.compile cannot look into oneDNN's
+@torch.library.custom_op("nanosdtt::linear", mutates_args=())
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor,
+                  bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear by oneDNN instead of MKL, which PyTorch uses for float32; no gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@onednn_linear.register_fake
+def _(x, weight, bias):
+    """The shape of its result, for the compiler."""
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def multiply_by_onednn(model):
+    """Have a model's large matrices multiplied by onednn_linear."""
+    def forward(module, x):
+        return onednn_linear(x, module.weight, module.bias)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.numel() >= LARGE_MATRIX:
+            module.forward = types.MethodType(forward, module)
+
+
+@functools.cache
+def onednn_gain(rows):
+    """oneDNN's speed, as a multiple of that of PyTorch's own choice, where this CPU
+    multiplies so many rows by large matrices; 0 where PyTorch has no oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return 0.0
+    x = torch.ones(rows, 768)
+    matrices = [torch.ones(3072, 768) for _ in range(8)]     # more than most caches hold
+
+    def multiply(linear):
+        for matrix in matrices:
+            linear(x, matrix, None)
+
+    times = []
+    for linear in torch.nn.functional.linear, onednn_linear:
+        run = functools.partial(multiply, linear)
+        times.append(min(seconds(run, torch.device("cpu")) for _ in range(3)))
+    usual, onednn = times
+    return usual / onednn
+
+
+# ---- what is compiled
+
+SMALL_MODEL = 1e7                        # weights of all blocks
+
+
+def compile_network(model):
+    """Compile the network. A small one whole, embedding and blocks, for any number of
+    positions: most of its time goes into starting operations. A large one block by block:
+    whole it would take minutes to compile."""
+    config = model.config
+    if 12 * config.layers * config.width ** 2 < SMALL_MODEL:
+        run = torch.compile(type(model).run, dynamic=True)
+        # bound to the model: a copy of it is then bound to the copy
+        model.run = types.MethodType(run, model)
+        return
+    dynamic = None                       # the compiler decides
+    if config.attention == "reveal":
+        dynamic = True                   # each cached step has another number of positions
+    for block in model.blocks:
+        block.compile(dynamic=dynamic)
+
+
+def forget_compiled():
+    """Have PyTorch's compiler forget all that it compiled, before another batch size: once
+    it has seen two it makes slower code, for any. Also sets two of its options."""
+    torch.compiler.reset()
+    # how often one function may be compiled: for each model, dtype, shape (usually 8 times)
+    torch._dynamo.config.recompile_limit = 64
+    # two sizes that happened to be equal when first seen are still two
+    torch.fx.experimental._config.use_duck_shape = False
+
+
+def can_compile():
+    """Whether there is the C++ compiler that torch.compile needs."""
+    return bool(shutil.which("g++"))
+
+
+def compiled_decode(device, B, step=decode):
+    """step (cache.decode, or one that draws, too), compiled for B texts. On a GPU: CUDA
+    graphs, one for each value of `extent`. On a CPU, from 2 texts on: with a copy of the
+    weights in a faster layout (so it does not see later changes of the weights); for one
+    text that gains nothing."""
+    if torch.device(device).type == "cuda":
+        return torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    compiled = torch.compile(step, fullgraph=True)
+    if B == 1:
+        return compiled
+    # an option of the compiler, for this function alone
+    frozen_weights = torch._inductor.config.patch(freezing=True)
+    return frozen_weights(compiled)
+
+
+def with_stance(stance, run):
+    """run, a function without arguments, under a stance of PyTorch's compiler. With
+    "force_eager" nothing runs compiled; with "eager_on_recompile" what has been compiled
+    does, and all else uncompiled."""
+    def f():
+        with torch.compiler.set_stance(stance):
+            return run()
+    return f
