@@ -4,7 +4,7 @@ wins.
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
-Random weights (--preset; small, where there are no checkpoints) suffice to time ar and
+Random weights (--preset; without checkpoints, that is small) suffice to time ar and
 diffusion in steps, but not the exact engines: how many calls they need depends on what a
 model has learned.
 
@@ -21,19 +21,20 @@ The engines (the exact ones only if --engine names them):
 Your own is a function like those below, and a line in ENGINES. (tools/others.py compares
 AR with other packages'.)
 
-Each engine is warmed up and run once; then further runs of all alternate (diffusion-naive
-has the first run only). The median is shown. What the other columns say:
+Each row of the table is warmed up and run once; then further runs of all alternate
+(diffusion-naive has the first run only). The median is shown. The other columns:
 
     spread     the slowest less the fastest run, as a share of the median
     vs AR      speed as a multiple of ar's, at the same batch and length, and in the dtype
                that suits ar best
-    roofline   the time that the hardware needs at least / the time taken. ar needs it to
-               read weights and cache from memory, the others to multiply what their texts
-               need, as fast as large matrices are multiplied here
-    peak MB    memory that a run takes beside the model
+    roofline   the least time that the hardware allows / the time taken: for ar that of
+               reading weights and cache, for the others that of their products, at the
+               speed of large matrices
+    peak MB    memory that a run takes beside the model (and beside the KV cache of what is
+               compiled whole, which is kept from run to run)
     nfe        calls of the network (number of function evaluations)
-    reads      positions that these computed for each token: with the cache two at most, its
-               mask and itself, plus the padding of compiled steps (tools/static.py)
+    reads      positions that these computed for each token: with the cache, in steps, two
+               at most, its mask and itself, plus the padding of tools/static.py
     gen_ppl, entropy (within a text), of all   see README; of trained weights only
 
 Large models come near these limits: AR with few texts, diffusion with many positions a
@@ -68,15 +69,17 @@ from tools.bench_setup import (BenchConfig, columns_of, fill_quality, judge_of,
                                set_length)
 from tools.compiled_ar import ARSampler
 from tools.crossover import crossings, fill_vs_ar
-from tools.fast_models import forget_compiled, with_stance
+from tools.fast_models import forget_compiled, is_small, with_stance
 from tools.joint import naive_engine
 from tools.static import StaticSampler, pays_for
 
 
-# ---- the engines. Each takes a model, the batch size B, the length L, the number of steps
-# (None for an engine without steps), and whether it may compile whole steps. (Diffusion's
-# networks are compiled already, by models_of.) It returns a function without arguments;
-# each call of that writes B texts and returns their ids (B, L)
+# ---- the engines:
+#
+#     make(model, B, L, steps, compiled) -> write; write() -> ids (B, L) of B texts
+#
+# steps: None for an engine without steps. compiled: whether it may compile whole steps.
+# (Diffusion's networks are compiled already, by models_of.) Nothing is prompted
 
 def ar_engine(model, B, L, steps, compiled):
     """AR decoding. Draws are in float64, as diffusion's."""
@@ -113,8 +116,8 @@ class Engine:
     make: typing.Callable        # a function as above
     attention: str               # of the models that it runs
     in_steps: bool = False       # run it at each of --steps
-    short_warm_up: bool = False  # of two steps, which meet nearly every shape
-    # beside other engines only one run, at the smallest batch, in one dtype, of one model
+    short_warm_up: bool = False  # large models: of two steps, which meet every shape
+    # one run, of one model; beside other engines only at the smallest batch, in one dtype
     slow: bool = False
 
 
@@ -144,7 +147,7 @@ def bench(config, device, machines):
     """Measure, save and print everything that the flags ask for; returns the rows.
     machines: what the hardware can do, {dtype: see tools.machine.limits}."""
     # trained weights {label: model}, and the AR model that judges their texts, if there is
-    # one. With --preset there are no such
+    # one. With --preset {} and None
     trained = load_checkpoints(config)
     judge = judge_of(trained, device)
     set_length(config, trained)
@@ -228,18 +231,19 @@ def first_run(row, engine, model, compiled, device):
     row's texts; fills in the row's memory, calls and reads."""
     B, L, steps = row["batch"], row["length"], row["steps"]
     write = engine.make(model, B, L, steps, compiled)
-    # a warm-up compiles what it meets. The timed runs may meet shapes that it did not, and
-    # compute them uncompiled: slower, but no compiling is timed. (A StaticSampler has one
-    # or two shapes of its own, which only its own run meets)
+    # a warm-up compiles what it meets. A shape that the timed runs meet first they compute
+    # uncompiled (eager_on_recompile): slower, but no compiling is timed
     warm_up = write
-    if engine.short_warm_up and not isinstance(write, StaticSampler):
+    large = not is_small(model.config)
+    # (a StaticSampler has shapes of its own, which only its own run meets)
+    if engine.short_warm_up and large and not isinstance(write, StaticSampler):
         warm_up = engine.make(model, B, L, min(2, steps), compiled)
     warm_up()
     run = with_stance("eager_on_recompile", write)
     with positions_of_calls(model, write) as calls:
         time, row["peak_bytes"] = machine.with_peak_bytes(
             lambda: machine.seconds(run, device), device)
-    # of this run; others may take a few calls more or fewer
+    # of this run; with exact engines another run takes a few more or fewer
     row["nfe"], row["reads"] = len(calls), sum(calls) / (B * L)
     return run, time
 

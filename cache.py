@@ -3,15 +3,15 @@ the order of reveal (diffusion.py, exact.py).
 
 A token's key and value can be kept if nothing that the token sees will ever change. In AR
 it sees the tokens before it; with attention "reveal", those revealed before it. So both
-caches are exact, and each token is read at most once (a guess of exact.py each time that
-it, or one before it, changes). With full attention each token sees all others: any
-reveal changes all keys beyond the first block, and no cache is exact.
+caches are exact, and each token is read at most once (exact.py reads its guesses again).
+With full attention each token sees all others: any reveal changes all keys beyond the first
+block, and no cache is exact.
 
     KVCache       storage for keys and values, by places
     decode        one token of each text: AR's decoding step, without its draw
     Reading       what a larger call reads, tokens or masks, and what each of them sees
     read_cached   that call: stores their keys and values, returns their states
-    generate      AR sampling: one such call for the prompt, then decode after decode
+    generate      AR sampling: read_cached for a prompt, then decode after decode
 
 A *place* is an index into a text's part of the cache, from 0. Tokens fill places in the
 order in which they come, wherever they stand in the text. In AR the start symbol has place
@@ -57,8 +57,8 @@ class KVCache:
 
 
 def for_each_block(see, cache, **how):
-    """Who sees whom in each block, a list for Transformer.run: `see` with that block's keys
-    and values, and with the arguments `how`, the same in all blocks."""
+    """The list of attends for Transformer.run: `see`, given each block's keys and values,
+    and the arguments `how`, the same in all blocks."""
     attends = []
     for keys, values in zip(cache.k, cache.v):
         attends.append(functools.partial(see, keys=keys, values=values, **how))
@@ -72,7 +72,7 @@ def see_step(q, k, v, keys, values, place, sees):
     D), after its key and value are stored, in the same place (1,) in all texts. keys,
     values (B, H, S, D): a block's part of the cache. sees (1, extent): of the one query,
     alike for all texts."""
-    keys.index_copy_(2, place, k[:, :, None])                        # (B, H, S, D)
+    keys.index_copy_(2, place, k[:, :, None])            # one (B, H, 1, D) of (B, H, S, D)
     values.index_copy_(2, place, v[:, :, None])
     extent = sees.shape[-1]
     k, v = keys[:, :, :extent], values[:, :, :extent]            # (B, H, extent, D)
@@ -81,8 +81,8 @@ def see_step(q, k, v, keys, values, place, sees):
 
 
 def decode(model, token, place, cache, extent):
-    """One decoding step: ids (B,), all at position `place` (1,), which is also their place
-    in the cache -> logits (B, V). read_cached could do the same, but takes sizes from data,
+    """One decoding step: ids (B,), whose position and place in the cache are both `place`
+    (1,) -> logits (B, V). read_cached could do the same, but takes sizes from data,
     which a compiler cannot follow; here only `extent` varies.
     extent: how many places attention is given, at least place + 1 (more: see `grain` in
     generate); those after `place` are masked out."""
@@ -94,10 +94,10 @@ def decode(model, token, place, cache, extent):
 # ---- many positions of each text
 
 class Reading(typing.NamedTuple):
-    """What one call reads: M positions of each text, tokens, then masks. Texts have
-    different numbers of these to read, but in all rows of the rectangle (B, M) the masks
-    begin at one column, wanted_from. So a row may have gaps, before its masks and at its
-    end. All but idx is on the CPU, so that to look at it never waits for a GPU.
+    """What one call reads, M positions of each text. A row of the rectangle (B, M) is:
+    tokens, gap, masks, gap, as texts have different numbers of each; in all rows the masks
+    begin at column wanted_from. All but idx is on the CPU, so that to look at it never
+    waits for a GPU.
 
     For example the text will be "tom was very sad .". A call reads the tokens "sad"
     (position 3) and "tom" (0), and the masks at 2 and 1, which become "very" and "was"; the

@@ -11,10 +11,10 @@ file uses its config and
     model.hidden(z, at=None, rank=None)    states (B, L, C); at = (row, pos): (B, M, C)
     model.head(h)                          logits (N, V): what it predicts from states
     model.chunked_sum(h, f, *rows)         = f(head(h), *rows).sum(), in little memory
-(sample_cached needs three more, see there). rank (B, L) is for attention "reveal" alone: a
+(sample_cached needs more, see there). rank (B, L) is for attention "reveal" alone: a
 lower number means revealed earlier. A token sees itself and the tokens revealed before it,
-a mask itself and all tokens. So where a mask stands in the order does not matter, and
-training can draw a random order without looking at which positions are masked.
+a mask itself and all tokens. So a mask's own rank does not matter, and training may simply
+rank all positions at random.
 
 The samplers' bookkeeping is on the CPU, tokens and states are on the model's device.
 Randomness comes from torch's global generators.
@@ -23,10 +23,10 @@ import typing
 
 import torch
 
-# NOT_FINITE: an error's words; Reading: what is asked of a model with a KV cache.
-# upload: a CPU tensor to a device, without waiting; in_float64: as float64, on the CPU for
-# a device that has none
+# NOT_FINITE: an error's words; Reading: what is asked of a model with a KV cache
 from cache import NOT_FINITE, Reading
+# in_float64: as float64, on the CPU for a device that has none; upload: a CPU tensor to a
+# device, without waiting
 from data.devices import in_float64, upload
 from model import cross_entropy
 
@@ -38,8 +38,8 @@ DRAW_ROWS = 32                   # rows of logits drawn from at a time: see draw
 
 def mask_share(t):
     """The share of tokens that are masked at times t (any shape): 0 at t = 0, 1 at t = 1.
-    MDLM (arXiv 2406.07524) calls this schedule log-linear, although alpha_t = 1 - t is
-    linear: the name goes by -log alpha_t."""
+    MDLM (arXiv 2406.07524) calls this schedule log-linear: its noise, -log alpha_t = -log(1
+    - t), is the log of something linear."""
     return t
 
 
@@ -92,8 +92,9 @@ def states_at(model, z, where, rank=None):
     texts and of positions, as nonzero(as_tuple=True) gives them. (Not by hidden's `at`,
     which wants equally many positions in each text.)"""
     text, position = where
-    # on a CPU leave out texts of which nothing is wanted: most, where distill.py's steps
-    # are very short. (On a GPU a batch of another size each time costs more than it saves)
+    # on a CPU leave out texts of which nothing is wanted: most of them, where a step of
+    # distill.py is so short that it reveals a mask in few. (On a GPU a batch of another
+    # size each time is likely to cost more than that saves)
     if z.device.type == "cpu":
         rows, text = text.unique(return_inverse=True)
         z = z[rows]
@@ -114,15 +115,16 @@ def nelbo(model, x, mask_id, keep=None):
     Why 1/t: reveal the tokens one at a time in a random order; a reveal costs
     -log p(token | those revealed before it). At time t about t L masks are left, and each
     may be the next. So 1/(t L) times the sum is about the mean cost of the next reveal.
-    Averaged over t and z_t "about" becomes "exactly". Take all z_t with k masks left:
+    Averaged over t and z_t "about" becomes "exactly". Take one set of k masks:
 
-        a given set of k masks has, at time t, the probability  t^k (1 - t)^(L - k)
-        this times 1/t, integrated over t, is                   1 / (k (L choose k))
-        so all (L choose k) sets together give                  the mean over sets of
-                                                                1/k x the set's sum
+        its probability at time t is                  t^k (1 - t)^(L - k)
+        times 1/t, integrated over t, this is         1 / (k (L choose k))
 
-    So each stage of the order, k = 1 to L masks left, counts once with the mean cost of its
-    reveal; 1/L averages the stages. (In general the weight is mask_rate(t)/mask_share(t).)
+    which is the weight of the set's sum. So the (L choose k) sets of size k together give
+    the mean, over sets, of a set's mean loss, its sum / k. In a random order all these sets
+    are equally likely to be left, and each mask of a set to be next: that mean is the cost
+    of the reveal with k masks left. Each k from 1 to L counts once; 1/L averages them. (In
+    general the weight is mask_rate(t) / mask_share(t).)
 
     Why a bound: in one order the costs add up to -log p(x | order), and their mean over
     orders is at least -log p(x) of the mixture of orders (Jensen's inequality).
@@ -135,7 +137,7 @@ def nelbo(model, x, mask_id, keep=None):
     # the N masks, as indices of texts and of positions, (N,) each
     masked = (z == mask_id).nonzero(as_tuple=True)
     text, _ = masked
-    weight = (mask_rate(t) / mask_share(t))[text]                    # (N,), log-linear: 1/t
+    weight = (mask_rate(t) / mask_share(t))[text]                    # (N,), here 1/t
 
     count = x.numel()                    # tokens that could be masked
     rank = None                          # for attention "reveal": any order
@@ -254,7 +256,7 @@ def sample_plain(model, z, steps, mask_id):
 # The names of this part:
 #     position   where a token stands in its text
 #     slot       its number in the order of reveal: slot i of text b is position order[b, i]
-#     order      (B, n), with n masks in each text
+#     order      (B, n), n masks in each text: order[b, i] is the position of slot i
 #     when       (B, n): when[b, i] is the step that reveals slot i
 # An example, L = 4: positions 2 and 0 are revealed in step 0, then 3 and 1 in step 1:
 # order = [2, 0, 3, 1], when = [0, 0, 1, 1], and slot 1 is position 0.
@@ -276,7 +278,7 @@ def plan(z, steps, mask_id):
     B, n = order.shape
     # sorting loses nothing: the steps are independent draws, and order is shuffled
     when = draw_steps(steps, B, n).sort(dim=1).values                # (B, n)
-    # number the steps 0, 1, 2, ... without gaps: how often they changed so far
+    # number the steps 0, 1, 2, ... without gaps: how often `when` has changed so far
     changes = torch.diff(when, dim=1, prepend=when[:, :1]) != 0      # (B, n)
     return order, changes.cumsum(1)
 
@@ -298,8 +300,8 @@ def draw_steps(steps, rows, n):
     equal steps lead from t = 1 to t = 0. A mask survives until t with probability
     mask_share(t), and is then revealed with reveal_share(t, s): together mask_share(t) -
     mask_share(s)."""
-    # is mask_share(t) = t, as far as a grid of times can tell? Then all steps are equally
-    # likely: the same as below, in less time
+    # if mask_share(t) = t (tested on a grid) all steps are equally likely: the same as
+    # below, in less time
     grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if torch.equal(mask_share(grid), grid):
         return torch.randint(steps, (rows, n))
@@ -369,11 +371,11 @@ def sample_full(model, z, order, when, draw, watch=None):
             h = blank_states(model, z, pos)                          # (B, M, C)
         else:
             h = model.hidden(z, at=(row, pos))
-        # and what is drawn from it, in the valid columns of h and pos
+        # and what is drawn from it, at text b, column `column` of h and pos
         b, column = now.valid.nonzero(as_tuple=True)                 # (N,) both
         b, column = upload(b, z.device), upload(column, z.device)
-        h = h[b, column]                                             # (N, C)
-        z[b, pos[b, column]] = draw_tokens(model, h, draw)
+        position = pos[b, column]                                    # (N,)
+        z[b, position] = draw_tokens(model, h[b, column], draw)
         if watch:
             watch(z.clone())
     return z
@@ -446,8 +448,8 @@ def sample_cached(model, z, order, when, draw, watch=None):
             # no prompt: nothing to store yet, and all masks have the same state
             h = blank_state(model, z).expand(int(masks.valid.sum()), -1)         # (N, C)
         else:
-            # a mask sees all tokens, and has the place that its token will have, which then
-            # overwrites it
+            # a mask sees the known tokens. Its place is that of its slot, where its token's
+            # key and value will replace its own
             limit = known[:, None].expand_as(masks.slot)
             new = make_reading(model, x, order, span(cached, known), masks, limit,
                                place=masks.slot)

@@ -32,14 +32,6 @@ from diffusion import q_sample, rank_prompt_first, sample_t, states_at, unmask_s
 from model import SHORT, Transformer
 from train import MAY_CHANGE, LoopConfig, TrainConfig, fit, prepare_model, train
 
-COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
-# flags that may change between a run and its continuation. --teacher may name another path,
-# but not other weights: `resume` refuses a round with another fingerprint (origin)
-ANYTIME = MAY_CHANGE | {"rounds", "samples", "judge", "teacher"}
-# flags that are handed on to the training of teacher and judge
-SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batch",
-          "micro_batch", "seed", "device", "bf16", "compile", "recompute")
-
 
 # ---- the method
 
@@ -64,8 +56,8 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     times the memory.)"""
     parts = []                           # of each step: where, and the states there
     for i in range(k - 1):
-        # the times of step i. They end at 0: if t <= (k - 1) dt, one of these steps reveals
-        # all masks that are left, and later ones find none
+        # the times of step i. They stop at 0: where t <= (k - 1) dt, one of these steps
+        # reveals all masks that are left, and later ones find none
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
         # the step chooses what is revealed, runs the teacher, and draws it: n positions
@@ -113,13 +105,14 @@ def sdtt_loss(student, x, teacher, leap, kind, mask_id, keep=None):
     target_h = target_h[masked]                                      # (N, C)
     h = states_at(student, z, masked, rank)                          # (N, C)
 
-    # all logits (N, V) at once would be too many: chunked_sum makes those of n masks at a
-    # time, and calls compare with them and the same n rows of target_h
+    # chunked_sum makes the logits of n masks at a time (all N would be too many), and hands
+    # them to compare, with the n rows of target_h that belong to them
     def compare(logits, target_rows):
         """Logits (n, V) of the student, states (n, C) of the teacher -> (n,)."""
         with torch.no_grad():            # the target has no gradient
             log_q = F.log_softmax(teacher.head(target_rows), dim=-1)     # (n, V)
         return divergence(F.log_softmax(logits, dim=-1), log_q, kind)
+
     # N is 0 if the noise masked nothing
     return student.chunked_sum(h, compare, target_h) / max(1, len(target_h))
 
@@ -139,15 +132,15 @@ def reverse_kl(log_p, log_q):
     # the teacher's first step is random, so the same masks get many targets q. The p with
     # the least mean KL(p || q) has log p = mean of log q + a constant: their geometric
     # mean, normalised. If 60 % of the targets give tom 99 %, sam 1 %, and 40 % the reverse,
-    # tom gets 71 %, where the plain mean has 60 %. A q near 0 pulls p to near 0, like a
-    # veto: here tom has fewer of these than sam
+    # tom gets 71 %, where the plain mean has 60 %. A q near 0 is like a veto, as it pulls p
+    # to near 0, and tom meets fewer vetoes than sam
     return kl(log_p, log_q)
 
 
 def forward_kl(log_p, log_q):
     """KL(target || student)."""
-    # the best p is the mean of the targets. A mean of second predictions, over all that the
-    # first step may reveal, is roughly the first prediction again: little to learn
+    # the best p is the mean of the targets. Second predictions, averaged over what the
+    # first step may reveal, are roughly the first prediction again: little to learn
     return kl(log_q, log_p)
 
 
@@ -181,6 +174,15 @@ def divergence(log_p, log_q, kind):
 
 
 # ---- the flags
+
+COLUMNS = [4, 8, 16, 32, 128, 1024]          # sampling steps in the table
+# flags that may change between a run and its continuation. --teacher may name another path,
+# but not other weights: `resume` compares the teacher's fingerprint, a hash of its weights
+ANYTIME = MAY_CHANGE | {"rounds", "samples", "judge", "teacher"}
+# flags that are handed on to the training of teacher and judge
+SHARED = ("dataset", "preset", "out", "context", "positions", "attention", "batch",
+          "micro_batch", "seed", "device", "bf16", "compile", "recompute")
+
 
 @dataclasses.dataclass
 class DistillConfig(LoopConfig):
@@ -230,10 +232,10 @@ class DistillConfig(LoopConfig):
 # ---- the rounds
 
 def schedule(teacher_steps, rounds, k=2):
-    """Sampling steps of the first teacher, then of each round's student: in the paper 1024,
-    then 512, 256, ..., 8 in 7 rounds; in preset nano 256, then 128, 64, ..., 2.
-    If these are steps[0], steps[1], ..., then in round r (from 0) the teacher's step has dt
-    = 1 / steps[r] = k^r / teacher_steps.
+    """Sampling steps: [of the first teacher, of the first round's student, of the second's,
+    ...]; in the paper 1024, 512, 256, ..., 8, in preset nano 256, 128, 64, ..., 2.
+    Round r, counted from 0, has dt = 1 / steps[r] = k^r / teacher_steps, and makes a
+    student for steps[r + 1] of them.
     Raises UserError where the last student would need less than one step."""
     if k ** rounds > teacher_steps:
         raise UserError(f"--rounds {rounds} with --k {k} needs --teacher_steps of at least "
@@ -292,7 +294,7 @@ def open_round(config, data, r, before, origin):
     run.updates_before = r * config.steps_per_round
 
     # a half-done round keeps the teacher that it began with, even if the round before was
-    # run again since. (content shares the teacher's memory, so it has these weights, too)
+    # run again since. (This changes content["teacher"], too: the same tensors)
     saved = resume(run, config, ANYTIME)
     if saved and saved["teacher"]:
         teacher.load_state_dict(saved["teacher"])

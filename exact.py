@@ -7,9 +7,9 @@ see diffusion.py, which has all other samplers.
 
 Each call predicts a run of slots, and draws their tokens anew. The slots before `final`
 keep theirs, those from there to `guessed` - 1 hold guesses, the rest hold nothing. The call
-asks for slots `final` to `end` - 1. The first of these that changes is called c: a first
-guess is a change, and if none changes, c = end. One call, shown left to right (a diffusion
-model's order is shuffled):
+asks for slots `final` to `end` - 1; c is the first of these that changes (a first guess is
+a change), or `end` if none does. Then all slots up to c are final. One call, shown left to
+right (a diffusion model's order is shuffled; sample_exact_plain is all this as a loop):
 
     slot       0     1     2     3     4     5     6
     old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
@@ -32,17 +32,17 @@ with one token at a time. As no mask sees another, and no token a mask or a late
 call can ask all slots. (In AR the token in the slot before predicts a slot.)
 
 Why it is exact: take a slot s, and fix the random numbers drawn at the slots before it. No
-slot sees a later one, so as long as s is not final these numbers decide all of this:
+slot sees a later one, so as long as s is not final these numbers alone decide all of this:
 
     - the tokens before s after each call;
     - which calls ask s, and what they predict there: p[1], p[2], ...;
     - the first of those calls in which no slot before s changes, the K-th of them.
 
-The K-th makes s final, whether s itself changes in it or not. The random numbers at s are
-independent of all that: its first token is a draw from p[1], and couple turns a draw from
-p[k - 1] into one from p[k]. So s ends as a draw from p[K], predicted from final tokens. (If
-s were final once its own guess stayed, K would depend on the token, and tokens likely in
-two predictions would come too often.)
+The K-th makes s final, whether s itself changes in it or not: so K, too, is decided without
+the random numbers at s. With these the first token is drawn from p[1], and couple turns a
+draw from p[k - 1] into one from p[k]. So s ends as a draw from p[K], predicted from final
+tokens. (If s were final once its own guess stayed, K would depend on the token, and tokens
+likely in two predictions would come too often.)
 
 To predict all slots again until none changes is a fixed-point iteration, as in arXiv
 2002.03629; the coupling is from 2211.17192.
@@ -150,13 +150,14 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     adjust: logits (N, V) -> logits, such as sharpen; None: the model's own.
     ahead: with f slots final a call asks for the next ahead + f: few at first, as guesses
     far ahead are mostly wrong then; None: always all.
-    max_calls: stop there and leave the guesses as they are, which is not exact.
+    max_calls: stop there and leave the guesses as they are, which is not exact (AR's, of
+    slots that it could not yet predict, are noise).
     watch: called after each call with z and the bool (B, L) of its final tokens.
     Returns ids (B, L) and the calls that each text took (B,); a batch takes as many as its
     slowest text. Raises ValueError for no calls or none ahead (and see how_to_ask), and
     FloatingPointError at predictions of NaN."""
     B, L = z.shape
-    if ahead == 0 or max_calls == 0:
+    if max_calls is not None and max_calls < 1 or ahead is not None and ahead < 1:
         raise ValueError("exact sampling needs a call, and a token ahead")
     ahead = L if ahead is None else min(ahead, L)
     # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
@@ -173,8 +174,8 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     unread = torch.full_like(final, -1)
     # a place for each slot's token, and one for its mask, of which AR has none
     cache = model.cache(B, L, spare=0 if model.config.causal else L)
-    # the state (B, L, C) that each slot's token was drawn from: kept instead of q, which is
-    # V wide; couple runs the head again
+    # the state (B, L, C) that each slot's token was drawn from: kept instead of q =
+    # softmax(head(state)), which is V wide; couple runs the head again
     states = None
     calls = torch.zeros(B, dtype=torch.long)                         # of each text
     made = 0                                                         # of the batch
@@ -197,14 +198,14 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
         x[where] = couple(model, h, states[where], x[where], mask_id, adjust)
         states[where] = h
         # c (B,): the first slot that changed; a mask that became a guess counts. If none
-        # did, c = end, and end is L: while it is below L it grows in every call, so the
-        # last slots asked were masks, which always change
+        # did, c = end = L: while end is below L it grows in every call, so masks were asked
         changed = (x != old).cpu()
         c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
         final = (c + 1).minimum(end)
         guessed = end
         # up to c - 1 the cache stands. The keys after it belong to the old token at c, or
-        # have seen it: the next call reads all from c on, which is final - 1, again
+        # have seen it: the next call reads all from c on, which is final - 1, again. (Or c
+        # is L, and the text finished)
         unread = final - 1
         if watch:
             done = torch.arange(L) < final[:, None]      # (B, L), by slot
@@ -261,7 +262,7 @@ def ask_tokens(model, cache, order, x, asked):
     # from the place of slot `unread`'s token to the place that predicts the last slot
     # asked; a text that is finished asks for nothing
     last = (asked.end - 1).minimum(asked.guessed)                    # (B,)
-    last = last.where(asked.begin < asked.end, asked.unread)
+    last = last.where(asked.begin < asked.end, asked.unread)         # an empty span
     places = span(asked.unread + 1, last + 1)                        # (B, M)
     idx = by_place.gather(1, upload(places.slot, x.device))
     new = Reading(idx=idx, pos=places.slot, place=places.slot, limit=places.slot,

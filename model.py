@@ -1,8 +1,8 @@
 """One transformer for three jobs: masked diffusion (bidirectional, or in the order of
 reveal), its distilled students (the same), and the autoregressive (AR) baseline (causal).
 
-Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H; M positions of each
-sequence; N positions of all sequences together. The vocabulary has V real tokens; id V is
+Shapes: B sequences, L positions, V tokens, C width, H heads, D = C / H; M chosen positions
+in each sequence, N in all sequences together. The vocabulary has V real tokens; id V is
 the mask of a diffusion model and the start symbol of an AR one. The embedding therefore has
 V + 1 rows and the head V: no model here can ever predict the mask. Below a "token" is a
 real one, a "mask" a position whose id is V.
@@ -15,9 +15,9 @@ How it is asked:
     logits = model.head(h)           (..., V)
     model.chunked_sum(h, cross_entropy, targets)     head and loss of h (N, C), summed
 
-`at`: a sampler often needs some positions only, say those that it reveals next. The last
-block then makes queries, keys and values of all, but states only of these. (Earlier blocks
-make all, as later ones look at them.) x[at] picks them:
+`at`: a sampler often needs the states at some positions only, say those that it reveals
+next. The last block then attends from these alone, and runs its MLP there alone; its keys
+and values are of all positions. x[at] picks them:
 
     at = torch.arange(B)[:, None], positions         # positions (B, M): x[at] is (B, M, C)
 
@@ -60,11 +60,10 @@ class ModelConfig:
 
     @property
     def masks_alike(self):
-        """Whether a fully masked text has the same state at every position, so that a
-        sampler need compute only one (diffusion.blank_states). With rope alone it has: all
-        positions enter a block alike, so their values are equal; rotation changes only
-        attention's weights, and any weighted mean of equal values is that value. (A causal
-        model has no masks.)"""
+        """Whether all masks have the same state in a text of nothing but masks, so that a
+        sampler need compute only one (diffusion.blank_states). With rope alone they have:
+        equal embeddings give equal values, and any weighted mean of equal values is that
+        value, whatever rotation does to the weights. (A causal model has no masks.)"""
         return self.positions == "rope" and not self.causal
 
 
@@ -123,7 +122,8 @@ class Block(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if at is not None:
-            x, attend = x[at], functools.partial(attend, at=at)
+            x = x[at]
+            attend = functools.partial(attend, at=at)
         # the only place where positions meet
         y = attend(q, k, v).flatten(-2)          # (..., C), or only those of at
         # both halves add to the stream x
@@ -174,10 +174,10 @@ class Transformer(nn.Module):
     positions: "rope" (rotary) sees distances only, which suits rows that are cut anywhere
     from long texts; "learned" sees where a token stands; "both" is for data in which each
     row begins a text.
-    attention: "full", all see all; "causal"; or "reveal": every position sees itself, a
-    revealed token also those revealed before it, a mask all revealed tokens, and no
-    position sees the mask of another. So what a revealed token sees never changes, nor do
-    its keys and values in any block: a KV cache of diffusion is exact."""
+    attention: "full", all see all; "causal"; or "reveal": a token sees itself and those
+    revealed before it, a mask itself and all tokens, and nobody the mask of another
+    position. So what a token sees never changes, nor do its keys and values in any block: a
+    KV cache of diffusion is exact."""
 
     def __init__(self, config):
         super().__init__()
@@ -206,7 +206,7 @@ class Transformer(nn.Module):
 
         # the rotary tables (context, D/2): position times the pair's frequency
         D = config.width // config.heads
-        # from a turn of 1 radian per position, falling towards 1/10000
+        # radians per position: 1 for the first pair, falling towards 1/10000
         frequency = 10000.0 ** (-torch.arange(0, D, 2) / D)          # (D/2,)
         angle = torch.arange(config.context)[:, None] * frequency
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -225,8 +225,8 @@ class Transformer(nn.Module):
 
     def run(self, idx, pos, attends, at=None):
         """Embedding and blocks: ids idx (...) -> states (..., C), before the last norm.
-        idx is (B, L) when hidden calls, and has other shapes in cache.py; pos, where in
-        their texts the ids stand, broadcasts to it.
+        From hidden idx is (B, L), from cache.py it has other shapes; pos, where in their
+        texts the ids stand, broadcasts to it.
         attends: a function attend(q, k, v) for each block. From hidden all are the same;
         with a KV cache each block has keys of its own. at: see the top, or read_cached."""
         # what stands where
@@ -242,9 +242,8 @@ class Transformer(nn.Module):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for block, attend in zip(self.blocks, attends):
                 if at is not None and block is self.blocks[-1]:
-                    # only for sampling, where M differs from call to call: a block that is
-                    # compiled (train.py) would be compiled again for each M, unless it is
-                    # called by .forward
+                    # block(...) runs a compiled block (train.py), compiled anew for each M,
+                    # which in sampling differs from call to call; .forward is not compiled
                     x = block.forward(x, rope, attend, at)
                 elif recompute:
                     x = checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -283,9 +282,9 @@ class Transformer(nn.Module):
         h = self.norm(h.float()).to(self.lm_head.weight.dtype)
         return self.lm_head(h).float()
 
-    # all logits at once: only for a few texts
     def forward(self, idx, rank=None):
-        """Logits (B, L, V) of ids (B, L). rank: see hidden."""
+        """Logits (B, L, V) of ids (B, L): all at once, so only for a few texts. rank: see
+        hidden."""
         return self.head(self.hidden(idx, rank=rank))
 
     def chunked_sum(self, h, f, *rows):
@@ -296,7 +295,7 @@ class Transformer(nn.Module):
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
         # HeadSum (data/fast.py) is f(F.linear(h, W, b), *rows).sum(): for each chunk it
-        # makes logits, f of them and the gradient, adds both up, and frees the logits
+        # makes the logits, adds f of them and its gradients up, and frees the logits
         if not torch.is_grad_enabled():
             W, b = W.detach(), b.detach()        # or it would compute gradients in vain
         return HeadSum.apply(f, rows_at_a_time(len(W)), h, W, b, *rows)

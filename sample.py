@@ -51,9 +51,8 @@ class SampleConfig:
         "token. exact: the distribution of one token at a time in few calls; not with "
         "full attention", type=steps_or_exact)
     ahead: int = flag(
-        8, "with exact: how many tokens a call guesses: this many, and one more for each "
-        "token that is final (with 20 final, 28). More: fewer calls, each of more tokens",
-        low=1)
+        8, "with exact: how many tokens a call guesses: this many plus the number of final "
+        "ones (with 20 final, 28). More: fewer calls, each of more tokens", low=1)
     max_calls: int | None = flag(
         None, "with exact: stop after this many calls, with tokens that are not final; the "
         "texts are then approximate", low=1)
@@ -93,8 +92,8 @@ class Sampling:
     ahead: int = 8               # of EXACT, see exact.py
     max_calls: int | None = None         # likewise
 
-    # what changes each token's distribution belongs here, not into `draw`: exact sampling
-    # calls only adjust, as it keeps or redraws each guess by itself
+    # temperature and top_p are here and not in `draw`, as exact sampling needs each guess's
+    # distribution, not a draw from it: it keeps or redraws guesses by itself
     def adjust(self, logits):
         """Apply temperature and top_p: logits (N, V) -> (N, V)."""
         return sharpen(logits, self.temperature, self.top_p)
@@ -105,13 +104,14 @@ class Sampling:
 
     def write(self, model, known):
         """Draw texts that begin with known (B, P); for diffusion it may have mask_id in
-        gaps. Returns the texts (B, L) and how many network calls each one needed (B,), or
-        None if each needed all calls of the batch."""
+        gaps. Returns the texts (B, L), and the network calls that each one needed (B,), or
+        None: all calls of the batch."""
         # known, then masks; for AR, too, as sample_exact needs it
         z = with_masks_behind(model, known, self.length)                    # (B, L)
         calls = None
         if self.steps == EXACT:
-            # diffusion in the order of reveal, or AR: several tokens a call
+            # several tokens a call: diffusion in the order of reveal, or AR in its own
+            # (exact.py says how)
             x, calls = sample_exact(model, z, model.mask_id, self.adjust, self.ahead,
                                     self.max_calls)
         elif model.config.causal:
@@ -120,9 +120,8 @@ class Sampling:
         elif self.order == "confidence":
             x = sample_confident(model, z, self.steps, model.mask_id, self.draw)
         else:
-            # diffusion in steps, with a KV cache if the attention is "reveal". A text needs
-            # a call only in steps that reveal something of it: watch is called after each
-            # call, and count.calls then grows for every text that has changed
+            # diffusion in steps, with a KV cache if the attention is "reveal". After each
+            # step sample calls count(z), which adds a call to every text that has changed
             count = CallsOfTexts(z)
             x = sample(model, z, self.steps, model.mask_id, self.draw, watch=count)
             calls = count.calls.cpu()
@@ -164,8 +163,8 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
 
     def batch(i):
         """Texts i to i + BATCH, and their Cost."""
-        # the seed depends on the batch, not on the process that draws it, and on the steps:
-        # so the rows of an evaluation, one for each number of steps, are independent
+        # the seed depends on the batch and on the steps, not on the process. So the rows of
+        # an evaluation, one for each number of steps, are independent
         seed_all(sampling.seed, "samples", sampling.steps, i)
         known = prompts[i:i + BATCH].to(procs.device)                # (B, P)
         # sizes: an entry for each network call, the number of positions that it computed

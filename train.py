@@ -59,8 +59,8 @@ class LoopConfig:
         None, "folder of the results [out/DATASET-PRESET, with --attention reveal "
         "out/DATASET-PRESET-reveal]")
 
-    # the batch. Each micro-batch draws texts and noise from a seed of its own, so to change
-    # its size changes the run
+    # the batch. Each micro-batch draws texts and noise from a seed of its own, so another
+    # size is another run
     batch: int = flag(32, "sequences per step, over all processes", low=1)
     micro_batch: int | None = flag(
         None, "sequences per forward pass [batch / processes]", low=1)
@@ -144,6 +144,7 @@ class TrainConfig(LoopConfig):
 #     .model, .ema    the model, and its averaged copy, in eval mode
 #     .optimizers     with their state
 #     .content        what else the file says
+#     .seconds        time that they took so far
 #     .micro          sequences of a micro-batch, see micro_batches
 #     .updates_before updates of ema in earlier rounds; 0 in train.py
 # loss      f(model, x, keep=keep) -> scalar, a mean over tokens (in distill.py over masked
@@ -194,18 +195,17 @@ def new_model(config, data):
     # if every row of the data begins a text, absolute positions carry information, too
     sizes["positions"] = config.positions or ("both" if data.texts else "rope")
     model_config = ModelConfig(data.tokenizer.vocab, dropout=config.dropout, **sizes)
-    # attention's linear layers have biases, as in GPT-2; but a diffusion model with rope
-    # alone has none, as in the published MDLM
-    rope_alone = model_config.positions == "rope" and not config.causal
-    model_config.attention_bias = not rope_alone
+    # attention's linear layers have biases, as in GPT-2; but none in a diffusion model with
+    # rope alone, as in the published MDLM
+    model_config.attention_bias = config.causal or model_config.positions != "rope"
     return Transformer(model_config)
 
 
 def train(config, procs, as_saved=False):
     """Train what a TrainConfig says, or what is left of it. Returns the checkpoint's path;
     by then the file is complete, for all processes.
-    as_saved: go on with a checkpoint that was made with other flags, by its flags, instead
-    of refusing it."""
+    as_saved: if its checkpoint was made with other flags, go on with those; otherwise they
+    are refused."""
     if as_saved and config.path.exists():
         config = with_saved_flags(config, MAY_CHANGE)
     data = load_data(config.dataset, procs)          # stories are made if missing
@@ -234,9 +234,9 @@ def train(config, procs, as_saved=False):
     loss = functools.partial(nelbo, mask_id=model.mask_id)
     if config.causal:
         loss = functools.partial(ar_loss, mask_id=model.mask_id)
-    # and what is shown of validation text: the same; but with attention "reveal" one pass
-    # scores all tokens in one order, which is the same bound with less noise (and no
-    # gradient)
+    # and what is shown of validation text: the same; but with attention "reveal", where no
+    # token sees a mask, one pass (exact.py) scores each token given those before it in a
+    # random order: the same bound with less noise, and no gradient
     val_loss = None
     if model.config.attention == "reveal":
         val_loss = functools.partial(order_loss, mask_id=model.mask_id)
@@ -287,8 +287,9 @@ def fit(config, procs, data, run, loss, val_loss=None):
             if procs.device.type == "cpu" or show_now or log_now or save_now:
                 guard.check_losses()
 
-            # the step; then the averaged weights. Their decay rises to config.ema, so that
-            # they soon forget the first, random ones (updates of earlier rounds count, too)
+            # the step; then the averaged weights. Their decay begins low and rises to
+            # config.ema: so the random first weights are soon forgotten. (In distill.py the
+            # updates of earlier rounds count, too)
             optimizer_step(config, run, step)
             ema_update(run.ema, run.model, config.ema, run.updates_before + step)
             run.step = step + 1          # steps done
@@ -300,9 +301,9 @@ def fit(config, procs, data, run, loss, val_loss=None):
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
-            # validation: 4 batches for a log line, 1 before a save. The losses above are of
-            # the weights before this step: if the step has made them NaN, only this shows
-            # it. (All processes get the same value, and so stop together)
+            # validation: 4 batches for a log line, 1 before a save, which it guards, too:
+            # loss_here is of the weights before this step; if the step made NaN, only this
+            # shows it. (All processes get the same value, and so stop together)
             if log_now or save_now:
                 batches = 4 if log_now else 1
                 value = validate(run.ema, val_loss or loss, data, config, batches)

@@ -195,7 +195,7 @@ def two_means():
     mean = often * sure + (1 - often) * (1 - sure)
     tom = sure ** often * (1 - sure) ** (1 - often)
     sam = (1 - sure) ** often * sure ** (1 - often)
-    yield (f"Suppose {percent(often)} of the draws reveal *tom*, with the target *tom* "
+    yield (f"A simpler case: {percent(often)} of the draws reveal *tom*, with the target *tom* "
            f"{percent(sure)}, *sam* {percent(1 - sure)}, and {percent(1 - often)} reveal *sam*, with "
            "the reverse.")
     yield f"teaches the mean, *tom* {percent(mean)}:"

@@ -21,7 +21,7 @@ from tools.fast_models import (bfloat16_gain, can_compile, prepare, warn_of_emul
 
 VOCAB = 50257                            # of random weights: GPT-2's
 QUALITY_BATCH = 32                       # texts at a time, where quality is measured
-GAIN = 1.2               # bfloat16 is timed, too, where it multiplies this much faster
+GAIN = 1.2               # bfloat16 is timed, too, if its products are this much faster
 # what a table shows of a row, and how
 SPEED = (("engine", "<16"), ("model", "<17"), ("steps", ">5"), ("batch", ">6"),
          ("length", ">7"), ("seconds", ">8.3f"), ("spread", ">7.0%"),
@@ -41,8 +41,8 @@ class BenchConfig:
         None, "files to compare, such as tools.convert's [see --out]")
     out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
     engine: list[str] | None = flag(
-        None, "[ar diffusion diffusion-kv, diffusion-naive at the first batch]; the others "
-        "are ar-exact and diffusion-exact")
+        None, "[ar diffusion diffusion-kv, diffusion-naive at the smallest batch]; the "
+        "others are ar-exact and diffusion-exact")
     # in which shapes
     batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4]", low=1)
     length: list[int] | None = flag(
@@ -90,7 +90,7 @@ def set_defaults(config, device, engines):
         defaults = dict(preset=["small"], batch=[1, 4], length=[128], steps=[4, 8, 16, 32])
     for name, value in defaults.items():
         setattr(config, name, getattr(config, name) or value)
-    config.batch = sorted(config.batch)
+    config.batch = sorted(set(config.batch))
 
     # how it runs
     if config.threads:
@@ -102,7 +102,7 @@ def set_defaults(config, device, engines):
     warn_of_emulation(config.dtype, device)
     if config.compile is None:
         config.compile = can_compile()
-    # what is compiled draws, too: on a device without float64 nothing is
+    # compiled steps draw in float64: on a device that has none nothing is compiled
     config.compile = config.compile and can_draw(device)
 
 
@@ -145,7 +145,7 @@ def checkpoint_files(config):
     rounds = round_files(folder)
     if rounds:
         paths.append(rounds[-1])
-    # (a folder without ar.pt is refused when that is opened)
+    # (a missing ar.pt is refused by load_model)
     if len(paths) == 1 and paths[0].exists():
         raise UserError(f"{folder} has no teacher.pt or round file beside ar.pt; run "
                         "distill.py or choose another --out")

@@ -38,25 +38,27 @@ def keep_in_place(*tensors):
 
 
 class ARSampler:
-    """cache.generate for B texts of L tokens, as a function without arguments. calls: how
-    many positions each call computes. compiler: another one is for tests."""
+    """cache.generate for B texts of L tokens, as a function without arguments. Its step
+    returns ids that are drawn already, where generate expects logits; so generate's own
+    draw just passes them on. calls: how many positions each call computes. compiler:
+    another one is for tests."""
 
     def __init__(self, model, B, L, compiler=compiled_decode):
         device = model.embed.weight.device
         self.model, self.L = model, L
-        self.calls = [B for _ in range(L)]               # one token of each text
+        self.calls = [B] * L                             # one token of each text
         self.prompt = torch.zeros((B, 0), dtype=torch.long, device=device)       # nothing
         # all runs share one cache, never emptied: places beyond the present one are hidden
         self.cache = model.cache(B, L)
-        keep_in_place(*self.cache.k, *self.cache.v)
         # attention reads the cache up to a multiple of grain: fewer shapes to compile
         self.grain = 128 if device.type == "cuda" else 16
+        # the random numbers of all draws; new ones in each run
         self.numbers = torch.empty((L, B, 1), dtype=torch.float64, device=device)
+        keep_in_place(*self.cache.k, *self.cache.v, self.numbers)
         step = compiler(device, B, decode_and_draw)
         self.step = functools.partial(step, numbers=self.numbers)
 
     def __call__(self):
         self.numbers.uniform_()
-        # the step has drawn already: what generate takes for logits are ids
         return generate(self.model, self.prompt, self.L, draw=lambda ids: ids,
                         step=self.step, grain=self.grain, cache=self.cache)

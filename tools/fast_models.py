@@ -1,5 +1,11 @@
 """Models as they are timed: which numbers they compute in, what multiplies their matrices,
 and what of them is compiled.
+
+    AR                  the decoding step, with the draw    compiled_decode
+    diffusion, small    the network, as one piece           compile_network
+    diffusion, large    each block, but the last one        compile_network
+
+For little work diffusion's whole steps are compiled instead, see tools/static.py.
 """
 import functools
 import shutil
@@ -40,7 +46,7 @@ def prepare(model, dtype, compiled, device):
     and the residual stream stay float32), on a CPU the faster of two libraries for their
     products; and, if asked for, diffusion's network compiled."""
     model = model.to(device).eval().requires_grad_(False)
-    # rows that a product has: AR's one for each text, diffusion's for each position
+    # the rows of a typical product: AR has one a text, diffusion one a position
     rows = 8 if model.config.causal else 128
     if dtype == "bfloat16":
         model.bf16 = True
@@ -58,18 +64,24 @@ def prepare(model, dtype, compiled, device):
 # ---- what multiplies large matrices
 
 LARGE_MATRIX = 2 ** 18   # weights; for smaller matrices oneDNN gains nothing
-ONEDNN_GAIN = 1.1        # it multiplies them where it is this much faster
+ONEDNN_GAIN = 1.1        # it is used where it is this much faster
 
 
-# an operation of our own, as torch.compile cannot look into oneDNN's
-@torch.library.custom_op("nanosdtt::linear", mutates_args=())
-def onednn_linear(x: torch.Tensor, weight: torch.Tensor,
-                  bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear by oneDNN instead of MKL, which PyTorch uses for float32; no gradient."""
+# F.linear by oneDNN instead of MKL, which PyTorch uses for float32. An operation of our
+# own, without a gradient, as torch.compile cannot look into oneDNN's. (What
+# @torch.library.custom_op makes takes longer to call)
+torch.library.define("nanosdtt::linear",
+                     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+onednn_linear = torch.ops.nanosdtt.linear
+
+
+@torch.library.impl("nanosdtt::linear", "cpu")
+def _(x, weight, bias):
+    """What it computes."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@onednn_linear.register_fake
+@torch.library.register_fake("nanosdtt::linear")
 def _(x, weight, bias):
     """The shape of its result, for the compiler."""
     return x.new_empty(*x.shape[:-1], len(weight))
@@ -110,19 +122,22 @@ def onednn_gain(rows):
 SMALL_MODEL = 1e7                        # weights of all blocks
 
 
+def is_small(config):
+    """Whether a model of this ModelConfig is compiled as one piece."""
+    return 12 * config.layers * config.width ** 2 < SMALL_MODEL
+
+
 def compile_network(model):
     """Compile the network. A small one whole, embedding and blocks, for any number of
     positions: most of its time goes into starting operations. A large one block by block:
     whole it would take minutes to compile."""
-    config = model.config
-    if 12 * config.layers * config.width ** 2 < SMALL_MODEL:
+    if is_small(model.config):
         run = torch.compile(type(model).run, dynamic=True)
-        # bound to the model: a copy of it is then bound to the copy
-        model.run = types.MethodType(run, model)
+        model.run = types.MethodType(run, model)         # deepcopy binds it to the copy
         return
-    dynamic = None                       # the compiler decides
-    if config.attention == "reveal":
-        dynamic = True                   # each cached step has another number of positions
+    # with a KV cache each step has another number of positions; full attention computes all
+    # in each step, but one in the first, which has code of its own
+    dynamic = model.config.attention == "reveal"
     for block in model.blocks:
         block.compile(dynamic=dynamic)
 
@@ -131,9 +146,10 @@ def forget_compiled():
     """Have PyTorch's compiler forget all that it compiled, before another batch size: once
     it has seen two it makes slower code, for any. Also sets two of its options."""
     torch.compiler.reset()
-    # how often one function may be compiled: for each model, dtype, shape (usually 8 times)
-    torch._dynamo.config.recompile_limit = 64
-    # two sizes that happened to be equal when first seen are still two
+    # how often one function may be compiled: for each model, dtype, shape, number of steps
+    # (usually 8 times)
+    torch._dynamo.config.recompile_limit = 256
+    # two sizes that are equal in the first call (say B = M) may differ later
     torch.fx.experimental._config.use_duck_shape = False
 
 
@@ -144,15 +160,15 @@ def can_compile():
 
 def compiled_decode(device, B, step=decode):
     """step (cache.decode, or one that draws, too), compiled for B texts. On a GPU: CUDA
-    graphs, one for each value of `extent`. On a CPU, from 2 texts on: with a copy of the
-    weights in a faster layout (so it does not see later changes of the weights); for one
-    text that gains nothing."""
+    graphs, one for each value of `extent`. On a CPU, from 2 texts on: with the weights
+    copied into a faster layout (later changes of them go unseen); one text gains nothing
+    from that."""
     if torch.device(device).type == "cuda":
         return torch.compile(step, fullgraph=True, mode="reduce-overhead")
     compiled = torch.compile(step, fullgraph=True)
     if B == 1:
         return compiled
-    # an option of the compiler, for this function alone
+    # an option of the compiler, set while this function runs
     frozen_weights = torch._inductor.config.patch(freezing=True)
     return frozen_weights(compiled)
 

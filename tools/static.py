@@ -7,7 +7,7 @@ step of a run handles M columns for each text: M is at least the most positions 
 text reveals in one step, and columns that are not needed are *gaps*. A gap points to one
 spare position behind the text, whose content never enters the result. So all steps of a run
 have one shape, and each (network, head, draw, writing into the text) is compiled as one
-piece. M has one of two values (see trial_sizes; a rare plan needs another). The
+piece. M has at most two values (see trial_sizes; a rare plan needs another). The
 distribution is that of diffusion.sample. Gaps are wasted work, so for many positions
 diffusion.sample is faster: bench.py asks pays_for.
 
@@ -30,8 +30,8 @@ from diffusion import check_filled, plan, span, steps_of
 from tools.compiled_ar import draw, keep_in_place
 
 # the most work, in multiplications of one pass over all positions, for which this is
-# faster. nano, 50 tokens, two CPU cores: 8 texts gain (with the cache hardly in 8 steps),
-# 16 lose with the cache. For a GPU the limit may be far too low
+# faster. nano, 50 tokens, two CPU cores: up to 8 texts gain; 16 lose, at least with the
+# cache. For a GPU the limit may be far too low
 FEW = 3e8
 MULTIPLE_OF = 4          # M is rounded up to a multiple of this, but to L at most
 PLANS = 64               # trial plans that are drawn to find M
@@ -48,7 +48,7 @@ def pays_for(model, B, L):
 # is the spare one. Everything is written in place
 
 def full_step(model, z, pos, u, draw):
-    """Reveal positions pos (B, M), L in the gaps, by random numbers u (B, M, 1)."""
+    """Reveal positions pos (B, M), where L is a gap, by random numbers u (B, M, 1)."""
     row = torch.arange(len(z), device=z.device)[:, None]             # (B, 1)
     L = z.shape[1] - 1
     # a gap asks for the last position, and its draw goes into the spare column
@@ -58,9 +58,8 @@ def full_step(model, z, pos, u, draw):
 
 def cached_step(model, z, cache, stacked, u, draw):
     """Read the tokens that the step before revealed, and reveal M positions more, by random
-    numbers u (B, M, 1). stacked (3, B, 2 M): pos, place and limit of a cache.Reading, of
-    the tokens in its first half, of the masks in its second. Gaps have place L, which is
-    beyond every limit."""
+    numbers u (B, M, 1). stacked (3, B, 2 M): pos, place and limit, see cache.Reading, of M
+    tokens, then of M masks. Gaps have place L, which is beyond every limit."""
     pos, place, limit = stacked                                      # (B, 2 M) each
     M = pos.shape[1] // 2
     L = z.shape[1] - 1
@@ -81,7 +80,7 @@ def see_places(q, k, v, keys, values, place, sees, at=None):
     the same shape, or with `at` only those there, M of W. keys, values (B, H, S, D), S = L
     + 1 places. place (B, W): where the new keys and values are stored; sees (B, W, S) bool:
     which places each position sees."""
-    # store them; scatter_ wants an index for each number of k: (B, H, W, D)
+    # store them; scatter_ wants an index of k's shape, (B, H, W, D)
     index = place[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
     keys.scatter_(2, index, k.transpose(1, 2))
     values.scatter_(2, index, v.transpose(1, 2))
@@ -109,15 +108,16 @@ class StaticSampler:
         self.sizes = self.trial_sizes()
         self.calls = []
         self.compiled = False
+        keep_in_place(self.z)
         self.cached = model.config.attention == "reveal"
-        # what every step works on, and what makes the rest that it is given
-        step, self.works_on, self.steps_of_plan = full_step, [model, self.z], full_steps
         if self.cached:
             cache = model.cache(B, L, spare=1)                       # S = L + 1 places
             keep_in_place(*cache.k, *cache.v)
             step, self.steps_of_plan = cached_step, cached_steps
-            self.works_on.append(cache)
-        keep_in_place(self.z)
+            self.works_on = model, self.z, cache         # a step's first arguments
+        else:
+            step, self.steps_of_plan = full_step, full_steps
+            self.works_on = model, self.z
         mode = "reduce-overhead" if device.type == "cuda" else None
         # (on a CPU weights packed as in compiled_decode gained nothing here)
         self.step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode,
@@ -205,9 +205,8 @@ def cached_steps(order, when, M):
         masks = padded(span(known, end), M, L)
         place = torch.cat((tokens, masks), 1)                        # (B, 2 M)
         pos = order.gather(1, place)
-        # a token sees the places before its own, a mask all tokens that are known. (What
-        # gaps see does not matter: among tokens themselves alone, among masks what masks
-        # see)
+        # a token sees the places before its own, a mask all tokens that are known. (What a
+        # gap sees does not matter, but it must see something)
         limit = torch.cat((tokens.masked_fill(tokens == L, 0),
                            known[:, None].expand(B, M)), 1)
         readings.append(torch.stack((pos, place, limit)))
