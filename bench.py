@@ -38,10 +38,10 @@ Each row of the table is warmed up and run once; then further runs of all altern
     gen_ppl, entropy (within a text), of all   see README; of trained weights only
 
 Large models come near these limits: AR with few texts, diffusion with many positions a
-call (with few, reading the weights takes longer than multiplying by them). An engine far
-below its limit has slow code, and being faster than it proves little. nano stays far below
-both: its time goes into starting many small operations, so its "vs AR" does not carry over
-to larger models. Part of a table (nano, two cores):
+call (with few, reading the weights takes longer than multiplying by them). There an engine
+far below its limit has slow code, and being faster than it proves little. nano stays far
+below both: its time goes into starting many small operations, so its "vs AR" does not carry
+over to larger models. Part of a table (nano, two cores):
 
     engine        model     steps batch length seconds vs AR roofline nfe reads
     ar            ar                  1     50   0.038  1.00      25%  50   1.0
@@ -56,7 +56,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cache import generate
+from cache import decode, generate
 from data.cost import counted_calls
 from data.files import UserError, write_json
 from data.processes import start
@@ -67,9 +67,9 @@ from tools import figures, machine
 from tools.bench_setup import (BenchConfig, columns_of, fill_quality, judge_of,
                                load_checkpoints, models_of, rows_of, set_defaults,
                                set_length)
-from tools.compiled_ar import ARSampler
+from tools.compiled_ar import ARSampler, can_draw
 from tools.crossover import crossings, fill_vs_ar
-from tools.fast_models import forget_compiled, is_small, with_stance
+from tools.fast_models import compiled_decode, forget_compiled, is_small, with_stance
 from tools.joint import naive_engine
 from tools.static import StaticSampler, pays_for
 
@@ -83,10 +83,12 @@ from tools.static import StaticSampler, pays_for
 
 def ar_engine(model, B, L, steps, compiled):
     """AR decoding. Draws are in float64, as diffusion's."""
-    if compiled:
+    device = model.embed.weight.device
+    if compiled and can_draw(device):
         return ARSampler(model, B, L)                # decoding step and draw in one
-    prompt = torch.zeros((B, 0), dtype=torch.long, device=model.embed.weight.device)
-    return lambda: generate(model, prompt, L, draw=categorical)      # nothing is given
+    step = compiled_decode(device, B) if compiled else decode        # without the draw
+    prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
+    return lambda: generate(model, prompt, L, categorical, step, grain=16)
 
 
 def only_masks(model, B, L):
@@ -116,7 +118,8 @@ class Engine:
     make: typing.Callable        # a function as above
     attention: str               # of the models that it runs
     in_steps: bool = False       # run it at each of --steps
-    short_warm_up: bool = False  # large models: of two steps, which meet every shape
+    # of two steps, where these meet all shapes: large models, and what is not compiled
+    short_warm_up: bool = False
     # one run, of one model; beside other engines only at the smallest batch, in one dtype
     slow: bool = False
 
@@ -234,9 +237,9 @@ def first_run(row, engine, model, compiled, device):
     # a warm-up compiles what it meets. A shape that the timed runs meet first they compute
     # uncompiled (eager_on_recompile): slower, but no compiling is timed
     warm_up = write
-    large = not is_small(model.config)
+    short = engine.short_warm_up and (engine.slow or not is_small(model.config))
     # (a StaticSampler has shapes of its own, which only its own run meets)
-    if engine.short_warm_up and large and not isinstance(write, StaticSampler):
+    if short and not isinstance(write, StaticSampler):
         warm_up = engine.make(model, B, L, min(2, steps), compiled)
     warm_up()
     run = with_stance("eager_on_recompile", write)

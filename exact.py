@@ -53,8 +53,8 @@ import torch
 
 from cache import Reading
 from data.devices import in_float64, upload
-from diffusion import (HEAD_ROWS, by_position, draw_from, listed, make_reading,
-                       prompt_first, random_order, rank_prompt_first, span, check_filled)
+from diffusion import (HEAD_ROWS, by_position, check_filled, draw_from, listed,
+                       make_reading, prompt_first, random_order, rank_prompt_first, span)
 from model import cross_entropy, shifted
 
 COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V): about 8 MB

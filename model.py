@@ -277,8 +277,8 @@ class Transformer(nn.Module):
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
-        # bfloat16 logits are too coarse to draw tokens from. (The matrix has another type
-        # than float32 only where bench.py times that)
+        # bfloat16 logits are too coarse to draw tokens from. (The matrix is bfloat16 only
+        # where tools/ time that)
         h = self.norm(h.float()).to(self.lm_head.weight.dtype)
         return self.lm_head(h).float()
 

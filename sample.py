@@ -107,7 +107,7 @@ class Sampling:
         gaps. Returns the texts (B, L), and the network calls that each one needed (B,), or
         None: all calls of the batch."""
         # known, then masks; for AR, too, as sample_exact needs it
-        z = with_masks_behind(model, known, self.length)                    # (B, L)
+        z = with_masks_behind(model, known, self.length)             # (B, L)
         calls = None
         if self.steps == EXACT:
             # several tokens a call: diffusion in the order of reveal, or AR in its own

@@ -9,7 +9,7 @@ import torch
 
 from data.devices import in_float64
 from data.files import UserError
-from diffusion import blank_states, categorical, draw_tokens, random_order, check_filled
+from diffusion import blank_states, categorical, check_filled, draw_tokens, random_order
 
 ORDERS = ["random", "confidence"]        # as --order names them; random is the model's own
 

@@ -266,7 +266,7 @@ def save(path, vocab, names=("ar", "teacher", "round1", "round2"), attention="fu
 
 
 def test_checkpoints_are_compared_with_quality_beside_speed(folder, capsys):
-    """Every row has the promised keys; the naive sampler runs at the first batch only; the last
+    """Every row has the promised keys; the naive sampler runs at the smallest batch only; the last
     student is taken. No chance involved."""
     pytest.importorskip("matplotlib")
     call(bench, "--batch", 2, 1, "--steps", 2, 20, "--samples", 4, "--repeats", 2, "--no-compile",
@@ -481,6 +481,7 @@ def test_pytorchs_own_memory_errors_are_told_from_others():
 
 @pytest.mark.parametrize("flags, words", [
     (["--preset", "nano", "--plot", "p.png"], ["--plot", "--out"]),
+    (["--preset", "nano", "--out", "nowhere"], ["--preset", "--out"]),
     (["--out", "nowhere"], ["nowhere", "ar.pt"]),
     (["--length", "17"], ["--length 17", "16"]), (["--device", "cuda"], ["--device cuda"])])
 def test_flags_that_cannot_be_are_refused_in_one_sentence(folder, capsys, flags, words):

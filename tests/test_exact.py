@@ -382,7 +382,8 @@ def test_nothing_masked_calls_no_network():
 
 
 def test_what_cannot_be_sampled_exactly_is_refused():
-    """Full attention, gaps in AR's text, unequal numbers of masks, weights that are NaN."""
+    """Full attention, gaps in AR's text, unequal numbers of masks, weights that are NaN, no call or
+    nothing ahead; and a likelihood in an order of a model without such orders."""
     z = torch.full((2, 12), 11)
     with pytest.raises(ValueError, match="order of reveal"):
         sample_exact(model_of(attention="full"), z, 11)
@@ -399,6 +400,12 @@ def test_what_cannot_be_sampled_exactly_is_refused():
         broken.lm_head.weight[3] = torch.nan
         with pytest.raises(FloatingPointError, match="not finite"):
             sample_exact(broken, z, 11)
+    for wrong in (dict(ahead=0), dict(ahead=-1), dict(max_calls=0)):
+        with pytest.raises(ValueError, match="needs a call, and a token ahead"):
+            sample_exact(model_of(), z, 11, **wrong)
+    for attention in ("full", "causal"):
+        with pytest.raises(ValueError, match="order of reveal"):
+            nll_in_order(model_of(attention=attention), z, 11)
 
 
 def test_one_step_sampler_and_exact_sampler_agree_on_a_text_of_one_mask():

@@ -36,8 +36,7 @@ from data.results import round_files
 from data.script import command, device_flag, flag, package, parse_flags
 from diffusion import categorical, sample, sharpen
 from exact import sample_exact
-from sample import (DEFAULT_STEPS, EXACT, OUR_STEPS, OURS, check_exact,
-                    steps_or_exact)
+from sample import DEFAULT_STEPS, EXACT, OUR_STEPS, OURS, check_exact, steps_or_exact
 
 PAGE = Path(__file__).with_name("animate.html")
 BLOCK = "░"                              # a cell of a masked token

@@ -15,7 +15,6 @@ from data.results import round_files
 from data.script import device_flag, flag
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
-from tools.compiled_ar import can_draw
 from tools.fast_models import (bfloat16_gain, can_compile, prepare, warn_of_emulation,
                                with_stance)
 
@@ -102,8 +101,6 @@ def set_defaults(config, device, engines):
     warn_of_emulation(config.dtype, device)
     if config.compile is None:
         config.compile = can_compile()
-    # compiled steps draw in float64: on a device that has none nothing is compiled
-    config.compile = config.compile and can_draw(device)
 
 
 def default_dtypes(device):
@@ -169,8 +166,7 @@ def load_checkpoints(config):
 
 def judge_of(trained, device):
     """The first AR model among the trained ones {label: model}, a copy in float32 whatever
-    is timed; None if there is none. (AR's own texts are judged by the model that wrote
-    them.)"""
+    is timed; None if there is none. (So that model judges its own texts, too.)"""
     for model in trained.values():
         if model.config.causal:
             return copy.deepcopy(model).to(device).eval()
@@ -194,28 +190,27 @@ def models_of(config, device, preset, trained, engines):
     model}, or those of a preset with random weights. engines: bench.ENGINES."""
     models = {}
     for dtype in config.dtype:
+        found = trained.items()
         if preset:
             found = random_models(config, preset, engines)
-        else:
-            found = [(label, copy.deepcopy(model)) for label, model in trained.items()]
         models[dtype] = {attention: {} for attention in CHOICES["attention"]}
         for label, model in found:
+            if not preset:               # the trained ones stay as they are
+                model = copy.deepcopy(model)
             prepare(model, dtype, config.compile, device)
             models[dtype][model.config.attention][label] = model
     return models
 
 
 def random_models(config, preset, engines):
-    """[(label, model)]: a model of the preset's size, with random weights, for each
+    """Yields (label, model): a model of the preset's size, with random weights, for each
     attention that an engine of the config needs."""
     needed = {engines[name].attention for name in config.engine}
     seed_all("bench", preset)
-    models = []
     for attention in CHOICES["attention"]:
         if attention in needed:
             shape = shape_of(preset, attention, max(config.length))
-            models.append(("random", Transformer(shape)))
-    return models
+            yield "random", Transformer(shape)
 
 
 def shape_of(preset, attention, length):

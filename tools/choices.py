@@ -18,7 +18,7 @@ from data.measures import add_mean, choice_entropy, in_steps, tally
 from data.processes import start
 from data.script import command, device_flag, flag, parse_flags
 from data.stories import language
-from sample import Sampling, draw_samples, check_exact, steps_or_exact
+from sample import Sampling, check_exact, draw_samples, steps_or_exact
 from tools import figures
 from tools.evaluate import open_data, open_models
 

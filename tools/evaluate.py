@@ -31,7 +31,7 @@ from data.prompts import ends_of
 from data.results import sample_row
 from data.script import command, device_flag, flag, package, parse_flags
 from model import Transformer
-from sample import BATCH, EXACT, draw_samples, check_exact, steps_or_exact
+from sample import BATCH, EXACT, check_exact, draw_samples, steps_or_exact
 from tools import figures, likelihood
 from tools.joint import PublicSampling
 from tools.metrics import diversity, mauve, self_bleu

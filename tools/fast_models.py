@@ -3,7 +3,8 @@ and what of them is compiled.
 
     AR                  the decoding step, with the draw    compiled_decode
     diffusion, small    the network, as one piece           compile_network
-    diffusion, large    each block, but the last one        compile_network
+    diffusion, large    each block (the last one runs       compile_network
+                        uncompiled at chosen positions)
 
 For little work diffusion's whole steps are compiled instead, see tools/static.py.
 """
@@ -43,8 +44,8 @@ def warn_of_emulation(dtypes, device):
 
 def prepare(model, dtype, compiled, device):
     """Make a model ready to be timed, in place, and return it: its matrices in dtype (norms
-    and the residual stream stay float32), on a CPU the faster of two libraries for their
-    products; and, if asked for, diffusion's network compiled."""
+    and the residual stream stay float32), large float32 ones multiplied by oneDNN where
+    this CPU gains by that; and, if asked for, diffusion's network compiled."""
     model = model.to(device).eval().requires_grad_(False)
     # the rows of a typical product: AR has one a text, diffusion one a position
     rows = 8 if model.config.causal else 128
@@ -63,13 +64,13 @@ def prepare(model, dtype, compiled, device):
 
 # ---- what multiplies large matrices
 
-LARGE_MATRIX = 2 ** 18   # weights; for smaller matrices oneDNN gains nothing
+LARGE_MATRIX = 2 ** 18   # weights; nano's smaller matrices were slower by oneDNN
 ONEDNN_GAIN = 1.1        # it is used where it is this much faster
 
 
 # F.linear by oneDNN instead of MKL, which PyTorch uses for float32. An operation of our
-# own, without a gradient, as torch.compile cannot look into oneDNN's. (What
-# @torch.library.custom_op makes takes longer to call)
+# own, without a gradient, as torch.compile cannot look into oneDNN's. (Not by
+# @torch.library.custom_op, whose Python is run in each call)
 torch.library.define("nanosdtt::linear",
                      "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 onednn_linear = torch.ops.nanosdtt.linear
@@ -161,8 +162,7 @@ def can_compile():
 def compiled_decode(device, B, step=decode):
     """step (cache.decode, or one that draws, too), compiled for B texts. On a GPU: CUDA
     graphs, one for each value of `extent`. On a CPU, from 2 texts on: with the weights
-    copied into a faster layout (later changes of them go unseen); one text gains nothing
-    from that."""
+    copied into a layout for products of several rows (later changes of them go unseen)."""
     if torch.device(device).type == "cuda":
         return torch.compile(step, fullgraph=True, mode="reduce-overhead")
     compiled = torch.compile(step, fullgraph=True)

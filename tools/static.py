@@ -27,21 +27,22 @@ import torch.nn.functional as F
 from cache import for_each_block
 from data.devices import upload
 from diffusion import check_filled, plan, span, steps_of
-from tools.compiled_ar import draw, keep_in_place
+from tools.compiled_ar import can_draw, draw, keep_in_place
 
 # the most work, in multiplications of one pass over all positions, for which this is
-# faster. nano, 50 tokens, two CPU cores: up to 8 texts gain; 16 lose, at least with the
-# cache. For a GPU the limit may be far too low
+# faster. nano, 50 tokens, two CPU cores: 8 texts gain (with the cache in 8 steps hardly),
+# 16 lose with the cache. For a GPU the limit may be far too low
 FEW = 3e8
 MULTIPLE_OF = 4          # M is rounded up to a multiple of this, but to L at most
 PLANS = 64               # trial plans that are drawn to find M
 
 
 def pays_for(model, B, L):
-    """Whether B texts of L tokens are so little work that gaps do not matter."""
+    """Whether B texts of L tokens are so little work that gaps do not matter (and the
+    device can draw in a compiled step)."""
     config = model.config
     size = 12 * config.layers * config.width ** 2        # weights of the blocks
-    return B * L * size <= FEW
+    return B * L * size <= FEW and can_draw(model.embed.weight.device)
 
 
 # ---- one step, of full attention and with a KV cache. z (B, L + 1): ids, the last column
@@ -119,7 +120,6 @@ class StaticSampler:
             step, self.steps_of_plan = full_step, full_steps
             self.works_on = model, self.z
         mode = "reduce-overhead" if device.type == "cuda" else None
-        # (on a CPU weights packed as in compiled_decode gained nothing here)
         self.step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode,
                                   backend=backend)
 
@@ -197,7 +197,7 @@ def cached_steps(order, when, M):
     """`stacked` of each cached_step, (steps, 3, B, 2 M), for a plan order, when (B, L)."""
     B, L = order.shape
     order = with_spare(order)                                        # (B, L + 1)
-    readings = []
+    stacked = []
     cached = torch.zeros(B, dtype=torch.long)
     for i in range(steps_of(when)):
         known, end = (when < i).sum(1), (when <= i).sum(1)           # (B,)
@@ -205,13 +205,12 @@ def cached_steps(order, when, M):
         masks = padded(span(known, end), M, L)
         place = torch.cat((tokens, masks), 1)                        # (B, 2 M)
         pos = order.gather(1, place)
-        # a token sees the places before its own, a mask all tokens that are known. (What a
-        # gap sees does not matter, but it must see something)
-        limit = torch.cat((tokens.masked_fill(tokens == L, 0),
-                           known[:, None].expand(B, M)), 1)
-        readings.append(torch.stack((pos, place, limit)))
+        # a token sees the places before its own, a mask all tokens that are known (what a
+        # gap sees does not matter)
+        limit = torch.cat((tokens, known[:, None].expand(B, M)), 1)
+        stacked.append(torch.stack((pos, place, limit)))
         cached = known
-    return torch.stack(readings)
+    return torch.stack(stacked)
 
 
 def most_revealed(when):
