@@ -27,8 +27,7 @@ from data.files import UserError
 from data.orders import ORDERS, check_order, sample_confident
 from data.processes import spread, start
 from data.prompts import known_tokens, check_until_end, up_to_end
-from data.script import (EXACT, command, device_flag, flag, parse_flags,
-                         steps_or_exact)
+from data.script import EXACT, command, device_flag, flag, parse_flags, steps_or_exact
 from diffusion import categorical, sample, sharpen
 from exact import sample_exact
 
@@ -40,22 +39,18 @@ OURS = ROOT / "weights/round7.pt"
 OUR_STEPS = 8
 
 
+# ---- how texts are drawn, and the flags
+
 @dataclass
-class SampleConfig:
-    """The flags of sample.py."""
-    checkpoint: str | None                   # the argument without --; None: OURS
-    # how the text is drawn: what these do is in Sampling, below
+class Sampling:
+    """How texts are drawn from a model. The fields are flags of sample.py; distill.py's
+    table and tools/ make a Sampling by themselves."""
     steps: int | str | None = flag(
         None, "diffusion steps [a student: what it was distilled for, or 8 if no "
         "checkpoint is given; a teacher: 32]; an autoregressive (AR) model takes one per "
         "token. exact: the distribution of one token at a time in few calls; not with "
         "full attention", type=steps_or_exact)
-    ahead: int = flag(
-        8, "with exact: how many tokens a call guesses: this many plus the number of final "
-        "ones (with 20 final, 28). More: fewer calls, each of more tokens", low=1)
-    max_calls: int | None = flag(
-        None, "with exact: stop after this many calls, with tokens that are not final; the "
-        "texts are then approximate", low=1)
+    seed: int = flag(0, "seed of the samples")
     temperature: float = flag(
         1.0, "below 1: likelier tokens more often; changes the distribution", low=0.01)
     top_p: float = flag(
@@ -65,32 +60,13 @@ class SampleConfig:
         "random", "which masks a step reveals: any; or (confidence) those of which the "
         "model is surest, which changes the distribution and needs full attention",
         choices=ORDERS)
-    seed: int = flag(0, "seed of the samples")
-    # what is given, and how much is wanted
-    prompt: str = flag("", "how the text begins")
-    infill: str | None = flag(
-        None, 'a text with gaps: "___" has three tokens, "_20_" twenty; a gap is a word '
-        "of its own, any other underscore is text")
-    num_samples: int = flag(4, "how many texts", low=1)
     length: int | None = flag(None, "tokens of the text [the model's context]", low=1)
-    until_end: bool = flag(
-        False, "show each text up to its first end-of-text token, where the data have one")
-    device: str = device_flag()
-
-
-# ---- drawing texts
-
-@dataclass
-class Sampling:
-    """How texts are drawn from a model; distill.py's table and tools/ use it, too."""
-    steps: int | str | None = None       # of diffusion, or EXACT; AR needs none
-    seed: int = 0
-    temperature: float = 1.0     # 1: the model's own distribution
-    top_p: float = 1.0           # 1: any token may be drawn
-    order: str = "random"        # or "confidence", see data/orders.py
-    length: int | None = None    # tokens of a text; None: the model's context
-    ahead: int = 8               # of EXACT, see exact.py
-    max_calls: int | None = None         # likewise
+    ahead: int = flag(
+        8, "with exact: how many tokens a call guesses: this many plus the number of final "
+        "ones (with 20 final, 28). More: fewer calls, each of more tokens", low=1)
+    max_calls: int | None = flag(
+        None, "with exact: stop after this many calls, with tokens that are not final; the "
+        "texts are then approximate", low=1)
 
     # temperature and top_p are here and not in `draw`, as exact sampling needs each guess's
     # distribution, not a draw from it: it keeps or redraws guesses by itself
@@ -127,6 +103,23 @@ class Sampling:
             calls = count.calls.cpu()
         return x, calls                                              # (B, L), (B,) or None
 
+
+@dataclass
+class SampleConfig(Sampling):
+    """The flags of sample.py."""
+    checkpoint: str | None = None            # the argument without --; None: OURS
+    # what is given, and how much is wanted
+    prompt: str = flag("", "how the text begins")
+    infill: str | None = flag(
+        None, 'a text with gaps: "___" has three tokens, "_20_" twenty; a gap is a word '
+        "of its own, any other underscore is text")
+    num_samples: int = flag(4, "how many texts", low=1)
+    until_end: bool = flag(
+        False, "show each text up to its first end-of-text token, where the data have one")
+    device: str = device_flag()
+
+
+# ---- drawing texts
 
 def with_masks_behind(model, known, length):
     """Texts (B, L) that begin with known (B, P), and have masks behind it. length: L; None:
@@ -204,13 +197,9 @@ def main():
     prompts = known.expand(config.num_samples, -1)                   # (n, P)
     # --steps, or those for which a student was distilled, or (a teacher) DEFAULT_STEPS. AR
     # takes no steps, but the number is part of its seed, see draw_samples
-    steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
-    # to add a flag: in SampleConfig, in Sampling, here, and where Sampling uses it
-    sampling = Sampling(steps=steps, seed=config.seed, temperature=config.temperature,
-                        top_p=config.top_p, order=config.order, length=config.length,
-                        ahead=config.ahead, max_calls=config.max_calls)
+    config.steps = config.steps or content.get("sampling_steps") or DEFAULT_STEPS
     costs = []                                           # of each batch
-    x = draw_samples(model, config.num_samples, sampling, procs, prompts, costs=costs)
+    x = draw_samples(model, config.num_samples, config, procs, prompts, costs=costs)
 
     # the model wrote whole texts, as in training; drop what follows the text with the gaps
     if config.infill is not None:
@@ -222,7 +211,7 @@ def main():
             # one text a line, unless it has line ends of its own
             print(tokenizer.decode(row))
         # apart from the texts, which may go into a file
-        if steps == EXACT:
+        if config.steps == EXACT:
             print(calls_as_text(costs, config.max_calls), file=sys.stderr)
 
 

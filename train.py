@@ -37,106 +37,9 @@ from exact import order_loss
 from model import PRESETS, SHORT, ModelConfig, Transformer, cross_entropy, shifted
 
 
-# ---- the flags; [in brackets]: the default, where it depends on other things
-
-@dataclasses.dataclass
-class LoopConfig:
-    """What train.py and distill.py share."""
-    # what is trained, on what, and where it goes
-    dataset: str = flag("stories", "a folder under data/, or the path of one")
-    preset: str = flag("nano", "size of the model", choices=list(PRESETS))
-    context: int | None = flag(
-        None, "tokens of a sequence [the preset's, or a row of the dataset]", low=2)
-    positions: str | None = flag(
-        None, "rope, learned or both [rope; both where each row of the dataset begins a "
-        "text]",
-        choices=["rope", "learned", "both"])
-    attention: str | None = flag(
-        None, "of diffusion models: full, or reveal: in the order of reveal, with an exact "
-        "KV cache [full; in distill.py that of --teacher, if given]",
-        choices=["full", "reveal"])
-    out: str | None = flag(
-        None, "folder of the results [out/DATASET-PRESET, with --attention reveal "
-        "out/DATASET-PRESET-reveal]")
-
-    # the batch. Each micro-batch draws texts and noise from a seed of its own, so another
-    # size is another run
-    batch: int = flag(32, "sequences per step, over all processes", low=1)
-    micro_batch: int | None = flag(
-        None, "sequences per forward pass [batch / processes]", low=1)
-
-    # the optimizer: linear warm-up, then a cosine
-    lr: float = flag(4e-3, "highest learning rate", low=0)
-    warmup: int = flag(50, "steps of linear warm-up", low=0)
-    final_lr: float = flag(
-        0.1, "last learning rate as a share of the highest", low=0, high=1)
-    # Muon: see common.make_optimizers
-    optimizer: str = flag("muon", "muon: Muon for the hidden matrices, AdamW for the rest",
-                          choices=["muon", "adamw"])
-    weight_decay: float = flag(0.0, "decoupled weight decay", low=0)
-    clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    dropout: float = flag(0.0, "dropout, in training only", low=0, high=0.9)
-    ema: float = flag(
-        0.99, "decay of the averaged weights, which are evaluated", low=0, high=1)
-    seed: int = flag(0, "seed of everything random")
-
-    # where and how it runs: bf16 and compile change rounding only; another kind of device
-    # also draws different noise
-    device: str = device_flag()
-    bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
-    compile: bool | None = flag(
-        None, "compile the blocks with torch.compile [on a GPU only]")
-    recompute: bool = flag(
-        False, "run the blocks again in backward: less memory, more arithmetic")
-    log_every: int = flag(200, "steps between log lines", low=1)
-    save_every: int = flag(200, "steps between checkpoints", low=1)
-
-    @property
-    def folder(self):                    # of checkpoints, logs and results
-        name = f"{Path(self.dataset).name}-{self.preset}"
-        if self.attention == "reveal":
-            name += "-reveal"
-        return Path(self.out or Path("out") / name)
-
-
-DEFAULT_STEPS = {"mdlm": (1500, 6000), "ar": (300, 1000)}        # on stories, on real text
-# names of the checkpoints, in the folder of results
-FILES = {"mdlm": "teacher.pt", "ar": "ar.pt"}
-# flags that may change between a run and its continuation
-MAY_CHANGE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}
-
-
-@dataclasses.dataclass
-class TrainConfig(LoopConfig):
-    """The flags of train.py."""
-    objective: str = flag("mdlm", "mdlm: masked diffusion; ar: next token",
-                          choices=["mdlm", "ar"])
-    steps: int | None = flag(
-        None, "optimizer steps [mdlm 1500, ar 300; on text 6000, 1000; with --init a "
-        "third]", low=1)
-    init: str | None = flag(
-        None, "checkpoint whose weights, and sizes, training begins with")
-
-    def __post_init__(self):
-        if self.steps is None:
-            on_stories, on_text = DEFAULT_STEPS[self.objective]
-            stories = Path(self.dataset).name == "stories"
-            # real text has more to learn than stories
-            self.steps = on_stories if stories else on_text
-            if self.init:                # it need not begin from nothing
-                self.steps //= 3
-
-    @property
-    def causal(self):
-        return self.objective == "ar"                                # AR sees the past only
-
-    @property
-    def path(self):
-        return self.folder / FILES[self.objective]
-
-
 # ---- pretraining. Names that are used from here on:
 #
+# config    the flags, see the end of the file
 # procs     the processes: this one is number .rank of .world, on .device
 # run       a Run, all that a checkpoint keeps:
 #     .path           the file
@@ -432,6 +335,104 @@ def micro_batches(config, procs, run=None):
                         f"processes x {micro} sequences; choose another --batch or "
                         "--micro_batch")
     return micro, config.batch // (micro * procs.world)
+
+
+# ---- the flags; [in brackets]: the default, where it depends on other things
+
+@dataclasses.dataclass
+class LoopConfig:
+    """What train.py and distill.py share."""
+    # what is trained, on what, and where it goes
+    dataset: str = flag("stories", "a folder under data/, or the path of one")
+    preset: str = flag("nano", "size of the model", choices=list(PRESETS))
+    context: int | None = flag(
+        None, "tokens of a sequence [the preset's, or a row of the dataset]", low=2)
+    positions: str | None = flag(
+        None, "rope, learned or both [rope; both where each row of the dataset begins a "
+        "text]",
+        choices=["rope", "learned", "both"])
+    attention: str | None = flag(
+        None, "of diffusion models: full, or reveal: in the order of reveal, with an exact "
+        "KV cache [full; in distill.py that of --teacher, if given]",
+        choices=["full", "reveal"])
+    out: str | None = flag(
+        None, "folder of the results [out/DATASET-PRESET, with --attention reveal "
+        "out/DATASET-PRESET-reveal]")
+
+    # the batch. Each micro-batch draws texts and noise from a seed of its own, so another
+    # size is another run
+    batch: int = flag(32, "sequences per step, over all processes", low=1)
+    micro_batch: int | None = flag(
+        None, "sequences per forward pass [batch / processes]", low=1)
+
+    # the optimizer: linear warm-up, then a cosine
+    lr: float = flag(4e-3, "highest learning rate", low=0)
+    warmup: int = flag(50, "steps of linear warm-up", low=0)
+    final_lr: float = flag(
+        0.1, "last learning rate as a share of the highest", low=0, high=1)
+    # Muon: see common.make_optimizers
+    optimizer: str = flag("muon", "muon: Muon for the hidden matrices, AdamW for the rest",
+                          choices=["muon", "adamw"])
+    weight_decay: float = flag(0.0, "decoupled weight decay", low=0)
+    clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", low=0)
+    dropout: float = flag(0.0, "dropout, in training only", low=0, high=0.9)
+    ema: float = flag(
+        0.99, "decay of the averaged weights, which are evaluated", low=0, high=1)
+    seed: int = flag(0, "seed of everything random")
+
+    # where and how it runs: bf16 and compile change rounding only; another kind of device
+    # also draws different noise
+    device: str = device_flag()
+    bf16: bool | None = flag(None, "bfloat16 inside the blocks [on a GPU only]")
+    compile: bool | None = flag(
+        None, "compile the blocks with torch.compile [on a GPU only]")
+    recompute: bool = flag(
+        False, "run the blocks again in backward: less memory, more arithmetic")
+    log_every: int = flag(200, "steps between log lines", low=1)
+    save_every: int = flag(200, "steps between checkpoints", low=1)
+
+    @property
+    def folder(self):                    # of checkpoints, logs and results
+        name = f"{Path(self.dataset).name}-{self.preset}"
+        if self.attention == "reveal":
+            name += "-reveal"
+        return Path(self.out or Path("out") / name)
+
+
+DEFAULT_STEPS = {"mdlm": (1500, 6000), "ar": (300, 1000)}        # on stories, on real text
+# names of the checkpoints, in the folder of results
+FILES = {"mdlm": "teacher.pt", "ar": "ar.pt"}
+# flags that may change between a run and its continuation
+MAY_CHANGE = {"out", "device", "bf16", "compile", "recompute", "log_every", "save_every"}
+
+
+@dataclasses.dataclass
+class TrainConfig(LoopConfig):
+    """The flags of train.py."""
+    objective: str = flag("mdlm", "mdlm: masked diffusion; ar: next token",
+                          choices=["mdlm", "ar"])
+    steps: int | None = flag(
+        None, "optimizer steps [mdlm 1500, ar 300; on text 6000, 1000; with --init a "
+        "third]", low=1)
+    init: str | None = flag(
+        None, "checkpoint whose weights, and sizes, training begins with")
+
+    def __post_init__(self):
+        if self.steps is None:
+            on_stories, on_text = DEFAULT_STEPS[self.objective]
+            stories = Path(self.dataset).name == "stories"
+            # real text has more to learn than stories
+            self.steps = on_stories if stories else on_text
+            if self.init:                # it need not begin from nothing
+                self.steps //= 3
+
+    @property
+    def causal(self):
+        return self.objective == "ar"                                # AR sees the past only
+
+    @property
+    def path(self):
+        return self.folder / FILES[self.objective]
 
 
 def main():

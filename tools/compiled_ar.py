@@ -46,7 +46,7 @@ class ARSampler:
     def __init__(self, model, B, L, compiler=compiled_decode):
         device = model.embed.weight.device
         self.model, self.L = model, L
-        self.calls = [B] * L                             # one token of each text
+        self.calls = [B for _ in range(L)]               # one token of each text
         self.prompt = torch.zeros((B, 0), dtype=torch.long, device=device)       # nothing
         # all runs share one cache, never emptied: places beyond the present one are hidden
         self.cache = model.cache(B, L)

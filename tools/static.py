@@ -69,18 +69,19 @@ def cached_step(model, z, cache, stacked, u, draw):
     # who sees whom
     places = torch.arange(cache.places, device=z.device)
     sees = (places < limit[..., None]) | (places == place[..., None])    # (B, 2 M, L + 1)
-    attends = for_each_block(see_places, cache, place=place, sees=sees)
+    attends = for_each_block(see_places, cache, where=(place, sees))
     # the states of the masks alone
     at = slice(None), slice(M, None)
     h = model.run(idx, pos.clamp(max=L - 1), attends, at)            # (B, M, C)
     z.scatter_(1, pos[:, M:], draw(model.head(h), u))
 
 
-def see_places(q, k, v, keys, values, place, sees, at=None):
+def see_places(q, k, v, keys, values, where, at=None):
     """cache.see_cache for W positions in every text, gaps included: q, k, v (B, W, H, D) ->
     the same shape, or with `at` only those there, M of W. keys, values (B, H, S, D), S = L
-    + 1 places. place (B, W): where the new keys and values are stored; sees (B, W, S) bool:
-    which places each position sees."""
+    + 1 places. where: place (B, W), in which the new keys and values are stored, and sees
+    (B, W, S) bool, which places each position sees."""
+    place, sees = where
     # store them; scatter_ wants an index of k's shape, (B, H, W, D)
     index = place[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
     keys.scatter_(2, index, k.transpose(1, 2))
