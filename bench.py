@@ -4,7 +4,7 @@ wins.
     python bench.py                          # the newest checkpoints under out/, or random
     python bench.py --preset small --batch 1 8 --length 1024 --steps 8 16 32
 
-Random weights (--preset; without checkpoints, that is small) suffice to time ar and
+Random weights (--preset, small if there are no checkpoints) suffice to time ar and
 diffusion in steps, but not the exact engines: how many calls they need depends on what a
 model has learned.
 
@@ -27,11 +27,11 @@ Each row of the table is warmed up and run once; then further runs of all altern
     spread     the slowest less the fastest run, as a share of the median
     vs AR      speed as a multiple of ar's, at the same batch and length, and in the dtype
                that suits ar best
-    roofline   the least time that the hardware allows / the time taken: for ar that of
-               reading weights and cache, for the others that of their products, at the
-               speed of large matrices
-    peak MB    memory that a run takes beside the model (and beside the KV cache of what is
-               compiled whole, which is kept from run to run)
+    roofline   the least time that the hardware allows / the time taken. The least is for ar
+               to read weights and cache, for the others to multiply, at the speed of large
+               matrices
+    peak MB    memory that a run takes beyond the model (and beyond the KV cache that
+               samplers compiled whole keep from run to run)
     nfe        calls of the network (number of function evaluations)
     reads      positions that these computed for each token: with the cache, in steps, two
                at most, its mask and itself, plus the padding of tools/static.py
@@ -118,7 +118,7 @@ class Engine:
     make: typing.Callable        # a function as above
     attention: str               # of the models that it runs
     in_steps: bool = False       # run it at each of --steps
-    # of two steps, where these meet all shapes: large models, and what is not compiled
+    # warm up with two steps: large models and uncompiled code meet all shapes there
     short_warm_up: bool = False
     # one run, of one model; beside other engines only at the smallest batch, in one dtype
     slow: bool = False
@@ -234,7 +234,7 @@ def first_run(row, engine, model, compiled, device):
     row's texts; fills in the row's memory, calls and reads."""
     B, L, steps = row["batch"], row["length"], row["steps"]
     write = engine.make(model, B, L, steps, compiled)
-    # a warm-up compiles what it meets. A shape that the timed runs meet first they compute
+    # a warm-up compiles what it meets. A shape that is new in a timed run is computed
     # uncompiled (eager_on_recompile): slower, but no compiling is timed
     warm_up = write
     short = engine.short_warm_up and (engine.slow or not is_small(model.config))

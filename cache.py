@@ -21,8 +21,8 @@ borrow places, see Reading.
 
 Shapes: B texts, L positions, V tokens, C width, H heads, D = C / H; S places of each text's
 cache, of which attention is given the first `extent` (and `sees` says which of those each
-position looks at); M positions of each text that a call reads, R of all texts together, and
-N of these whose states it returns, the N of diffusion.py and exact.py. A "model" is
+position looks at). A call reads M columns of each text, gaps included, R positions in all,
+and returns the states of N of these, the N of diffusion.py and exact.py. A "model" is
 model.py's Transformer: its `run` takes who sees whom as a function for each block, here
 see_cache or see_step.
 """
@@ -84,8 +84,8 @@ def decode(model, token, place, cache, extent):
     """One decoding step: ids (B,), whose position and place in the cache are both `place`
     (1,) -> logits (B, V). read_cached could do the same, but takes sizes from data,
     which a compiler cannot follow; here only `extent` varies.
-    extent: how many places attention is given, at least place + 1 (more: see `grain` in
-    generate); those after `place` are masked out."""
+    extent: how many places attention is given, place + 1 or more (generate rounds it up, to
+    few shapes); those after `place` are masked out."""
     sees = torch.arange(extent, device=token.device) <= place        # (extent,)
     attends = for_each_block(see_step, cache, place=place, sees=sees[None])
     return model.head(model.run(token, place, attends))
@@ -94,15 +94,16 @@ def decode(model, token, place, cache, extent):
 # ---- many positions of each text
 
 class Reading(typing.NamedTuple):
-    """What one call reads, M positions of each text. A row of the rectangle (B, M) is:
-    tokens, gap, masks, gap, as texts have different numbers of each; in all rows the masks
-    begin at column wanted_from. All but idx is on the CPU, so that to look at it never
+    """What one call reads, a rectangle (B, M). The row of a text is: tokens, gap, masks,
+    gap, as texts have different numbers of each; in all rows the masks begin at column
+    wanted_from. All but idx is on the CPU, so that to look at it never
     waits for a GPU.
 
     For example the text will be "tom was very sad .". A call reads the tokens "sad"
     (position 3) and "tom" (0), and the masks at 2 and 1, which become "very" and "was"; the
     next call reads these two and the last mask:
 
+                first call                         second call
         idx     "sad"  "tom"  mask     mask        "very"  "was"   mask
         pos     3      0      2        1           2       1       4
         place   0      1      2        3           2       3       4
@@ -114,14 +115,14 @@ class Reading(typing.NamedTuple):
 
         AR's token          place = limit = position
         "reveal", a token   place = limit = its number in the order of reveal
-        "reveal", a mask    limit: how many tokens it sees. In diffusion.py all known ones,
-                            those of this call included (all keys of a block are stored
-                            before anyone looks); in exact.py at most those before its slot
+        "reveal", a mask    limit: how many tokens it sees. In diffusion.py all known, also
+                            those read in this call (a block stores all keys before anyone
+                            looks); in exact.py at most those before its slot
 
     To see itself a mask must store its key somewhere. So it borrows a place that nobody
     else sees in this call, and what it leaves there must never be seen later: in the
-    example the token that the place is for overwrites it, in exact.py such places are
-    beyond every limit.
+    example the slot's own token overwrites it; in exact.py such places are beyond every
+    limit.
     """
     idx: torch.Tensor            # (B, M) ids, on the model's device
     # (B, M) each; what is in the gaps does not matter

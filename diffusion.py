@@ -120,11 +120,11 @@ def nelbo(model, x, mask_id, keep=None):
         its probability at time t is                  t^k (1 - t)^(L - k)
         times 1/t, integrated over t, this is         1 / (k (L choose k))
 
-    which is the weight of the set's sum. So the (L choose k) sets of size k together give
-    the mean, over sets, of a set's mean loss, its sum / k. In a random order all these sets
-    are equally likely to be left, and each mask of a set to be next: that mean is the cost
-    of the reveal with k masks left. Each k from 1 to L counts once; 1/L averages them. (In
-    general the weight is mask_rate(t) / mask_share(t).)
+    which is the weight of the set's sum: 1/k makes it a mean over its masks, 1/(L choose k)
+    a mean over all sets of size k. In a random order all these sets are equally likely to
+    be left, and each mask of a set to be next: so this is the cost of the reveal with k
+    masks left. Each k from 1 to L counts once; 1/L averages them. (In general the weight is
+    mask_rate(t) / mask_share(t).)
 
     Why a bound: in one order the costs add up to -log p(x | order), and their mean over
     orders is at least -log p(x) of the mixture of orders (Jensen's inequality).
@@ -271,8 +271,8 @@ def plan(z, steps, mask_id):
     others. sample_plain calls the network in every step; but a step that reveals nothing of
     a text changes nothing in it, and no network is told the time: so each text drops its
     empty steps, and numbers the others 0, 1, 2, ... The steps 7, 2, 7, 5 of four masks are
-    sorted to 2, 5, 7, 7 and become 0, 1, 2, 2. Call i of a batch does step i of every text,
-    although these steps may be at different times. A batch needs as many calls as its text
+    sorted to 2, 5, 7, 7 and become 0, 1, 2, 2. Call i of a batch serves the i-th step left
+    of each text, whatever its time. A batch needs as many calls as its text
     with most steps, at most n, and its texts are independent of each other."""
     order = random_order(z, mask_id)
     B, n = order.shape
@@ -335,7 +335,7 @@ def sample(model, z, steps, mask_id, draw=categorical, watch=None):
 
 
 class Span(typing.NamedTuple):
-    """Some slots of each text, side by side; a text with fewer is filled up with slot 0."""
+    """Of each text a run of slots, filled up with slot 0 to the longest."""
     slot: torch.Tensor           # (B, M)
     valid: torch.Tensor          # (B, M) bool: False where it is filled up
 
@@ -448,8 +448,8 @@ def sample_cached(model, z, order, when, draw, watch=None):
             # no prompt: nothing to store yet, and all masks have the same state
             h = blank_state(model, z).expand(int(masks.valid.sum()), -1)         # (N, C)
         else:
-            # a mask sees the known tokens. Its place is that of its slot, where its token's
-            # key and value will replace its own
+            # a mask sees the known tokens; its key and value lie in its slot's place until
+            # its token's replace them
             limit = known[:, None].expand_as(masks.slot)
             new = make_reading(model, x, order, span(cached, known), masks, limit,
                                place=masks.slot)

@@ -56,8 +56,8 @@ def sdtt_targets(teacher, z, t, dt, k, mask_id, rank=None):
     times the memory.)"""
     parts = []                           # of each step: where, and the states there
     for i in range(k - 1):
-        # the times of step i. They stop at 0: where t <= (k - 1) dt, one of these steps
-        # reveals all masks that are left, and later ones find none
+        # the times of step i, not below 0: a step that ends at 0 reveals all masks that are
+        # left, and later ones find none
         t_i = (t - i * dt).clamp(min=0)                              # (B,)
         s_i = (t - (i + 1) * dt).clamp(min=0)
         # the step chooses what is revealed, runs the teacher, and draws it: n positions
@@ -235,7 +235,7 @@ def schedule(teacher_steps, rounds, k=2):
     """Sampling steps: [of the first teacher, of the first round's student, of the second's,
     ...]; in the paper 1024, 512, 256, ..., 8, in preset nano 256, 128, 64, ..., 2.
     Round r, counted from 0, has dt = 1 / steps[r] = k^r / teacher_steps, and makes a
-    student for steps[r + 1] of them.
+    student for steps[r + 1] steps.
     Raises UserError where the last student would need less than one step."""
     if k ** rounds > teacher_steps:
         raise UserError(f"--rounds {rounds} with --k {k} needs --teacher_steps of at least "
@@ -247,8 +247,8 @@ def schedule(teacher_steps, rounds, k=2):
 
 def distill_round(config, procs, data, r, before, origin):
     """Round r (from 0), or what is left of it; a finished round is only loaded. before: the
-    Run of the round before (of first_student for the first one), whose model and ema this
-    round continues to train, in place. origin: fingerprint of the first teacher. Returns
+    Run of the round before (at first a copy of the teacher), whose model and ema this round
+    continues to train, in place. origin: fingerprint of the first teacher. Returns
     this round's Run, for the next one to begin from."""
     student, ema = before.model, before.ema
     dt = 1 / schedule(config.teacher_steps, config.rounds, config.k)[r]
@@ -294,7 +294,7 @@ def open_round(config, data, r, before, origin):
     run.updates_before = r * config.steps_per_round
 
     # a half-done round keeps the teacher that it began with, even if the round before was
-    # run again since. (This changes content["teacher"], too: the same tensors)
+    # run again since. (content["teacher"] shares its tensors)
     saved = resume(run, config, ANYTIME)
     if saved and saved["teacher"]:
         teacher.load_state_dict(saved["teacher"])

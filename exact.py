@@ -8,8 +8,9 @@ see diffusion.py, which has all other samplers.
 Each call predicts a run of slots, and draws their tokens anew. The slots before `final`
 keep theirs, those from there to `guessed` - 1 hold guesses, the rest hold nothing. The call
 asks for slots `final` to `end` - 1; c is the first of these that changes (a first guess is
-a change), or `end` if none does. Then all slots up to c are final. One call, shown left to
-right (a diffusion model's order is shuffled; sample_exact_plain is all this as a loop):
+a change). All slots up to c are then final; if none changes, all asked. One call, shown
+left to right (a diffusion model's order is shuffled; sample_exact_plain is all this as a
+loop):
 
     slot       0     1     2     3     4     5     6
     old        one   day   tom   lost  his   hat         final = 2, guessed = 6; end = 7
@@ -35,14 +36,14 @@ Why it is exact: take a slot s, and fix the random numbers drawn at the slots be
 slot sees a later one, so as long as s is not final these numbers alone decide all of this:
 
     - the tokens before s after each call;
-    - which calls ask s, and what they predict there: p[1], p[2], ...;
-    - the first of those calls in which no slot before s changes, the K-th of them.
+    - which calls ask s, and p[k], what the k-th of these predicts there;
+    - K: the K-th of these is the first in which no slot before s changes.
 
-The K-th makes s final, whether s itself changes in it or not: so K, too, is decided without
-the random numbers at s. With these the first token is drawn from p[1], and couple turns a
-draw from p[k - 1] into one from p[k]. So s ends as a draw from p[K], predicted from final
-tokens. (If s were final once its own guess stayed, K would depend on the token, and tokens
-likely in two predictions would come too often.)
+It makes s final, whether s itself changes in it or not: so K, too, is decided without the
+random numbers at s. Those draw the first token from p[1]; then couple turns a draw from
+p[k - 1] into one from p[k]. So s ends as a draw from p[K], predicted from final tokens. (If
+s were final once its own guess stayed, K would depend on the token, and tokens likely in
+two predictions would come too often.)
 
 To predict all slots again until none changes is a fixed-point iteration, as in arXiv
 2002.03629; the coupling is from 2211.17192.
@@ -57,7 +58,7 @@ from diffusion import (HEAD_ROWS, by_position, check_filled, draw_from, listed,
                        make_reading, prompt_first, random_order, rank_prompt_first, span)
 from model import cross_entropy, shifted
 
-COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V): about 8 MB
+COUPLE_SIZE = 2 ** 20            # numbers in one of couple's tables (n, V), n at least 32
 
 
 # ---- the coupling, and the sampler as a plain loop
@@ -197,15 +198,14 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
         old = x.clone()                                  # to see what changes
         x[where] = couple(model, h, states[where], x[where], mask_id, adjust)
         states[where] = h
-        # c (B,): the first slot that changed; a mask that became a guess counts. If none
-        # did, c = end = L: while end is below L it grows in every call, so masks were asked
+        # c (B,): the first slot that changed; a mask that became a guess counts. (While end
+        # < L it grows in every call, so masks were asked: if nothing changed, c = end = L)
         changed = (x != old).cpu()
         c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
         final = (c + 1).minimum(end)
         guessed = end
-        # up to c - 1 the cache stands. The keys after it belong to the old token at c, or
-        # have seen it: the next call reads all from c on, which is final - 1, again. (Or c
-        # is L, and the text finished)
+        # the cache is right before slot c. From c on its keys are the old token's, or have
+        # seen it: the next call reads from c = final - 1 on. (Or c = L: the text is done)
         unread = final - 1
         if watch:
             done = torch.arange(L) < final[:, None]      # (B, L), by slot
@@ -250,9 +250,9 @@ def ask_tokens(model, cache, order, x, asked):
     """ask_masks of an AR model, which predicts slot s at the token of slot s - 1, so that
     no masks are needed (skip this at a first reading):
 
-        place in the cache                        0       1      2      3
-        what is there: slot place - 1             start   one    day    tom
-        what its state predicts: slot place       one     day    tom    lost
+        place p in the cache            0       1      2      3
+        holds the token of slot p - 1   start   one    day    tom
+        its state predicts slot p       one     day    tom    lost
 
     Slot `guessed` is the last that can be predicted: of later ones the token before is
     missing. For these the state is taken as 0. Any prediction will do for a first guess, as
@@ -262,8 +262,8 @@ def ask_tokens(model, cache, order, x, asked):
     # from the place of slot `unread`'s token to the place that predicts the last slot
     # asked; a text that is finished asks for nothing
     last = (asked.end - 1).minimum(asked.guessed)                    # (B,)
-    last = last.where(asked.begin < asked.end, asked.unread)         # an empty span
-    places = span(asked.unread + 1, last + 1)                        # (B, M)
+    last = last.where(asked.begin < asked.end, asked.unread)
+    places = span(asked.unread + 1, last + 1)                        # (B, M), or empty
     idx = by_place.gather(1, upload(places.slot, x.device))
     new = Reading(idx=idx, pos=places.slot, place=places.slot, limit=places.slot,
                   valid=places.valid)
@@ -316,7 +316,8 @@ def order_loss(model, x, mask_id, keep=None):
     # here the prompt is first in the order, and its `known` tokens are not counted
     order = rank_prompt_first(keep).argsort(1).cpu()                 # (B, L)
     known = keep.sum(1).cpu()                                        # (B,)
-    return nll_in_order(model, x, mask_id, order, known).sum() / (~keep).sum()
+    nats = nll_in_order(model, x, mask_id, order, known)             # (B,)
+    return nats.sum() / (x.numel() - known.sum())
 
 
 def nats_of(model, h, ids):

@@ -60,10 +60,10 @@ class ModelConfig:
 
     @property
     def masks_alike(self):
-        """Whether all masks have the same state in a text of nothing but masks, so that a
-        sampler need compute only one (diffusion.blank_states). With rope alone they have:
-        equal embeddings give equal values, and any weighted mean of equal values is that
-        value, whatever rotation does to the weights. (A causal model has no masks.)"""
+        """Whether in a text of nothing but masks all have the same state, so that one
+        serves for all (diffusion.blank_states). With rope alone they have: rotation changes
+        only attention's weights, and any weighted mean of equal values is that value. (A
+        causal model has no masks.)"""
         return self.positions == "rope" and not self.causal
 
 
@@ -263,7 +263,7 @@ class Transformer(nn.Module):
         if L > self.config.context:
             raise ValueError(f"{L} tokens, but the context is {self.config.context}")
         if at is not None and self.config.causal:
-            # is_causal lets query i see keys 0 to i, but query i of q[at] is another one
+            # is_causal goes by the row of q, and in q[at] row i is not position i
             raise ValueError("a causal model's hidden computes all positions")
         if pos is None:
             pos = torch.arange(L, device=idx.device)
@@ -277,8 +277,8 @@ class Transformer(nn.Module):
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V), always in float32."""
-        # bfloat16 logits are too coarse to draw tokens from. (The matrix is bfloat16 only
-        # where tools/ time that)
+        # bfloat16 logits are too coarse to draw tokens from. (`to` changes nothing, but
+        # where tools/ time a bfloat16 matrix)
         h = self.norm(h.float()).to(self.lm_head.weight.dtype)
         return self.lm_head(h).float()
 
@@ -295,7 +295,7 @@ class Transformer(nn.Module):
         h = self.norm(h.float())
         W, b = self.lm_head.weight, self.lm_head.bias
         # HeadSum (data/fast.py) is f(F.linear(h, W, b), *rows).sum(): for each chunk it
-        # makes the logits, adds f of them and its gradients up, and frees the logits
+        # makes the logits, sums f and, already here, its gradients; then frees the logits
         if not torch.is_grad_enabled():
             W, b = W.detach(), b.detach()        # or it would compute gradients in vain
         return HeadSum.apply(f, rows_at_a_time(len(W)), h, W, b, *rows)

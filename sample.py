@@ -68,8 +68,8 @@ class Sampling:
         None, "with exact: stop after this many calls, with tokens that are not final; the "
         "texts are then approximate", low=1)
 
-    # temperature and top_p are here and not in `draw`, as exact sampling needs each guess's
-    # distribution, not a draw from it: it keeps or redraws guesses by itself
+    # apart from `draw`, as exact sampling needs each guess's distribution, not a draw from
+    # it: it keeps or redraws guesses by itself
     def adjust(self, logits):
         """Apply temperature and top_p: logits (N, V) -> (N, V)."""
         return sharpen(logits, self.temperature, self.top_p)
@@ -81,8 +81,8 @@ class Sampling:
     def write(self, model, known):
         """Draw texts that begin with known (B, P); for diffusion it may have mask_id in
         gaps. Returns the texts (B, L), and the network calls that each one needed (B,), or
-        None: all calls of the batch."""
-        # known, then masks; for AR, too, as sample_exact needs it
+        None: as many as the batch."""
+        # known, then masks (sample_exact fills these for AR, too)
         z = with_masks_behind(model, known, self.length)             # (B, L)
         calls = None
         if self.steps == EXACT:
@@ -156,8 +156,8 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
 
     def batch(i):
         """Texts i to i + BATCH, and their Cost."""
-        # the seed depends on the batch and on the steps, not on the process. So the rows of
-        # an evaluation, one for each number of steps, are independent
+        # the seed depends on the batch and on the steps, not on the process. So the lines
+        # of a table, one for each number of steps, are independent
         seed_all(sampling.seed, "samples", sampling.steps, i)
         known = prompts[i:i + BATCH].to(procs.device)                # (B, P)
         # sizes: an entry for each network call, the number of positions that it computed

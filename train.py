@@ -39,7 +39,7 @@ from model import PRESETS, SHORT, ModelConfig, Transformer, cross_entropy, shift
 
 # ---- pretraining. Names that are used from here on:
 #
-# config    the flags, see the end of the file
+# config    the flags: a LoopConfig, at the end of the file
 # procs     the processes: this one is number .rank of .world, on .device
 # run       a Run, all that a checkpoint keeps:
 #     .path           the file
@@ -107,8 +107,8 @@ def new_model(config, data):
 def train(config, procs, as_saved=False):
     """Train what a TrainConfig says, or what is left of it. Returns the checkpoint's path;
     by then the file is complete, for all processes.
-    as_saved: if its checkpoint was made with other flags, go on with those; otherwise they
-    are refused."""
+    as_saved: a checkpoint made with other flags goes on with those; without as_saved it is
+    refused."""
     if as_saved and config.path.exists():
         config = with_saved_flags(config, MAY_CHANGE)
     data = load_data(config.dataset, procs)          # stories are made if missing
@@ -137,9 +137,9 @@ def train(config, procs, as_saved=False):
     loss = functools.partial(nelbo, mask_id=model.mask_id)
     if config.causal:
         loss = functools.partial(ar_loss, mask_id=model.mask_id)
-    # and what is shown of validation text: the same; but with attention "reveal", where no
-    # token sees a mask, one pass (exact.py) scores each token given those before it in a
-    # random order: the same bound with less noise, and no gradient
+    # and what is shown of validation text: the same; but with attention "reveal" one pass
+    # (exact.py) scores each token given those before it in a random order: the same bound
+    # with less noise (but it gives no gradient to train with)
     val_loss = None
     if model.config.attention == "reveal":
         val_loss = functools.partial(order_loss, mask_id=model.mask_id)
@@ -204,9 +204,9 @@ def fit(config, procs, data, run, loss, val_loss=None):
                 bar.set_postfix_str(text, refresh=False)     # shown at the next update
             bar.update()
 
-            # validation: 4 batches for a log line, 1 before a save, which it guards, too:
-            # loss_here is of the weights before this step; if the step made NaN, only this
-            # shows it. (All processes get the same value, and so stop together)
+            # validation: 4 batches for a log line, 1 before a save, as a guard: loss_here
+            # is of the weights before this step, so NaN made by it shows only here. (All
+            # processes get the same value, and so stop together)
             if log_now or save_now:
                 batches = 4 if log_now else 1
                 value = validate(run.ema, val_loss or loss, data, config, batches)
@@ -328,8 +328,8 @@ def micro_batches(config, procs, run=None):
                   f"{config.batch}. It goes on with {micro}: from here on it draws "
                   "different noise. (With --micro_batch nothing depends on the number of "
                   "processes.)")
-    # each micro-batch counts alike. For a loss per token that gives the batch's mean; with
-    # prompts, or distill.py's loss per mask, nearly
+    # the mean over micro-batches is the batch's mean for a loss per token; with prompts, or
+    # distill.py's loss per mask, nearly so
     if config.batch % (micro * procs.world):
         raise UserError(f"--batch {config.batch} is not a multiple of {procs.world} "
                         f"processes x {micro} sequences; choose another --batch or "

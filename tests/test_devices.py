@@ -21,6 +21,7 @@ from data import checkpoints, processes
 from data.devices import find_device, float64_device, in_float64
 from data.files import UserError
 from data.processes import Processes
+from exact import order_loss
 from helpers import NANO, begin, call, make_dataset, refused
 from sample import draw_samples
 from tools import evaluate
@@ -76,6 +77,10 @@ def refusals():
     y = in_float64(x)
     assert (y.dtype, y.device.type, y.tolist()) == (torch.float64, "cpu", x.tolist())
     # sees_in_order, with whole numbers for ranks
+    reveal, _ = checkpoints.load_model("cpu/reveal/teacher.pt", x.device)
+    ids = torch.tensor([[0, 1, 2, 3]], device="pretend")
+    # the sum over tokens is in float64, so on the CPU
+    assert order_loss(reveal, ids, reveal.mask_id, ids < 2).isfinite()
     idx = torch.tensor([[0, 1]], device="pretend")
     assert model.sees_in_order(idx, 1 - idx, 5).tolist() == [[[True, True], [False, True]]]
     assert find_device("pretend") == torch.device("pretend")

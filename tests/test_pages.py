@@ -180,7 +180,7 @@ def top():
     # (49 calls for 50 tokens: nearly each has one of its own)
     tokens = round(row("latency.json", engine="ar", batch=1)["nfe"])
     assert one["calls"] > 0.95 * tokens
-    yield f"One token at a time means {one['steps']:,} steps for {tokens} tokens,"
+    yield f"One token at a time means {one['steps']:,} steps for {tokens} tokens:"
 
 
 def quick_start():
@@ -237,7 +237,7 @@ def what_it_shows():
            "warning")
     rounds = [sampled(f"round {r}", 8)["valid"] for r in (5, 7)]
     assert rounds[0] < rounds[1]
-    yield "in 8, more of round 7's stories are valid than of round 5's"
+    yield "The first table has round 7, as in 8 steps more of its stories are valid than of round 5's."
 
 
 def what_the_quick_start_prints():

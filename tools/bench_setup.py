@@ -31,7 +31,8 @@ QUALITY = (("gen_ppl", ">8.2f"), ("entropy", ">8.2f"), ("of all", ">7.2f"))
 
 @dataclass
 class BenchConfig:
-    """The flags of bench.py; set_defaults and set_length fill in what is not given."""
+    """The flags of bench.py, [defaults] in brackets; set_defaults and set_length fill in
+    what is not given."""
     # what is compared
     preset: list[str] | None = flag(
         None, "random weights of these sizes [checkpoints, or small]",
@@ -40,7 +41,7 @@ class BenchConfig:
         None, "files to compare, such as tools.convert's [see --out]")
     out: str | None = flag(None, "folder of checkpoints [the newest under out/]")
     engine: list[str] | None = flag(
-        None, "[ar diffusion diffusion-kv, diffusion-naive at the smallest batch]; the "
+        None, "[ar diffusion diffusion-kv, and at the smallest batch diffusion-naive]; the "
         "others are ar-exact and diffusion-exact")
     # in which shapes
     batch: list[int] | None = flag(None, "sequences [1 8 32; random 1 4]", low=1)
@@ -104,8 +105,8 @@ def set_defaults(config, device, engines):
 
 
 def default_dtypes(device):
-    """The dtypes that each engine is timed in: both where bfloat16 gains, as it may do so
-    for one engine and not for another."""
+    """The dtypes that each engine is timed in: a GPU's is bfloat16, a CPU's are both where
+    bfloat16 gains, as it may do so for one engine and not for another."""
     if device.type == "cuda":
         return ["bfloat16"]
     if device.type == "cpu" and bfloat16_gain() > GAIN:
@@ -142,7 +143,7 @@ def checkpoint_files(config):
     rounds = round_files(folder)
     if rounds:
         paths.append(rounds[-1])
-    # (a missing ar.pt is refused by load_model)
+    # (without ar.pt, too, load_model has the better message)
     if len(paths) == 1 and paths[0].exists():
         raise UserError(f"{folder} has no teacher.pt or round file beside ar.pt; run "
                         "distill.py or choose another --out")

@@ -1,5 +1,5 @@
 """Models as they are timed: which numbers they compute in, what multiplies their matrices,
-and what of them is compiled.
+and what of them is compiled, by which function:
 
     AR                  the decoding step, with the draw    compiled_decode
     diffusion, small    the network, as one piece           compile_network
@@ -68,9 +68,9 @@ LARGE_MATRIX = 2 ** 18   # weights; nano's smaller matrices were slower by oneDN
 ONEDNN_GAIN = 1.1        # it is used where it is this much faster
 
 
-# F.linear by oneDNN instead of MKL, which PyTorch uses for float32. An operation of our
-# own, without a gradient, as torch.compile cannot look into oneDNN's. (Not by
-# @torch.library.custom_op, whose Python is run in each call)
+# F.linear by oneDNN instead of MKL, which PyTorch uses for float32. torch.compile cannot
+# look into oneDNN's operation; so it is wrapped in one of our own, without a gradient. (Not
+# by @torch.library.custom_op, whose Python is run in each call)
 torch.library.define("nanosdtt::linear",
                      "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 onednn_linear = torch.ops.nanosdtt.linear
@@ -136,8 +136,8 @@ def compile_network(model):
         run = torch.compile(type(model).run, dynamic=True)
         model.run = types.MethodType(run, model)         # deepcopy binds it to the copy
         return
-    # with a KV cache each step has another number of positions; full attention computes all
-    # in each step, but one in the first, which has code of its own
+    # with a KV cache each step has another number of positions; full attention has two
+    # shapes: one position in the first step, then all, each with code of its own
     dynamic = model.config.attention == "reveal"
     for block in model.blocks:
         block.compile(dynamic=dynamic)
@@ -147,8 +147,8 @@ def forget_compiled():
     """Have PyTorch's compiler forget all that it compiled, before another batch size: once
     it has seen two it makes slower code, for any. Also sets two of its options."""
     torch.compiler.reset()
-    # how often one function may be compiled: for each model, dtype, shape, number of steps
-    # (usually 8 times)
+    # the most compilations of one function (usually 8): each model, dtype, shape and number
+    # of steps may need one
     torch._dynamo.config.recompile_limit = 256
     # two sizes that are equal in the first call (say B = M) may differ later
     torch.fx.experimental._config.use_duck_shape = False
@@ -161,7 +161,7 @@ def can_compile():
 
 def compiled_decode(device, B, step=decode):
     """step (cache.decode, or one that draws, too), compiled for B texts. On a GPU: CUDA
-    graphs, one for each value of `extent`. On a CPU, from 2 texts on: with the weights
+    graphs, one for each value of `extent`. On a CPU, for 2 texts or more, weights are
     copied into a layout for products of several rows (later changes of them go unseen)."""
     if torch.device(device).type == "cuda":
         return torch.compile(step, fullgraph=True, mode="reduce-overhead")

@@ -3,11 +3,11 @@
 diffusion.sample computes just the positions that a step needs, a number that differs from
 step to step; its head, its draw and its bookkeeping are plain PyTorch. For few and short
 texts and a small model most of its time goes into starting operations. Here, instead, each
-step of a run handles M columns for each text: M is at least the most positions that any
-text reveals in one step, and columns that are not needed are *gaps*. A gap points to one
+step of a run has room for M reveals in each text: M is at least the most that any text
+needs in one step, and room that is not needed is filled with *gaps*. A gap points to one
 spare position behind the text, whose content never enters the result. So all steps of a run
 have one shape, and each (network, head, draw, writing into the text) is compiled as one
-piece. M has at most two values (see trial_sizes; a rare plan needs another). The
+piece. M has one or two values (see trial_sizes), or, for a rare plan, another. The
 distribution is that of diffusion.sample. Gaps are wasted work, so for many positions
 diffusion.sample is faster: bench.py asks pays_for.
 
@@ -77,12 +77,12 @@ def cached_step(model, z, cache, stacked, u, draw):
 
 
 def see_places(q, k, v, keys, values, where, at=None):
-    """cache.see_cache for W positions in every text, gaps included: q, k, v (B, W, H, D) ->
-    the same shape, or with `at` only those there, M of W. keys, values (B, H, S, D), S = L
-    + 1 places. where: place (B, W), in which the new keys and values are stored, and sees
-    (B, W, S) bool, which places each position sees."""
+    """cache.see_cache for W = 2 M positions of every text, gaps included: q, k, v (B, W, H,
+    D) -> the same shape, or with `at` only the M there. keys, values (B, H, S, D), S = L +
+    1 places. where: place (B, W), in which the new keys and values are stored, and sees (B,
+    W, S) bool, which places each position sees."""
     place, sees = where
-    # store them; scatter_ wants an index of k's shape, (B, H, W, D)
+    # store them, heads first: k and the index both (B, H, W, D)
     index = place[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
     keys.scatter_(2, index, k.transpose(1, 2))
     values.scatter_(2, index, v.transpose(1, 2))
@@ -99,7 +99,7 @@ def see_places(q, k, v, keys, values, where, at=None):
 class StaticSampler:
     """diffusion.sample for B texts of L masks, as a function without arguments; the first
     run compiles. calls: of its last run, how many positions each call computed, the gaps
-    included. (The cache is not emptied between runs: each place that is seen was written in
+    included. (The cache is not emptied between runs: each place that matters was written in
     this run.) draw, backend: others only in tests."""
 
     def __init__(self, model, B, L, steps, draw=draw, backend="inductor"):
@@ -115,10 +115,10 @@ class StaticSampler:
         if self.cached:
             cache = model.cache(B, L, spare=1)                       # S = L + 1 places
             keep_in_place(*cache.k, *cache.v)
-            step, self.steps_of_plan = cached_step, cached_steps
+            step, self.inputs_of = cached_step, cached_steps
             self.works_on = model, self.z, cache         # a step's first arguments
         else:
-            step, self.steps_of_plan = full_step, full_steps
+            step, self.inputs_of = full_step, full_steps
             self.works_on = model, self.z
         mode = "reduce-overhead" if device.type == "cuda" else None
         self.step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode,
@@ -169,11 +169,11 @@ class StaticSampler:
         self.calls.clear()
         # all that does not depend on the network comes first
         (B, L), device = order.shape, self.z.device
-        steps = upload(self.steps_of_plan(order, when, M), device)
-        numbers = torch.rand((len(steps), B, M, 1), dtype=torch.float64, device=device)
+        inputs = upload(self.inputs_of(order, when, M), device)      # of each step
+        numbers = torch.rand((len(inputs), B, M, 1), dtype=torch.float64, device=device)
         # positions that a call computes: M tokens and M masks of each text, or all
         cost = B * 2 * M if self.cached else B * L
-        for given, u in zip(steps, numbers):
+        for given, u in zip(inputs, numbers):
             self.step(*self.works_on, given, u, self.draw)
             self.calls.append(cost)
         # raises FloatingPointError if a mask is left
