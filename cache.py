@@ -176,7 +176,7 @@ def read_cached(model, cache, new):
                     place=place[text, column], sees=before | itself)
     attends = for_each_block(see_cache, cache, packed=packed)
     pos = upload(new.pos, device)[text, column]                      # (R,)
-    return model.run(new.idx[text, column], pos, attends, upload(wanted, device))
+    return model.run(new.idx[text, column], pos, attends, at=upload(wanted, device))
 
 
 def see_cache(q, k, v, keys, values, packed, at=None):

@@ -482,6 +482,7 @@ def prompt_first(order, L):
     it, in random order, as in training: (B, L)."""
     B, n = order.shape
     is_mask = torch.zeros(B, L, dtype=torch.bool).scatter_(1, order, True)
+    # sort random keys in [0, 1), with the masks' keys, 2, behind them
     prompt = torch.rand(B, L).masked_fill(is_mask, 2).argsort(1)[:, :L - n]
     return torch.cat((prompt, order), 1)
 

@@ -6,7 +6,7 @@ makes the dataset and trains the AR judge and the teacher where they are missing
 distils: in every round the student learns to do in one step what its teacher, a frozen copy
 of itself, does in k steps of size dt (k = 2 unless --k says otherwise); then dt is k times
 as large. It ends with a table, text, and a folder of results. Interrupt it at any time: the
-same command goes on where it was.
+same command goes on, and ends with the same weights.
 
 The method comes first: `sdtt_targets`, `sdtt_loss` and the divergences; then the flags, a
 round (`distill_round`), and the path from nothing to a table. What is measured, and kept,
@@ -161,7 +161,8 @@ def squared_log_ratio(log_p, log_q):
     return (log_p - log_q).square().mean(-1)
 
 
-# to try another one: a function above, and an entry here
+# to try another one: a function above, and an entry here; with a parameter the entry is
+# functools.partial(f, alpha=0.1)
 DIVERGENCES = {"kld": reverse_kl, "fkl": forward_kl, "jsd": jensen_shannon,
                "tvd": total_variation, "mse": squared_log_ratio}
 
@@ -221,8 +222,8 @@ class DistillConfig(LoopConfig):
             self.teacher_steps = 256 if self.preset in SHORT else 1024
         if self.steps_per_round is None:
             # optimizer steps; the paper takes 10,000
-            on_stories = Path(self.dataset).name == "stories"
-            self.steps_per_round = 150 if on_stories else 600
+            stories = Path(self.dataset).name == "stories"
+            self.steps_per_round = 150 if stories else 600
         # the mean of one text has no error to show
         if self.samples == 1:
             raise UserError("--samples 1 has no standard error; give 2 or more, or 0 for "

@@ -228,7 +228,7 @@ class Transformer(nn.Module):
         From hidden idx is (B, L), from cache.py it has other shapes; pos, where in their
         texts the ids stand, broadcasts to it.
         attends: a function attend(q, k, v) for each block. From hidden all are the same;
-        with a KV cache each block has keys of its own. at: see the top, or read_cached."""
+        with a KV cache each block has keys of its own. at: see the top, or see_cache."""
         # what stands where
         x = self.embed(idx)                                          # (..., C)
         if self.config.positions != "rope":
