@@ -56,7 +56,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cache import decode, generate
+from cache import generate
 from data.cost import counted_calls
 from data.files import UserError, write_json
 from data.processes import start
@@ -67,9 +67,9 @@ from tools import figures, machine
 from tools.bench_setup import (BenchConfig, columns_of, fill_quality, judge_of,
                                load_checkpoints, models_of, rows_of, set_defaults,
                                set_length)
-from tools.compiled_ar import ARSampler, can_draw
+from tools.compiled_ar import ARSampler
 from tools.crossover import crossings, fill_vs_ar
-from tools.fast_models import compiled_decode, forget_compiled, is_small, with_stance
+from tools.fast_models import forget_compiled, is_small, with_stance
 from tools.joint import naive_engine
 from tools.static import StaticSampler, pays_for
 
@@ -83,12 +83,10 @@ from tools.static import StaticSampler, pays_for
 
 def ar_engine(model, B, L, steps, compiled):
     """AR decoding. Draws are in float64, as diffusion's."""
-    device = model.embed.weight.device
-    if compiled and can_draw(device):
+    if compiled:
         return ARSampler(model, B, L)                # decoding step and draw in one
-    step = compiled_decode(device, B) if compiled else decode        # without the draw
-    prompt = torch.zeros((B, 0), dtype=torch.long, device=device)    # nothing is given
-    return lambda: generate(model, prompt, L, categorical, step, grain=16)
+    prompt = torch.zeros((B, 0), dtype=torch.long, device=model.embed.weight.device)
+    return lambda: generate(model, prompt, L, draw=categorical)      # nothing is given
 
 
 def only_masks(model, B, L):
@@ -118,7 +116,7 @@ class Engine:
     make: typing.Callable        # a function as above
     attention: str               # of the models that it runs
     in_steps: bool = False       # run it at each of --steps
-    # warm up with two steps: large models and uncompiled code meet all shapes there
+    # warm up with two steps: large models and slow engines meet all shapes there
     short_warm_up: bool = False
     # one run, of one model; beside other engines only at the smallest batch, in one dtype
     slow: bool = False

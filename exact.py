@@ -204,8 +204,8 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
         c = torch.where(changed, torch.arange(L), end[:, None]).amin(1)
         final = (c + 1).minimum(end)
         guessed = end
-        # the cache is right before slot c. From c on its keys are the old token's, or have
-        # seen it: the next call reads from c = final - 1 on. (Or c = L: the text is done)
+        # the cache is right up to slot c - 1. From c on its keys are the old token's, or
+        # have seen it: the next call reads from c = final - 1 on. (c = L: the text is done)
         unread = final - 1
         if watch:
             done = torch.arange(L) < final[:, None]      # (B, L), by slot

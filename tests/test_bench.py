@@ -377,6 +377,18 @@ def test_a_small_network_is_compiled_whole_a_large_one_block_by_block(monkeypatc
     assert compiled_blocks == list(large.blocks) and "run" not in vars(large)
 
 
+@pytest.mark.parametrize("asked", [None, True])
+def test_nothing_is_compiled_where_a_compiled_step_could_not_draw(folder, monkeypatch, asked):
+    """On a device without float64, AR and diffusion alike, also if it is asked for. No chance
+    involved."""
+    monkeypatch.setattr(bench_setup, "can_compile", lambda: True)
+    for able in (True, False):
+        monkeypatch.setattr(bench_setup, "can_draw", lambda device: able)
+        config = bench_setup.BenchConfig(preset=["nano"], compile=asked)
+        bench_setup.set_defaults(config, CPU, bench.ENGINES)
+        assert config.compile == able
+
+
 def test_large_matrices_are_multiplied_by_onednn_where_that_is_faster(monkeypatch):
     """The same logits within float32's rounding, also through the compiler's front end, and in bfloat16
     and on a CPU that does not gain nothing changes. No chance involved."""

@@ -76,11 +76,11 @@ def refusals():
     assert float64_device(x.device) == torch.device("cpu")
     y = in_float64(x)
     assert (y.dtype, y.device.type, y.tolist()) == (torch.float64, "cpu", x.tolist())
-    # sees_in_order, with whole numbers for ranks
     reveal, _ = checkpoints.load_model("cpu/reveal/teacher.pt", x.device)
     ids = torch.tensor([[0, 1, 2, 3]], device="pretend")
     # the sum over tokens is in float64, so on the CPU
     assert order_loss(reveal, ids, reveal.mask_id, ids < 2).isfinite()
+    # sees_in_order, with whole numbers for ranks
     idx = torch.tensor([[0, 1]], device="pretend")
     assert model.sees_in_order(idx, 1 - idx, 5).tolist() == [[[True, True], [False, True]]]
     assert find_device("pretend") == torch.device("pretend")

@@ -180,7 +180,7 @@ def top():
     # (49 calls for 50 tokens: nearly each has one of its own)
     tokens = round(row("latency.json", engine="ar", batch=1)["nfe"])
     assert one["calls"] > 0.95 * tokens
-    yield f"One token at a time means {one['steps']:,} steps for {tokens} tokens:"
+    yield f"One token at a time means {one['steps']:,} steps for {tokens} tokens,"
 
 
 def quick_start():

@@ -15,6 +15,7 @@ from data.results import round_files
 from data.script import device_flag, flag
 from model import CHOICES, PRESETS, ModelConfig, Transformer
 from tools import figures
+from tools.compiled_ar import can_draw
 from tools.fast_models import (bfloat16_gain, can_compile, prepare, warn_of_emulation,
                                with_stance)
 
@@ -102,6 +103,9 @@ def set_defaults(config, device, engines):
     warn_of_emulation(config.dtype, device)
     if config.compile is None:
         config.compile = can_compile()
+    # AR's compiled step draws, in float64. On a device that has none nothing is compiled,
+    # so that AR and diffusion stay alike
+    config.compile = config.compile and can_draw(device)
 
 
 def default_dtypes(device):

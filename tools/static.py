@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from cache import for_each_block
 from data.devices import upload
 from diffusion import check_filled, plan, span, steps_of
-from tools.compiled_ar import can_draw, draw, keep_in_place
+from tools.compiled_ar import draw, keep_in_place
 
 # the most work, in multiplications of one pass over all positions, for which this is
 # faster. nano, 50 tokens, two CPU cores: 8 texts gain (with the cache in 8 steps hardly),
@@ -38,11 +38,10 @@ PLANS = 64               # trial plans that are drawn to find M
 
 
 def pays_for(model, B, L):
-    """Whether B texts of L tokens are so little work that gaps do not matter (and the
-    device can draw in a compiled step)."""
+    """Whether B texts of L tokens are so little work that gaps do not matter."""
     config = model.config
     size = 12 * config.layers * config.width ** 2        # weights of the blocks
-    return B * L * size <= FEW and can_draw(model.embed.weight.device)
+    return B * L * size <= FEW
 
 
 # ---- one step, of full attention and with a KV cache. z (B, L + 1): ids, the last column
