@@ -70,7 +70,7 @@ from tools.bench_setup import (BenchConfig, columns_of, fill_quality, judge_of,
 from tools.compiled_ar import ARSampler
 from tools.crossover import crossings, fill_vs_ar
 from tools.fast_models import forget_compiled, is_small, with_stance
-from tools.joint import naive_engine
+from tools.joint import sample_joint
 from tools.static import StaticSampler, pays_for
 
 
@@ -99,7 +99,7 @@ def diffusion_engine(model, B, L, steps, compiled):
     to compute, whole steps are compiled."""
     if compiled and pays_for(model, B, L):
         return StaticSampler(model, B, L, steps)     # the same distribution
-    z = only_masks(model, B, L)                      # sample fills a copy
+    z = only_masks(model, B, L)                      # (B, L); sample fills a copy
     return lambda: sample(model, z, steps, model.mask_id)
 
 
@@ -108,6 +108,12 @@ def exact_engine(model, B, L, steps, compiled):
     calls as the slowest of them needs, a number that differs from run to run."""
     z = only_masks(model, B, L)          # of AR, too: what is to be written
     return lambda: sample_exact(model, z, model.mask_id)[0]          # the texts
+
+
+def naive_engine(model, B, L, steps, compiled):
+    """The sampler of MDLM and SDTT, not compiled, as public code runs it."""
+    z = only_masks(model, B, L)
+    return with_stance("force_eager", lambda: sample_joint(model, z, steps, model.mask_id))
 
 
 @dataclass
@@ -153,7 +159,7 @@ def bench(config, device, machines):
     judge = judge_of(trained, device)
     set_length(config, trained)
     rows = []
-    columns = columns_of(config)
+    columns = columns_of(config)         # what is shown of a row
     print(machine.header(columns))
     for preset in config.preset or [None]:
         models = models_of(config, device, preset, trained, ENGINES)
@@ -174,6 +180,7 @@ def bench(config, device, machines):
                 results = {"argv": sys.argv[1:], "machines": machines, "rows": rows}
                 write_json(config.json, results)
             print("\n".join(machine.line(row, columns) for row in new), flush=True)
+    # such as --engine diffusion-kv where no model has attention "reveal"
     if not rows:
         raise UserError(f"no model here is for --engine {' '.join(config.engine)}")
     # where AR overtakes, over all batch sizes
@@ -190,9 +197,9 @@ def bench(config, device, machines):
 @dataclass
 class Timing:
     """A row that is being measured."""
-    row: dict
-    engine: Engine
-    model: object
+    row: dict                    # filled in at the end
+    engine: Engine               # of ENGINES
+    model: object                # a Transformer
     run: typing.Callable         # call it to write the texts once
     times: list                  # seconds of each run
 

@@ -82,8 +82,8 @@ def see_step(q, k, v, keys, values, place, sees):
 
 def decode(model, token, place, cache, extent):
     """One decoding step: ids (B,), whose position and place in the cache are both `place`
-    (1,) -> logits (B, V). read_cached could do the same, but takes sizes from data,
-    which a compiler cannot follow; here only `extent` varies.
+    (1,) -> logits (B, V). read_cached could do the same, but takes sizes from data, which a
+    compiler cannot follow; here only `extent` varies.
     extent: how many places attention is given, place + 1 or more (generate rounds it up, to
     few shapes); those after `place` are masked out."""
     sees = torch.arange(extent, device=token.device) <= place        # (extent,)
@@ -96,8 +96,7 @@ def decode(model, token, place, cache, extent):
 class Reading(typing.NamedTuple):
     """What one call reads, a rectangle (B, M). The row of a text is: tokens, gap, masks,
     gap, as texts have different numbers of each; in all rows the masks begin at column
-    wanted_from. All but idx is on the CPU, so that to look at it never
-    waits for a GPU.
+    wanted_from. All but idx is on the CPU, so that to look at it never waits for a GPU.
 
     For example the text will be "tom was very sad .". A call reads the tokens "sad"
     (position 3) and "tom" (0), and the masks at 2 and 1, which become "very" and "was"; the

@@ -158,8 +158,9 @@ def sample_exact(model, z, mask_id, adjust=None, ahead=8, max_calls=None, watch=
     slowest text. Raises ValueError for no calls or none ahead (and see how_to_ask), and
     FloatingPointError at predictions of NaN."""
     B, L = z.shape
-    if max_calls is not None and max_calls < 1 or ahead is not None and ahead < 1:
-        raise ValueError("exact sampling needs a call, and a token ahead")
+    for least in (ahead, max_calls):     # None: no limit
+        if least is not None and least < 1:
+            raise ValueError("exact sampling needs a call, and a token ahead")
     ahead = L if ahead is None else min(ahead, L)
     # ask: ask_masks or ask_tokens; order (B, L): the positions of slots
     ask, order = how_to_ask(model, z, mask_id)

@@ -122,7 +122,7 @@ class Block(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if at is not None:
-            x = x[at]
+            x = x[at]                    # (B, M, C), or (N, C) of cache.py
             attend = functools.partial(attend, at=at)
         # the only place where positions meet
         y = attend(q, k, v).flatten(-2)          # (..., C), or only those of at

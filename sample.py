@@ -94,6 +94,7 @@ class Sampling:
             # AR: one token a call, with its KV cache
             x = generate(model, known, z.shape[1], self.draw)
         elif self.order == "confidence":
+            # the surest tokens first: another distribution
             x = sample_confident(model, z, self.steps, model.mask_id, self.draw)
         else:
             # diffusion in steps, with a KV cache if the attention is "reveal". After each
@@ -126,7 +127,7 @@ def with_masks_behind(model, known, length):
     the model's context."""
     length = length or model.config.context
     z = torch.full((len(known), length), model.mask_id, device=known.device)
-    z[:, :known.shape[1]] = known
+    z[:, :known.shape[1]] = known                                    # the first P
     return z
 
 
@@ -134,6 +135,7 @@ def check_exact(steps, max_calls, model, path):
     """Raise UserError if flags of exact sampling cannot be met. steps: a list, since
     tools.evaluate has several; path: of the model, for the message."""
     exact = EXACT in steps
+    # no other sampler can stop early
     if max_calls and not exact:
         raise UserError(f"--max_calls stops exact sampling early; give --steps {EXACT} too")
     # with full attention no cache is exact
@@ -165,6 +167,7 @@ def draw_samples(model, n, sampling, procs, prompts=None, title=None, costs=None
             x, calls = sampling.write(model, known)                  # (B, L); (B,) or None
         return x.cpu(), cost_of(sizes, calls, len(x))
 
+    # [(texts, Cost)] of all batches, in their order, on every process
     results = spread(range(0, n, BATCH), batch, procs, title)
     if costs is not None:
         costs.extend(cost for _, cost in results)

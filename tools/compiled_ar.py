@@ -40,8 +40,8 @@ def keep_in_place(*tensors):
 class ARSampler:
     """cache.generate for B texts of L tokens, as a function without arguments. Its step
     returns not logits but ids, already drawn; so the draw given to generate just passes
-    them on. calls: how many positions each call computes. compiler:
-    another one is for tests."""
+    them on. calls: how many positions each call computes. compiler: another one is for
+    tests."""
 
     def __init__(self, model, B, L, compiler=compiled_decode):
         device = model.embed.weight.device

@@ -64,13 +64,13 @@ def prepare(model, dtype, compiled, device):
 
 # ---- what multiplies large matrices
 
-LARGE_MATRIX = 2 ** 18   # weights; nano's smaller matrices were slower by oneDNN
+LARGE_MATRIX = 2 ** 18   # weights; smaller ones, such as nano's, stay with PyTorch's choice
 ONEDNN_GAIN = 1.1        # it is used where it is this much faster
 
 
 # F.linear by oneDNN instead of MKL, which PyTorch uses for float32. torch.compile cannot
-# look into oneDNN's operation; so it is wrapped in one of our own, without a gradient. (Not
-# by @torch.library.custom_op, whose Python is run in each call)
+# look into oneDNN's operation; so it is wrapped in one of our own, without a gradient.
+# (What @torch.library.custom_op makes runs checks of its own in each call)
 torch.library.define("nanosdtt::linear",
                      "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 onednn_linear = torch.ops.nanosdtt.linear

@@ -10,7 +10,6 @@ from cache import NOT_FINITE
 from data.devices import float64_device
 from diffusion import draw_from, sharpen
 from sample import Sampling, with_masks_behind
-from tools.fast_models import with_stance
 
 
 @torch.no_grad()
@@ -40,12 +39,6 @@ def sample_joint(model, z, steps, mask_id, dtype=torch.float64, temperature=1.0)
         choice = (joint.log() + gumbel).argmax(-1).to(z.device)      # (B, L)
         z = torch.where(z == mask_id, choice, z)
     return z
-
-
-def naive_engine(model, B, L, steps, compiled):
-    """An engine of bench.py: sample_joint, not compiled, as public code runs it."""
-    z = torch.full((B, L), model.mask_id, device=model.embed.weight.device)
-    return with_stance("force_eager", lambda: sample_joint(model, z, steps, model.mask_id))
 
 
 @dataclass

@@ -167,7 +167,8 @@ class StaticSampler:
         self.z.fill_(self.model.mask_id)
         self.calls.clear()
         # all that does not depend on the network comes first
-        (B, L), device = order.shape, self.z.device
+        B, L = order.shape
+        device = self.z.device
         inputs = upload(self.inputs_of(order, when, M), device)      # of each step
         numbers = torch.rand((len(inputs), B, M, 1), dtype=torch.float64, device=device)
         # positions that a call computes: M tokens and M masks of each text, or all
